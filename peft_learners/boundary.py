@@ -1,0 +1,80 @@
+"""What a phase boundary does outside the model: optimizer state and the exchange of gradients between processes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module behind `DistributedDataParallel` and `torch.compile`."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        else:
+            return model
+
+
+def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
+    """The torch optimizer behind accelerate's wrapper."""
+    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+        optimizer = getattr(optimizer, "optimizer", None)
+    inner = getattr(optimizer, "optimizer", None)  # AcceleratedOptimizer is an Optimizer that holds another one
+    return raw_optimizer(inner) if inner is not None else optimizer
+
+
+def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
+    """Drop the optimizer's state of parameters that stopped training.
+
+    They stay in their groups, with `grad = None`, which optimizers skip (weight decay too): taking them out would make
+    a later resume fail on the size of the groups, and a changed number of groups breaks LambdaLR.
+    """
+    optimizer = raw_optimizer(optimizer)
+    if optimizer is not None:
+        for parameter in parameters:
+            optimizer.state.pop(parameter, None)
+
+
+def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
+    """The DDP wrapper around `model` in this process, if there is one.
+
+    Trainer gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it.
+    """
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return None
+    target = unwrapped(model)
+    found = None
+    for thing in gc.get_objects():
+        # type() rather than isinstance(): it runs no code of foreign objects.
+        if issubclass(type(thing), nn.parallel.DistributedDataParallel) and unwrapped(thing) is target:
+            found = thing
+    return found
+
+
+def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel) -> None:
+    """Let DDP reduce exactly the gradients that are trained now. To be called by all ranks between two steps.
+
+    DDP registers its hooks once, at construction; parameters that freeze later would leave it waiting for their
+    gradients, and parameters that begin to train later would silently stay unsynchronised. This is DDP's own
+    way of rebuilding itself after unpickling (`__setstate__`), on the same object, because Trainer holds on to it.
+    """
+    ddp._remove_autograd_hooks()
+    hooks = list(ddp._comm_hooks)
+    static_graph, ddp.static_graph = ddp.static_graph, False
+    parameters, sparse = ddp._build_params_for_reducer()
+    if not parameters:
+        raise RuntimeError("No parameter of the model trains in this phase: there is nothing left for DDP to reduce.")
+    names = ddp._build_debug_param_to_name_mapping(parameters)
+    ddp._ddp_init_helper(parameters, sparse, names, static_graph)
+    ddp._has_rebuilt_buckets = False
+    if static_graph:
+        ddp._static_graph_delay_allreduce_enqueued = False
+        ddp._set_static_graph()
+    ddp._comm_hooks = []
+    for hook, state in hooks:
+        ddp.register_comm_hook(state, hook)

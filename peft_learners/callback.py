@@ -1,0 +1,159 @@
+"""Trainer's events, handed to the phase driver. No algorithm lives here."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any
+
+from torch import nn
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .config import PhasedConfig
+from .layer import DeltaLayer
+from .phases import PhaseDriver, PhaseStart, trained_parameters
+from .schedule import ScheduleError
+
+#: Key of the entry in Trainer's log history that keeps the boundaries, which a resumed run reads.
+SCHEDULE_KEY = "phase_first_steps"
+
+
+class PhaseCallback(TrainerCallback):
+    """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
+
+    There is nothing to configure. At a boundary, between two optimizer steps, what the next phase does not train
+    freezes, its gradients and optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The
+    boundaries are kept in the trainer's state, so a resumed run keeps them, whatever else was changed.
+
+    Raises (when training begins):
+        ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
+        ValueError: the model holds no adapter of this package.
+    """
+
+    def __init__(self) -> None:
+        self._driver: PhaseDriver | None = None
+        self._batch_size: int | None = None
+        self._entry: dict[str, list[str]] = {}
+        self._in_training = False
+
+    def on_init_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        # A resumed run loads optimizer groups that hold whatever trained in any phase. If the adapter was loaded in
+        # its last phase, the groups would be short, so all parts train until training begins.
+        driver = PhaseDriver.of(model)
+        self._check(driver)
+        for name in driver.configs():
+            for layer in _layers(driver.root):
+                layer.set_frozen_parts(name, ())
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        driver = self._driver = PhaseDriver.of(model)
+        self._check(driver)
+        configs = driver.configs()
+        restarted = self._in_training and args.auto_find_batch_size and state.train_batch_size != self._batch_size
+        if restarted:
+            # auto_find_batch_size begins the same training again with a smaller batch.
+            for name, completed in self._entry.items():
+                if name in configs:
+                    configs[name].completed_phases = list(completed)
+        self._entry = {name: list(config.completed_phases) for name, config in configs.items()}
+        self._batch_size, self._in_training = state.train_batch_size, True
+
+        recorded = next((log[SCHEDULE_KEY] for log in state.log_history if SCHEDULE_KEY in log), None)
+        starts = driver.start(
+            total_steps=state.max_steps,
+            steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
+            global_step=state.global_step,
+            first_steps=recorded if state.global_step > 0 else None,
+            optimizer=kwargs.get("optimizer"),
+        )
+        if recorded is None or state.global_step == 0:
+            state.log_history.append({SCHEDULE_KEY: driver.first_steps(), "step": state.global_step})
+        self._record(driver, state, starts)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._driver is not None:
+            self._record(self._driver, state, self._driver.update(state.global_step))
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._driver is None or logs is None or self._driver.phase_name() is None:
+            return
+        extra = {"phase": self._driver.phase_name(), "trained_parameters": trained_parameters(self._driver.root)}
+        logs.update(extra)
+        if state.log_history:
+            state.log_history[-1].update(extra)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        driver, self._in_training = self._driver, False
+        if driver is None:
+            return
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The weights are those of the best checkpoint: so must be the record of what is complete.
+            driver.update(getattr(state, "best_global_step", None) or state.global_step)
+            self._warn_if_incomplete(driver, "the best checkpoint was written")
+        else:
+            self._warn_if_incomplete(driver, "training ended")
+        driver.finish()
+
+    @staticmethod
+    def _check(driver: PhaseDriver) -> None:
+        if not any(isinstance(config, PhasedConfig) for config in getattr(driver.root, "peft_config", {}).values()):
+            raise ValueError(
+                "PhaseCallback found no adapter of peft_learners in the model. Wrap the model first: "
+                "model = get_peft_model(model, LearnerConfig(...)), or leave the callback out."
+            )
+
+    @staticmethod
+    def _record(driver: PhaseDriver, state: TrainerState, starts: list[PhaseStart]) -> None:
+        for start in starts:
+            state.log_history.append(
+                {
+                    "adapter": start.adapter,
+                    "phase": start.phase,
+                    "phase_first_step": start.first_step,
+                    "trained_parameters": start.trained_after,
+                    "step": state.global_step,
+                }
+            )
+
+    @staticmethod
+    def _warn_if_incomplete(driver: PhaseDriver, when: str) -> None:
+        for name, schedule in driver.schedules.items():
+            phase = schedule.phase_at(driver.global_step)
+            if phase is not schedule.phases[-1]:
+                last = schedule.phases[-1]
+                warnings.warn(
+                    f"When {when}, at step {driver.global_step}, the adapter {name!r} was still in its phase "
+                    f"{phase.name!r}, which lasts until step {last.first_step}: the phase {last.name!r} never began.",
+                    stacklevel=2,
+                )
+
+
+def _layers(root: nn.Module) -> list[DeltaLayer]:
+    return [module for module in root.modules() if isinstance(module, DeltaLayer)]
+
+
+def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
+    """Optimizer steps of one epoch, as Trainer counts them; None for data without a length."""
+    try:
+        batches = len(dataloader)
+    except TypeError:
+        return None
+    return max(1, math.ceil(batches / args.gradient_accumulation_steps))
+
+
+__all__ = ["PhaseCallback", "ScheduleError"]

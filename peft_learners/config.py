@@ -1,0 +1,144 @@
+"""What the configurations of all phased tuners share: choice of modules, phase record, checks with whole sentences."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import math
+
+from dataclasses import dataclass, field, fields
+from typing import Any, Optional, TypeVar, Union
+
+from peft.config import PeftConfig
+from peft.utils import PeftType
+
+from .schedule import Schedule
+
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
+C = TypeVar("C", bound=type)
+
+
+def names_unknown_fields(cls: C) -> C:
+    """Class decorator for a dataclass: an unknown field is refused with the nearest known one."""
+    init = cls.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        known = [f.name for f in fields(cls) if f.init]
+        for name in kwargs:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(known)}."
+                # PEFT recognises configs of newer versions by the first words of this sentence.
+                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}")
+        init(self, *args, **kwargs)
+
+    cls.__init__ = checked
+    return cls
+
+
+def require(ok: bool, config: object, name: str, right: str, corrected: str = "") -> None:
+    """Raise ValueError with the field, the value it got and what would be right."""
+    if not ok:
+        call = f" For example: {type(config).__name__}({corrected})." if corrected else ""
+        raise ValueError(f"{type(config).__name__}: `{name}` must be {right}, got {getattr(config, name)!r}.{call}")
+
+
+def is_number(value: object) -> bool:
+    """A finite int or float, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@dataclass
+class PhasedConfig(PeftConfig):
+    """Fields that every tuner of this package has.
+
+    The last three are written by training and saved with the adapter: an adapter whose phases are complete goes on in
+    its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
+    """
+
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names (or a regex) of the modules to adapt. None or 'all-linear': every linear layer of the "
+            "backbone, found from the model's structure; a pooler only if the model has a head that uses it."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names (or a regex) of modules to leave alone; wins over target_modules."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the blocks to adapt. None: all. Not with a regex target_modules."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={"help": "Name of the list that holds the blocks (e.g. 'layer'), for layers_to_transform."},
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None,
+        metadata={
+            "help": "Modules trained whole and saved with the adapter, beside the new head, which is found by itself."
+        },
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "False: random non-zero values (std 0.05) everywhere. For tests; don't train from it."},
+    )
+    save_dtype: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "'bfloat16' or 'float16': save the adapter's floating-point values in that type (half the file). "
+            "None: as they are. Checkpoints written while a schedule runs keep full precision, so that a resumed run "
+            "is exact."
+        },
+    )
+    completed_phases: list[str] = field(
+        default_factory=list, metadata={"help": "Phases that are over. Written by training; not for the user."}
+    )
+    phase_first_steps: Optional[dict[str, int]] = field(
+        default=None,
+        metadata={"help": "First optimizer step of each phase. Written when training starts; not for the user."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            names = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value)
+            require(value is None or isinstance(value, str) or names, self, name, "None, a regex or a list of names")
+            if names:
+                setattr(self, name, set(value))
+        if self.layers_to_transform is not None:
+            layers = self.layers_to_transform
+            layers = [layers] if isinstance(layers, int) else layers
+            ok = isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers)
+            require(ok, self, "layers_to_transform", "an index or a list of indices of blocks")
+            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+                raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None:
+            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
+                raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
+            if not self.layers_to_transform and self.layers_to_transform != 0:
+                raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+        require(isinstance(self.init_weights, bool), self, "init_weights", "True or False")
+        require(self.save_dtype in (None, *SAVE_DTYPES), self, "save_dtype", f"None or one of {SAVE_DTYPES}")
+
+    def _set_peft_type(self, name: str) -> None:
+        self.peft_type = PeftType(name)
+
+    # -- what a tuner's config answers about its phases ------------------------------------------------------------
+
+    def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
+        raise NotImplementedError
+
+    @property
+    def phases_complete(self) -> bool:
+        """Whether the adapter is in its last phase."""
+        raise NotImplementedError
+
+

@@ -1,0 +1,162 @@
+"""What a model is made of, found from its structure: backbone, new head, blocks, linear layers, norms, attention.
+
+All functions look through adapters that are already there: a module wrapped by a tuner layer counts as what it wraps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+_ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
+_ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)s?$", re.IGNORECASE)
+_FEED_FORWARD_NAME = re.compile(r"(^|_)(mlp|ffn?|feed_forward|feedforward|intermediate|experts?)$", re.IGNORECASE)
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """The original module behind tuner layers."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`(name, module)` of every module of the original model, without the insides of adapters and saved copies."""
+    skipped: set[str] = set()
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if parent in skipped:
+            skipped.add(name)
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            skipped.add(name)
+        yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer `(..., in) -> (..., out)`: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
+    base = base_of(module)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
+    named_linear = "Linear" in type(base).__name__ and not any(base.children())
+    return named_linear and hasattr(base, "in_features") and hasattr(base, "out_features")
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A norm with a trainable weight vector (LayerNorm, any RMSNorm, MobileBERT's NoNorm), but no batch norm."""
+    base = base_of(module)
+    if "norm" not in type(base).__name__.lower() or any(base.children()) or any(True for _ in base.buffers()):
+        return False
+    parameters = dict(base.named_parameters())
+    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in parameters.values())
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """Name of the pretrained backbone inside a task model, with a trailing dot; '' if the model is the backbone."""
+    name = getattr(model, "base_model_prefix", "")
+    inner = getattr(model, name, None) if isinstance(name, str) and name else None
+    return f"{name}." if isinstance(inner, nn.Module) and inner is not model else ""
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The pretrained LM head, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None:
+        return None
+    try:
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def new_head(model: nn.Module) -> list[str]:
+    """Names of the freshly initialised head: what has parameters and lies outside the pretrained backbone.
+
+    A model with output embeddings has a pretrained LM head, and what lies around it is pretrained too: [].
+    """
+    prefix = backbone_prefix(model)
+    if not prefix or output_embeddings(model) is not None:
+        return []
+    return [
+        name
+        for name, child in model.named_children()
+        if f"{name}." != prefix and any(True for _ in child.parameters())
+    ]
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Linear layers of the backbone that a tuner can stand in for.
+
+    Left out: the head and the LM head; the inside of `nn.MultiheadAttention`, which reads its weights without calling
+    it; and a pooler of a bare backbone, which nothing may use (a task model is built with a pooler only if its head
+    reads it).
+    """
+    prefix = backbone_prefix(model)
+    head = output_embeddings(model)
+    inside = [name for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
+    names = []
+    for name, module in walk(model):
+        if not name.startswith(prefix) or base_of(module) is head or module is head or not is_linear(module):
+            continue
+        if any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        if not prefix and name.split(".")[0] == "pooler":
+            continue
+        names.append(name)
+    return names
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the backbone's blocks: the children of its module lists."""
+    prefix = backbone_prefix(model)
+    return [
+        f"{name}.{child}"
+        for name, module in walk(model)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name.startswith(prefix)
+        for child, _ in module.named_children()
+    ]
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Norms inside the backbone's blocks (not the embeddings' norm, nor a final one)."""
+    blocks = set(block_names(model))
+    return [name for name, module in walk(model) if is_norm(module) and _ancestor_in(name, blocks)]
+
+
+def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Those of `linears` that belong to an attention: below a module whose class or name says so, and not below a
+    feed-forward part of that module."""
+    attention = {
+        name
+        for name, module in walk(model)
+        if name
+        and (_ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_NAME.search(name.rpartition(".")[2]))
+        and not is_linear(module)
+    }
+    found = []
+    for name in linears:
+        parts = name.split(".")
+        for depth in range(len(parts) - 1, 0, -1):
+            if _FEED_FORWARD_NAME.search(parts[depth]):
+                break
+            if ".".join(parts[:depth]) in attention:
+                found.append(name)
+                break
+    return found
+
+
+def _ancestor_in(name: str, names: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
+
+
+def float_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer if it is a plain floating-point matrix, else None."""
+    weight = getattr(base_of(module), "weight", None)
+    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
+    # fp8 storage counts as floating point for torch but can't hold a trained sum.
+    return weight if plain and weight is not None and weight.element_size() >= 2 else None

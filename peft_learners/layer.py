@@ -1,0 +1,186 @@
+"""What the layers of all tuners share: merging, disabling, mixed batches, freezing of parts.
+
+A tuner layer stands in for one original module and holds, per adapter, *deltas* on its parameters. The original
+module is written to by `merge` alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+
+BASE_ADAPTER = "__base__"
+
+
+class DeltaLayer(nn.Module, BaseTunerLayer):
+    """A module plus the deltas of its adapters.
+
+    A subclass names its containers in `adapter_layer_names` (each a `ParameterDict` keyed by adapter; these are the
+    *parts* that phases freeze), and defines `forward_with` and `get_deltas`.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.merged_adapters = []
+        self.frozen_peft_weight_names = {}
+        self._disable_adapters = False
+
+    # -- for the subclass -------------------------------------------------------------------------------------------
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the module with these adapters (all present here) added, without touching the module.
+
+        Args:
+            x: (..., in_features).
+            adapters: names, each of which has deltas in this layer; at least one.
+        """
+        raise NotImplementedError
+
+    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+        """`{name of the module's parameter: what the adapter adds to it}`, in the parameter's own layout."""
+        raise NotImplementedError
+
+    def has_adapter(self, adapter: str) -> bool:
+        """Whether the adapter has deltas in this layer."""
+        return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any) -> Tensor:
+        """Output of the adapted module for `x: (..., in_features)`.
+
+        Args:
+            adapter_names: one name per row of x's first dimension (`"__base__"` for none): a mixed batch.
+        """
+        if adapter_names is not None:
+            self._check_mixed(x, adapter_names)
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._forward_mixed(x, adapter_names, *args, **kwargs)
+        adapters = [] if self.merged else [name for name in self.active_adapters if self.has_adapter(name)]
+        if not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        return self.forward_with(x, adapters, *args, **kwargs)
+
+    def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            rows.setdefault(name if self.has_adapter(name) else BASE_ADAPTER, []).append(row)
+        out: Tensor | None = None
+        for name, indices in rows.items():
+            part = x[indices]
+            if name == BASE_ADAPTER:
+                result = self.base_layer(part, *args, **kwargs)
+            else:
+                result = self.forward_with(part, [name], *args, **kwargs)
+            if out is None:
+                out = result.new_empty((len(x), *result.shape[1:]))
+            out[indices] = result.to(out.dtype)
+        return out if out is not None else self.base_layer(x, *args, **kwargs)
+
+    # -- merging ----------------------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """Add the adapters' deltas to the original module's parameters.
+
+        Args:
+            safe_merge: check the sums for NaN and infinity before any is written.
+            adapter_names: adapters to merge; None: the active ones.
+
+        Raises:
+            ValueError: `safe_merge` found a sum that is not finite, or the module's weight is no float matrix.
+        """
+        for name in check_adapters_to_merge(self, adapter_names):
+            if not self.has_adapter(name):
+                continue
+            base = self.get_base_layer()
+            sums = {key: self._sum(base, key, delta, 1) for key, delta in self.get_deltas(name).items()}
+            if safe_merge:
+                for key, value in sums.items():
+                    if not torch.isfinite(value).all():
+                        raise ValueError(
+                            f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
+                            f"(parameter {key!r} of a {type(base).__name__})."
+                        )
+            for key, value in sums.items():
+                getattr(base, key).data = value
+            self.merged_adapters.append(name)
+
+    def unmerge(self) -> None:
+        """Subtract the merged deltas again; exact to rounding."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        base = self.get_base_layer()
+        while self.merged_adapters:
+            for key, delta in self.get_deltas(self.merged_adapters.pop()).items():
+                getattr(base, key).data = self._sum(base, key, delta, -1)
+
+    @staticmethod
+    def _sum(base: nn.Module, key: str, delta: Tensor, sign: int) -> Tensor:
+        value = getattr(base, key).data
+        if not value.is_floating_point():
+            raise ValueError(
+                f"The {type(base).__name__} to merge into stores {value.dtype} values: a delta can't be added to them. "
+                "Load the base model in float (without quantisation) and merge there."
+            )
+        # In the wider of both types, so that a float32 delta is rounded once.
+        return torch.add(value, delta.to(value.device), alpha=sign).to(value.dtype)
+
+    # -- freezing ---------------------------------------------------------------------------------------------------
+
+    def set_frozen_parts(self, adapter: str, parts: tuple[str, ...]) -> list[nn.Parameter]:
+        """Declare which parts of an adapter stay frozen, whatever is switched, disabled or added later.
+
+        Where the adapter is active and trained, the flags follow at once: newly frozen parts stop training (and their
+        gradients are freed), and parts that are no longer frozen train again.
+
+        Returns:
+            The parameters that stopped training.
+        """
+        before = set(self.frozen_peft_weight_names.get(adapter, ()))
+        if parts:
+            self.frozen_peft_weight_names[adapter] = parts
+        else:
+            self.frozen_peft_weight_names.pop(adapter, None)
+        stopped = []
+        for name in set(self.adapter_layer_names) & (before ^ set(parts)):
+            parameter = getattr(self, name)[adapter] if adapter in getattr(self, name) else None
+            if parameter is None:
+                continue
+            if name in parts:
+                if parameter.requires_grad:
+                    stopped.append(parameter)
+                parameter.requires_grad_(False)
+                parameter.grad = None
+            elif adapter in self.active_adapters and not self.disable_adapters:
+                parameter.requires_grad_(True)
+        return stopped
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
+        # PEFT's move makes new parameters, which all require gradients: the flags are put back.
+        flags = {
+            name: getattr(self, name)[adapter_name].requires_grad
+            for name in self.adapter_layer_names
+            if adapter_name in getattr(self, name)
+        }
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for name, flag in flags.items():
+            getattr(self, name)[adapter_name].requires_grad_(flag)

@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any, Optional
+
+from peft.tuners.tuners_utils import _ExcludedModule
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import nn
+
+from .. import discovery
+from ..phases import tuner_layers
+from ..schedule import Schedule, ScheduleError
+from ..tuner import PhasedModel
+from .config import DENSE_PART, PRIMING, LearnerConfig
+from .layer import LearnerLayer, LearnerLinear, LearnerNorm
+
+
+class LearnerModel(PhasedModel):
+    """Puts Learners on a model: low-rank modules, bias and norm deltas, and a dense delta on the attention to prime.
+
+    Args:
+        model: the model to adapt.
+        config: a `LearnerConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification, Trainer
+        >>> from peft import get_peft_model
+        >>> from peft_learners import LearnerConfig, PhaseCallback
+
+        >>> model = AutoModelForSequenceClassification.from_pretrained("distilbert-base-uncased")
+        >>> model = get_peft_model(model, LearnerConfig(r=64, priming_epochs=2, task_type="SEQ_CLS"))
+        >>> Trainer(model, args, train_dataset=data, callbacks=[PhaseCallback()]).train()
+        ```
+    """
+
+    prefix = "learner_"
+    tuner_layer_cls = LearnerLayer
+
+    # -- choice of modules ------------------------------------------------------------------------------------------
+
+    def _resolve_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
+        given = config.target_modules
+        explicit = given is not None and not (
+            isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        )
+        chosen = (
+            self._named_targets(config, model)
+            if explicit
+            else self._names_among(config, discovery.linear_names(model))
+        )
+        if not chosen:
+            return set()  # PEFT says that nothing matched
+        norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
+        targets = chosen | norms
+        if not explicit:
+            config.target_modules = set(targets)
+        self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
+        return targets
+
+    def _named_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
+        chosen, modules = set(), dict(discovery.walk(model))
+        for name, module in modules.items():
+            result = self._matches(config, name) if name else None
+            if not result or isinstance(result, _ExcludedModule):
+                continue
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                raise ValueError(
+                    f"Target module {name} lies inside a torch.nn.MultiheadAttention, which reads its weight without "
+                    "calling it, so that a Learner there would have no effect. Leave it out of `target_modules`."
+                )
+            if not (discovery.is_linear(module) or discovery.is_norm(module)):
+                raise ValueError(
+                    f"Target module {name} ({type(discovery.base_of(module)).__name__}) is not supported. Learners "
+                    "support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
+                    "weight vector."
+                )
+            chosen.add(name)
+        if chosen and not isinstance(config.target_modules, str):
+            lost = [t for t in config.target_modules or () if not any(_is_named(n, t) for n in modules)]
+            if lost:
+                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
+        return chosen
+
+    def _resolve_priming(self, config: LearnerConfig, model: nn.Module, targets: set[str]) -> set[str]:
+        modules = {name: module for name, module in discovery.walk(model) if name in targets}
+        linears = [name for name, module in modules.items() if discovery.is_linear(module)]
+        asked = config.priming_modules
+        if asked is None:
+            primed = set(discovery.attention_names(model, linears))
+            config.priming_modules = self._minimal_names(primed) or None
+        elif isinstance(asked, str):
+            primed = {name for name in linears if re.fullmatch(asked, name)}
+            if not primed:
+                raise ValueError(self._outside_targets(config, asked, linears))
+        else:
+            for name in asked:
+                if not any(_is_named(linear, name) for linear in linears):
+                    raise ValueError(self._outside_targets(config, name, linears))
+            primed = {linear for linear in linears if any(_is_named(linear, name) for name in asked)}
+        for name in sorted(primed):
+            if discovery.float_weight(modules[name]) is None:
+                weight = getattr(discovery.base_of(modules[name]), "weight", None)
+                raise ValueError(
+                    f"priming_epochs={config.priming_epochs} adds a dense delta to {name}, whose weights are not a "
+                    f"floating-point matrix (got {getattr(weight, 'dtype', type(weight).__name__)}). Prime float "
+                    "layers only, priming_modules=[...], or none: LearnerConfig(priming_epochs=0)."
+                )
+        return primed
+
+    @staticmethod
+    def _outside_targets(config: LearnerConfig, name: str, linears: list[str]) -> str:
+        last = sorted({linear.rpartition(".")[2] for linear in linears})
+        return (
+            f"LearnerConfig: `priming_modules` must name linear layers among the targets, got {name!r}, which matches "
+            f"none of the {len(linears)} targeted linear layers (named {', '.join(last)})."
+        )
+
+    # -- injection --------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(  # type: ignore[override]
+        self,
+        peft_config: LearnerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        new = not isinstance(target, LearnerLayer)
+        if not new:
+            layer = target
+        elif discovery.is_norm(target):
+            layer = LearnerNorm(target)
+        else:
+            layer = LearnerLinear(target)
+        if new:
+            layer._active_adapter = adapter_name
+        if isinstance(layer, LearnerLinear):
+            layer.update_layer(adapter_name, peft_config, current_key, primed=current_key in self._primed)
+        else:
+            layer.update_layer(adapter_name, peft_config)
+        if new:
+            self._place(layer, adapter_name, parent, target_name, target)
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def check_phases(cls, root: nn.Module, adapter: str, config: LearnerConfig, schedule: Schedule) -> None:
+        """Priming needs something to prime.
+
+        Raises:
+            ScheduleError: the schedule has a priming phase, and no layer of the adapter a dense delta.
+        """
+        primes = PRIMING in schedule.first_steps
+        if primes and not any(adapter in getattr(layer, DENSE_PART, ()) for layer in tuner_layers(root)):
+            raise ScheduleError(
+                f"The adapter {adapter!r} is to be primed (priming_epochs={config.priming_epochs}), but none of its "
+                "layers belongs to an attention, so that there is nothing to prime. Name the layers, "
+                "LearnerConfig(priming_modules=[...]), or do without: LearnerConfig(priming_epochs=0)."
+            )
+
+    @classmethod
+    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
+        layers = [layer for layer in tuner_layers(root) if isinstance(layer, LearnerLinear)]
+        dense = [layer.learner_dense[adapter] for layer in layers if adapter in layer.learner_dense]
+        config = getattr(root, "peft_config", {}).get(adapter)
+        return getattr(config, "init_weights", False) and any(bool(theta.detach().any()) for theta in dense)
+
+
+def _is_named(module_name: str, name: str) -> bool:
+    return module_name == name or module_name.endswith(f".{name}")

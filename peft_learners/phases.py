@@ -1,0 +1,273 @@
+"""The driver of phases: it lays an adapter's phases over a training and moves the model from one to the next.
+
+It needs a model with injected adapters and nothing else, so it serves `PeftModel`, transformers' own `add_adapter`,
+Trainer (through `PhaseCallback`) and a hand-written loop alike. At a boundary everything happens here: the trained
+set, gradients, optimizer state, DDP, the record in the adapter's config, the line in the log.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from torch import nn
+
+from .boundary import find_ddp, free_optimizer_state, rebuild_reducer, unwrapped
+from .config import PhasedConfig
+from .layer import DeltaLayer
+from .schedule import Phase, Schedule, ScheduleError
+
+logger = logging.getLogger("peft_learners")
+_ATTRIBUTE = "_peft_learners_driver"
+
+
+@dataclass(frozen=True)
+class PhaseStart:
+    """One adapter's entry into a phase.
+
+    Attributes:
+        adapter: the adapter's name.
+        phase: the phase's name.
+        first_step: finished optimizer steps at which it begins.
+        trained_before, trained_after: trained parameters of the whole model, before and after the boundary.
+    """
+
+    adapter: str
+    phase: str
+    first_step: int
+    trained_before: int
+    trained_after: int
+
+
+def injected_model(model: nn.Module) -> nn.Module:
+    """The original model that holds the tuner layers: behind wrappers, `PeftModel` and the tuner."""
+    model = unwrapped(model)
+    base = getattr(model, "base_model", None)
+    tuner = base if isinstance(base, nn.Module) and hasattr(type(base), "update_and_allocate") else model
+    return tuner.model if hasattr(type(tuner), "update_and_allocate") else tuner
+
+
+def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
+    """All tuner layers of this package in a model."""
+    return (module for module in root.modules() if isinstance(module, DeltaLayer))
+
+
+def trained_parameters(root: nn.Module) -> int:
+    """Number of parameters that require a gradient; shared ones once."""
+    return sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+
+
+class PhaseDriver:
+    """Drives the phases of all active, trained adapters of one model. One per model: use `PhaseDriver.of`."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = weakref.ref(root)
+        self.schedules: dict[str, Schedule] = {}
+        self.total_steps: int | None = None
+        self.global_step = 0
+        self._phase: dict[str, Phase] = {}
+        self._optimizer: object = None
+        self._wrapper: nn.Module | None = None
+        self._running = False
+
+    @classmethod
+    def of(cls, model: nn.Module) -> PhaseDriver:
+        """The driver of a model (`PeftModel`, tuner, wrapped or bare), made on first use."""
+        root = injected_model(model)
+        driver = root.__dict__.get(_ATTRIBUTE)
+        if driver is None:
+            driver = cls(root)
+            root.__dict__[_ATTRIBUTE] = driver
+        return driver
+
+    @classmethod
+    def known(cls, model: nn.Module) -> PhaseDriver | None:
+        """The driver of a model if it has one already."""
+        return injected_model(model).__dict__.get(_ATTRIBUTE)
+
+    @staticmethod
+    def forget(root: nn.Module) -> None:
+        """Leave no trace on a model whose adapters were taken out."""
+        root.__dict__.pop(_ATTRIBUTE, None)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> None:
+        return None  # a copied model starts without a driver
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
+
+    # -- what there is to drive -------------------------------------------------------------------------------------
+
+    @property
+    def root(self) -> nn.Module:
+        root = self._root()
+        if root is None:
+            raise RuntimeError("The model of this phase driver no longer exists.")
+        return root
+
+    def configs(self) -> dict[str, PhasedConfig]:
+        """Configs of the phased adapters that are active and trained."""
+        active: list[str] = []
+        for layer in tuner_layers(self.root):
+            active = layer.active_adapters
+            break
+        configs = getattr(self.root, "peft_config", {})
+        return {
+            name: config
+            for name, config in configs.items()
+            if isinstance(config, PhasedConfig) and name in active and not config.inference_mode
+        }
+
+    @property
+    def running(self) -> bool:
+        """Whether a training is under way (started, and neither finished nor at its last step)."""
+        return self._running
+
+    def phase_name(self) -> str | None:
+        """Name of the current phase ("a" or "a+b" where several adapters differ); None before a start."""
+        names = sorted({phase.name for phase in self._phase.values()})
+        return "+".join(names) or None
+
+    def first_steps(self) -> dict[str, dict[str, int]]:
+        """`{adapter: {phase: first step}}` of the schedules in force; what a checkpoint should keep."""
+        return {name: schedule.first_steps for name, schedule in self.schedules.items()}
+
+    # -- verbs ------------------------------------------------------------------------------------------------------
+
+    def start(
+        self,
+        *,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        global_step: int = 0,
+        first_steps: Mapping[str, Mapping[str, int]] | None = None,
+        optimizer: object = None,
+        wrapper: nn.Module | None = None,
+    ) -> list[PhaseStart]:
+        """Lay the phases over a training that is about to begin or to be resumed.
+
+        Args:
+            total_steps: optimizer steps of the whole training, None if unknown.
+            steps_per_epoch: optimizer steps of one epoch, None if unknown.
+            global_step: optimizer steps that are finished; above 0 in a resumed run.
+            first_steps: recorded boundaries of a resumed run, which stay whatever has been changed since. None: those
+                in the adapters' configs, where `global_step` is above 0.
+            optimizer: whose state is freed at boundaries.
+            wrapper: the DDP wrapper, if any; None: it is looked for.
+
+        Raises:
+            ScheduleError: the phases don't fit the training, or a phase has nothing to train.
+        """
+        schedules = {}
+        for name, config in self.configs().items():
+            recorded = (first_steps or {}).get(name)
+            if recorded is None and global_step > 0:
+                recorded = config.phase_first_steps
+            schedule = config.schedule(None if recorded else total_steps, steps_per_epoch or (1 if recorded else None))
+            if recorded:
+                schedule = schedule.with_first_steps(recorded)
+            elif config.phases_complete:
+                schedule = schedule.last_only()
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            tuner.check_phases(self.root, name, config, schedule)
+            schedules[name] = schedule
+        self.schedules, self.total_steps, self._phase = schedules, total_steps, {}
+        self._optimizer, self._wrapper = optimizer, wrapper
+        self._running = True
+        for name, schedule in schedules.items():
+            self.configs()[name].phase_first_steps = schedule.first_steps
+        return self._move_to(global_step)
+
+    def update(self, global_step: int) -> list[PhaseStart]:
+        """To be called between two optimizer steps: crosses the boundary if one lies at `global_step` finished steps.
+
+        Args:
+            global_step: optimizer steps that are finished.
+
+        Raises:
+            ScheduleError: no schedule was set, and an adapter has phases before it.
+        """
+        if not self.schedules:
+            self._start_without_schedule()
+        return self._move_to(global_step)
+
+    def finish(self) -> None:
+        """Training is over: saved adapters may be cast from now on, and the optimizer is let go."""
+        self._running = False
+        self._optimizer = self._wrapper = None
+
+    def restart(self) -> None:
+        """Begin all phases again with the next training: nothing is frozen, no phase is complete."""
+        self.schedules, self._phase = {}, {}
+        for name, config in self.configs().items():
+            config.completed_phases, config.phase_first_steps = [], None
+            for layer in tuner_layers(self.root):
+                layer.set_frozen_parts(name, ())
+
+    def _start_without_schedule(self) -> None:
+        for name, config in self.configs().items():
+            try:
+                config.schedule(None, None)
+            except ScheduleError as error:
+                raise ScheduleError(
+                    f"update_and_allocate() was called before the adapter {name!r} had a schedule. {error} Or call "
+                    "model.base_model.set_schedule(total_steps=..., steps_per_epoch=...) before the loop."
+                ) from None
+        self.start()
+
+    def _move_to(self, global_step: int) -> list[PhaseStart]:
+        self.global_step = global_step
+        if self.total_steps is not None and global_step >= self.total_steps:
+            self._running = False
+        entering = {
+            name: schedule.phase_at(global_step)
+            for name, schedule in self.schedules.items()
+            if schedule.phase_at(global_step) is not self._phase.get(name)
+        }
+        if not entering:
+            return []
+        root, configs = self.root, self.configs()
+        before = trained_parameters(root)
+        flags = {id(p): p.requires_grad for p in root.parameters()}
+        stopped: list[nn.Parameter] = []
+        for name, phase in entering.items():
+            for layer in tuner_layers(root):
+                frozen = tuple(part for part in layer.adapter_layer_names if part not in phase.trains)
+                stopped += layer.set_frozen_parts(name, frozen)
+            self._phase[name] = phase
+            if name in configs:
+                schedule = self.schedules[name]
+                if len(schedule.phases) > 1:
+                    configs[name].completed_phases = schedule.completed(global_step)
+        free_optimizer_state(self._optimizer, stopped)
+        if any(flags.get(id(p)) != p.requires_grad for p in root.parameters()):
+            ddp = self._wrapper if isinstance(self._wrapper, nn.parallel.DistributedDataParallel) else find_ddp(root)
+            if ddp is not None:
+                rebuild_reducer(ddp)
+        after = trained_parameters(root)
+        starts = [PhaseStart(name, phase.name, phase.first_step, before, after) for name, phase in entering.items()]
+        if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+            for start in starts:
+                logger.info(
+                    "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
+                    *(start.adapter, start.phase, global_step, start.trained_before, start.trained_after),
+                )
+        return starts
+
+
+def warn_if_never_scheduled(model: nn.Module, adapter: str, config: PhasedConfig, trained: bool, verb: str) -> None:
+    """Tell the user at save or merge when an adapter was trained without its phases being driven."""
+    if config.inference_mode or config.phases_complete or not trained or config.phase_first_steps is not None:
+        return
+    warnings.warn(
+        f"The adapter {adapter!r} is about to be {verb}, but its phases were never driven: everything it has trained "
+        "until the end, and nothing was frozen. Pass callbacks=[PhaseCallback()] to Trainer, or call "
+        "model.base_model.set_schedule(...) before your loop and model.base_model.update_and_allocate(global_step) "
+        "after each optimizer.step().",
+        stacklevel=3,
+    )

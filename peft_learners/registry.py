@@ -1,0 +1,101 @@
+"""The one place that touches PEFT's tables.
+
+PEFT has no plugin mechanism: `register_peft_method` wants a member of the `PeftType` enum. A plain string would do for
+PEFT itself, but transformers calls `peft_type.value`, so a real member is made, on the interpreter's own machinery,
+and checked afterwards: if PEFT's tables or Python's enum change shape, the import fails with a sentence that says so.
+"""
+
+from __future__ import annotations
+
+import enum
+import sys
+
+import peft.mapping as tables
+from peft.utils import PeftType, register_peft_method
+
+
+def _restore(name: str) -> PeftType:
+    """What a pickled member is rebuilt by: importing this module imports the plugin, and with it the member."""
+    return PeftType[name]
+
+
+def ensure_peft_type(name: str) -> PeftType:
+    """The member `PeftType.<name>` with `value == name`, made if it does not exist. Idempotent.
+
+    Raises:
+        RuntimeError: the enum does not hold the new member afterwards in every way PEFT and transformers use it.
+    """
+    if name not in PeftType.__members__:
+        try:
+            _add_member(name)
+        except Exception as error:
+            raise RuntimeError(_shape_error(f"adding the member {name} to PeftType failed: {error!r}")) from error
+    member = PeftType.__members__.get(name)
+    sound = (
+        member is not None
+        and isinstance(member, PeftType)
+        and isinstance(member, str)
+        and member.value == name == member.name == str.__str__(member)
+        and PeftType(name) is member is PeftType[name] is getattr(PeftType, name, None)
+        and member in list(PeftType)
+        and name in list(PeftType)
+        and hash(member) == hash(name)
+    )
+    if not sound:
+        raise RuntimeError(_shape_error(f"PeftType.{name} is not a usable member"))
+    assert member is not None
+    return member
+
+
+def _add_member(name: str) -> None:
+    if sys.version_info >= (3, 11):
+        proto = enum._proto_member(name)  # type: ignore[attr-defined]
+        type.__setattr__(PeftType, name, proto)
+        proto.__set_name__(PeftType, name)
+    else:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        member.__objclass__ = PeftType
+        PeftType._member_names_.append(name)
+        PeftType._member_map_[name] = member
+        PeftType._value2member_map_[name] = member
+    # Enum members pickle by name, which fails in a process that has not imported the plugin.
+    PeftType[name].__reduce_ex__ = lambda protocol: (_restore, (name,))  # type: ignore[method-assign]
+
+
+def register(name: str, config_cls: type, model_cls: type) -> None:
+    """Register a tuner with PEFT as `PeftType.<NAME>`. Idempotent; fails loudly.
+
+    Args:
+        name: lower-case name; the parameter prefix is `<name>_`, as transformers derives it.
+        config_cls: the tuner's `PeftConfig`.
+        model_cls: the tuner's `BaseTuner`.
+
+    Raises:
+        RuntimeError: another package holds the name, or PEFT's tables have changed shape.
+    """
+    peft_type = ensure_peft_type(name.upper())
+    known = tables.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
+    if known is None:
+        try:
+            register_peft_method(name=name, config_cls=config_cls, model_cls=model_cls)
+        except Exception as error:
+            raise RuntimeError(_shape_error(f"registering {name!r} failed: {error!r}")) from error
+    registered = (
+        tables.PEFT_TYPE_TO_CONFIG_MAPPING.get(peft_type),
+        tables.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type),
+        tables.PEFT_TYPE_TO_PREFIX_MAPPING.get(peft_type),
+    )
+    expected = (config_cls, model_cls, f"{name}_")
+    if registered != expected:
+        raise RuntimeError(_shape_error(f"PEFT's tables hold {registered} for {name!r}, expected {expected}"))
+
+
+def _shape_error(what: str) -> str:
+    import peft
+
+    return (
+        f"peft_learners can't register with PEFT {peft.__version__} on Python {sys.version.split()[0]}: {what}. "
+        "It was made for peft>=0.21,<0.22: install that (`pip install 'peft>=0.21,<0.22'`) or a newer peft-learners."
+    )

@@ -1,0 +1,150 @@
+"""Phases and steps: pure integers, no torch.
+
+A method is a list of phases. This module turns epochs into optimizer steps once, says in which phase a step lies, and
+what changes at a boundary. Everything else (layers, optimizers, processes) lives elsewhere and asks here.
+
+Steps are counted as *finished optimizer steps*: `global_step` 0 is before the first step, and a phase with
+`first_step == k` owns the steps that start when k steps are finished. A boundary therefore lies between two steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+
+class ScheduleError(ValueError):
+    """The phases of a method can't be laid over the training that was asked for."""
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One stretch of training with a fixed set of trained parts.
+
+    Attributes:
+        name: the phase's name, as it appears in logs and in `completed_phases` of the adapter's config.
+        first_step: number of optimizer steps that are finished when the phase begins.
+        trains: names of the adapter parts (containers of a tuner layer) that train in it.
+    """
+
+    name: str
+    first_step: int
+    trains: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """What a boundary does to the trained set: names of adapter parts."""
+
+    frozen: frozenset[str]
+    unfrozen: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Phases in order. The first begins at step 0, and each later one strictly after the one before.
+
+    Raises:
+        ScheduleError: no phase, a first phase that does not begin at 0, first steps that do not increase, or two
+            phases of one name.
+    """
+
+    phases: tuple[Phase, ...]
+
+    def __post_init__(self) -> None:
+        if not self.phases:
+            raise ScheduleError("A schedule needs at least one phase, got none.")
+        steps = [phase.first_step for phase in self.phases]
+        if steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+            raise ScheduleError(f"The first steps of the phases must begin at 0 and increase, got {steps}.")
+        names = [phase.name for phase in self.phases]
+        if len(set(names)) != len(names):
+            raise ScheduleError(f"The names of the phases must differ, got {names}.")
+
+    def index_at(self, global_step: int) -> int:
+        """Index of the phase that owns the step which begins when `global_step` steps are finished."""
+        return sum(phase.first_step <= global_step for phase in self.phases) - 1
+
+    def phase_at(self, global_step: int) -> Phase:
+        """The phase that owns the step which begins when `global_step` steps are finished."""
+        return self.phases[self.index_at(global_step)]
+
+    def completed(self, global_step: int) -> list[str]:
+        """Names of the phases that are over when `global_step` steps are finished."""
+        return [phase.name for phase in self.phases[: self.index_at(global_step)]]
+
+    @property
+    def first_steps(self) -> dict[str, int]:
+        """`{phase name: first step}`, in order; what a checkpoint keeps so that a resumed run has the same boundary."""
+        return {phase.name: phase.first_step for phase in self.phases}
+
+    def last_only(self) -> Schedule:
+        """The schedule of an adapter whose earlier phases are complete: its last phase from step 0 on."""
+        last = self.phases[-1]
+        return Schedule((Phase(last.name, 0, last.trains),))
+
+    def with_first_steps(self, first_steps: Mapping[str, int]) -> Schedule:
+        """The same parts on recorded boundaries (a resumed run).
+
+        Raises:
+            ScheduleError: a recorded phase that this method does not have.
+        """
+        known = {phase.name: phase for phase in self.phases}
+        unknown = set(first_steps) - set(known)
+        if unknown:
+            raise ScheduleError(
+                f"The recorded phases {sorted(unknown)} are not phases of this adapter, which has {sorted(known)}: "
+                "was the checkpoint written with another configuration?"
+            )
+        ordered = sorted(first_steps.items(), key=lambda item: item[1])
+        return Schedule(tuple(Phase(name, step, known[name].trains) for name, step in ordered))
+
+
+def change(before: Phase | None, after: Phase) -> Change:
+    """What changes when `after` follows `before` (None: at the start of training)."""
+    old = before.trains if before is not None else frozenset()
+    return Change(frozen=frozenset(old - after.trains), unfrozen=frozenset(after.trains - old))
+
+
+def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
+    """Optimizer steps in `epochs` epochs: rounded half up, and at least 1 for any positive number of epochs.
+
+    Raises:
+        ScheduleError: `steps_per_epoch` below 1, or `epochs` negative or not finite.
+    """
+    if steps_per_epoch < 1:
+        raise ScheduleError(f"steps_per_epoch must be at least 1, got {steps_per_epoch}.")
+    if not (math.isfinite(epochs) and epochs >= 0):
+        raise ScheduleError(f"epochs must be a finite number of at least 0, got {epochs}.")
+    if epochs == 0:
+        return 0
+    return max(1, math.floor(epochs * steps_per_epoch + 0.5))
+
+
+def lay_out(
+    lengths: Sequence[tuple[str, int | None, frozenset[str]]], total_steps: int | None, advice: str = ""
+) -> Schedule:
+    """Put phases of given lengths one behind the other.
+
+    Args:
+        lengths: `(name, number of optimizer steps, trained parts)`; a length of 0 leaves the phase out, and only the
+            last may be None (whatever is left).
+        total_steps: optimizer steps of the whole training; None if unknown (then nothing can be checked).
+        advice: what the user can do when the steps don't suffice; ends the error's sentence.
+
+    Raises:
+        ScheduleError: the phases before the last need more steps than training has.
+    """
+    phases, step = [], 0
+    for name, length, trains in lengths:
+        if length == 0:
+            continue
+        phases.append(Phase(name, step, trains))
+        step += length or 0
+    if total_steps is not None and step > total_steps:
+        raise ScheduleError(
+            f"{' and '.join(phase.name for phase in phases[:-1])} needs {step} optimizer steps, but training has only "
+            f"{total_steps}. {advice}".rstrip()
+        )
+    return Schedule(tuple(phases))

@@ -1,0 +1,317 @@
+"""What the models of all tuners share: choice of modules, the head, phases, unloading, saving."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, Optional
+
+import torch
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _find_minimal_target_modules,
+    check_target_module_exists,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from . import discovery
+from .config import PhasedConfig
+from .layer import BASE_ADAPTER, DeltaLayer
+from .phases import PhaseDriver, PhaseStart, warn_if_never_scheduled
+from .schedule import Schedule
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+class PhasedModel(BaseTuner):
+    """Base class of this package's tuners.
+
+    A subclass sets `prefix` and `tuner_layer_cls` and defines `_resolve_targets` and `_create_and_replace`.
+    """
+
+    target_module_mapping: dict[str, list[str]] = {}
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    def set_schedule(
+        self,
+        total_steps: int | None = None,
+        steps_per_epoch: int | None = None,
+        *,
+        global_step: int = 0,
+        optimizer: object = None,
+        wrapper: nn.Module | None = None,
+    ) -> list[PhaseStart]:
+        """Lay the adapter's phases over the training that is about to begin. For loops without `PhaseCallback`.
+
+        Args:
+            total_steps: optimizer steps of the whole training.
+            steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
+            global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
+                adapter's config remembers stay as they are.
+            optimizer: its state of what freezes is freed at the boundary.
+            wrapper: the `DistributedDataParallel` model, if any; it is rebuilt at the boundary.
+
+        Raises:
+            ScheduleError: fewer steps than the phases need, or nothing to train in one of them.
+        """
+        return PhaseDriver.of(self).start(
+            total_steps=total_steps,
+            steps_per_epoch=steps_per_epoch,
+            global_step=global_step,
+            optimizer=optimizer,
+            wrapper=wrapper,
+        )
+
+    def update_and_allocate(self, global_step: int) -> list[PhaseStart]:
+        """To be called once per optimizer step, after `optimizer.step()` and with the step counted.
+
+        Args:
+            global_step: finished optimizer steps.
+
+        Returns:
+            The phases that begin here; usually none.
+        """
+        return PhaseDriver.of(self).update(global_step)
+
+    def restart_phases(self) -> None:
+        """Let the active adapters go through all their phases again in the next training."""
+        PhaseDriver.of(self).restart()
+
+    @classmethod
+    def check_phases(cls, root: nn.Module, adapter: str, config: Any, schedule: Schedule) -> None:
+        """Refuse a schedule that the injected adapter can't follow.
+
+        Raises:
+            ScheduleError: for instance a phase whose own parts exist in no layer.
+        """
+
+    @classmethod
+    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
+        """Whether training has moved what an earlier phase trains (to tell a fresh adapter from a trained one)."""
+        return False
+
+    # -- injection --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        # What training writes into the config must not reach the user's object, which he may use for another model.
+        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
+        """Names of all modules to adapt; may complete the config."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, PhasedConfig)
+        head = discovery.new_head(self.model)
+        if head:
+            saved = list(peft_config.modules_to_save or [])
+            peft_config.modules_to_save = saved + [name for name in head if name not in saved]
+        self._targets: set[str] = set()
+        if peft_config.target_modules != DUMMY_TARGET_MODULES:
+            self._targets = self._resolve_targets(peft_config, self.model)
+        return peft_config
+
+    def _matches(self, config: PhasedConfig, key: str) -> Any:
+        """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
+        return check_target_module_exists(config, key)
+
+    def _names_among(self, config: PhasedConfig, names: list[str]) -> set[str]:
+        """Those of `names` (found by structure) that exclude_modules and layers_to_transform leave in."""
+        # A bare full name would bypass layers_to_transform in PEFT's rule: match by last component.
+        probe = copy.copy(config)
+        probe.target_modules = {name.rpartition(".")[2] for name in names}
+        found = set()
+        for name in names:
+            # Top-level names match exactly in PEFT's rule, which skips the layer check: they lie in no layer.
+            if "." not in name and config.layers_to_transform is not None:
+                continue
+            result = self._matches(probe, name)
+            if result and not isinstance(result, _ExcludedModule):
+                found.add(name)
+        return found
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._targets:
+            return True
+        if peft_config.target_modules == DUMMY_TARGET_MODULES or peft_config.target_modules is None:
+            return False
+        result = self._matches(peft_config, key)
+        return result if isinstance(result, _ExcludedModule) else False
+
+    def _minimal_names(self, names: set[str]) -> list[str]:
+        """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets."""
+        others = [name for name, _ in discovery.walk(self.model) if name and name not in names]
+        return sorted(_find_minimal_target_modules(names, others)) if names else []
+
+    def _place(self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module) -> None:
+        if adapter_name not in self.active_adapters:
+            new_module.requires_grad_(False)
+        self._replace_module(parent, name, new_module, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's version copies `weight` onto what it unwraps, and fails on heads made of several linear layers.
+        setattr(parent, child_name, new_module)
+        if isinstance(new_module, DeltaLayer):
+            for adapter in new_module._all_available_adapter_names():
+                new_module._move_adapter_to_device_of_base_layer(adapter)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # PEFT's cast makes new parameters, which all require gradients: the flags are put back.
+        containers = [
+            (getattr(layer, part), getattr(layer, part)[adapter_name].requires_grad)
+            for layer in self.model.modules()
+            if isinstance(layer, DeltaLayer)
+            for part in layer.adapter_layer_names
+            if adapter_name in getattr(layer, part)
+        ]
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        for container, flag in containers:
+            container[adapter_name].requires_grad_(flag)
+
+    # -- mixed batches ----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        modules = [m for m in self.modules() if isinstance(m, (DeltaLayer, AuxiliaryTrainingWrapper))]
+        known = {name for m in modules if isinstance(m, DeltaLayer) for name in m._all_available_adapter_names()}
+        unknown = set(adapter_names) - known - {BASE_ADAPTER}
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+        beams = kwargs.get("num_beams")
+        beams = beams if isinstance(beams, int) and beams > 1 else 1
+        # Beam search repeats the rows of the decoder, but an encoder sees the original ones.
+        get_encoder = getattr(self.model, "get_encoder", None)
+        encoder = get_encoder() if beams > 1 and get_encoder is not None else None
+        inside = set(encoder.modules()) if encoder is not None and encoder is not self.model else set()
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        handles = [
+            module.register_forward_pre_hook(
+                partial(_pass_adapter_names, adapter_names=list(adapter_names) if module in inside else repeated),
+                with_kwargs=True,
+            )
+            for module in modules
+        ]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # -- unloading and saving ---------------------------------------------------------------------------------------
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for name in self.active_adapters:
+            if name in self.peft_config:
+                self._warn_if_never_scheduled(self.model, name, self.peft_config[name], "merged")
+
+    @classmethod
+    def _warn_if_never_scheduled(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
+        if not (config.inference_mode or config.phases_complete):
+            warn_if_never_scheduled(root, adapter, config, cls.has_trained(root, adapter), verb)
+
+    def unload(self) -> nn.Module:
+        """The original model, bit for bit, its original head too (adapters that are merged are unmerged first)."""
+        for module in self.model.modules():
+            if isinstance(module, DeltaLayer) and module.merged:
+                module.unmerge()
+            elif isinstance(module, AuxiliaryTrainingWrapper):
+                module._active_adapter = []
+        return super().unload()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        PhaseDriver.forget(model)
+        return model
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
+    ) -> dict[str, torch.Tensor]:
+        values = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        driver = PhaseDriver.known(model)
+        cls._warn_if_never_scheduled(model, adapter_name, config, "saved")
+        if config.save_dtype is not None and not (driver is not None and driver.running):
+            dtype = getattr(torch, config.save_dtype)
+            values = {key: v.to(dtype) if v.is_floating_point() else v for key, v in values.items()}
+        return values
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        cls._refuse_foreign(model, adapter_name, remapped)
+
+        # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
+        # is copied: torch itself copies what fits and raises afterwards.
+        def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
+            handle.remove()
+            cls._refuse_shapes(model, adapter_name, values)
+
+        handle = model.register_load_state_dict_pre_hook(check_shapes)
+        return remapped
+
+    @classmethod
+    def _refuse_foreign(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Check a whole checkpoint before any of it is loaded, so that a foreign one leaves the model as it was."""
+        marker = f".{adapter_name}"
+        own = {
+            key: value
+            for key, value in model.state_dict().items()
+            if f".{cls.prefix}" in key and (key.endswith(marker) or f"{marker}." in key)
+        }
+        found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
+        missing = sorted(set(own) - set(found))
+        unknown = sorted(set(found) - set(own))
+        if not (missing or unknown):
+            return
+        parts = []
+        if missing:
+            parts.append(f"{len(missing)} of {len(own)} values are missing (first: {missing[0]})")
+        if unknown:
+            parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")
+        raise ValueError(cls._misfit(adapter_name, "; ".join(parts)))
+
+    @classmethod
+    def _refuse_shapes(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+        own = model.state_dict()
+        shapes = [
+            f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
+            for key, value in state_dict.items()
+            if key in own and own[key].shape != value.shape
+        ]
+        if shapes:
+            raise ValueError(cls._misfit(adapter_name, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
+
+    @staticmethod
+    def _misfit(adapter_name: str, what: str) -> str:
+        return (
+            f"The checkpoint does not fit the adapter {adapter_name!r}: {what}. Nothing was loaded. Load it with the "
+            "adapter_config.json it was saved with (PeftModel.from_pretrained does), on the same base model."
+        )

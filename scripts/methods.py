@@ -1,0 +1,79 @@
+"""The ways to train a model that `train_glue.py --method` knows. A new one is a function and an entry in `METHODS`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from transformers import PreTrainedModel
+
+
+@dataclass
+class MethodArguments:
+    """Arguments of the methods; a method uses those that its entry in `METHODS` names."""
+
+    r: int = field(default=64, metadata={"help": "Rank of the low-rank modules (lora, learner)."})
+    priming_epochs: float = field(
+        default=2.0, metadata={"help": "Epochs of priming, fractions allowed; 0: none (learner)."}
+    )
+    priming_lr_scale: float = field(
+        default=1.0, metadata={"help": "Learning rate of the primed weights relative to the rest (learner)."}
+    )
+    dropout: float = field(
+        default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (lora, learner)."}
+    )
+
+
+def lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """LoRA on every linear layer. lora_alpha=r: a scaling of 1, as Learners without priming have it."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules="all-linear", lora_dropout=args.dropout
+    )
+    return get_peft_model(model, config)
+
+
+def learner(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """Learners with priming."""
+    from peft import get_peft_model
+
+    from peft_learners import LearnerConfig
+
+    config = LearnerConfig(
+        task_type="SEQ_CLS",
+        r=args.r,
+        priming_epochs=args.priming_epochs,
+        priming_lr_scale=args.priming_lr_scale,
+        learner_dropout=args.dropout,
+    )
+    return get_peft_model(model, config)
+
+
+def full(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """All parameters of the model."""
+    return model
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train: `method(model, method_arguments)` returns the model to train.
+
+    Attributes:
+        wrap: makes the model to train.
+        arguments: the `MethodArguments` that it uses; they are recorded.
+        phased: whether it is a phased tuner, which needs `peft_learners.PhaseCallback`.
+    """
+
+    wrap: Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]
+    arguments: tuple[str, ...] = ()
+    phased: bool = False
+
+    def __call__(self, model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+        return self.wrap(model, args)
+
+
+METHODS: dict[str, Method] = {
+    "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
+    "lora": Method(lora, ("r", "dropout")),
+    "full": Method(full),
+}

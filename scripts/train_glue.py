@@ -1,0 +1,349 @@
+"""Train an adapter (or the whole model) on a GLUE task with the Trainer, and leave one results file.
+
+    python scripts/train_glue.py --task cola --data_dir ../shared/glue --method learner
+    torchrun --nproc_per_node 2 scripts/train_glue.py --task rte --method lora --use_cpu
+
+Every argument of `transformers.TrainingArguments` works too; the defaults of some are the recipe of arXiv 2208.02070
+(AdamW, learning rate 2e-5, batches of 16, 5 epochs, a linear schedule). Called again with the same arguments, a run
+that was cut off goes on from its last checkpoint, and a finished one says so. This script holds no algorithm: a method
+is one entry in `methods.METHODS`.
+"""
+
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import datasets
+import glue_data
+import glue_metrics
+import numpy as np
+import run_record
+import torch
+from methods import METHODS, MethodArguments
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+
+@dataclass
+class ScriptArguments:
+    """What is trained on what, and where the record goes."""
+
+    task: str = field(metadata={"help": f"GLUE task: {', '.join(glue_data.TASKS)} (any case; 'STS-B' works too)."})
+    method: str = field(default="learner", metadata={"help": "How to train.", "choices": list(METHODS)})
+    model_name_or_path: str = field(
+        default="distilbert-base-uncased", metadata={"help": "Model and tokenizer: a Hub id or a local folder."}
+    )
+    data_dir: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "Folder with <task's GLUE folder>/train.tsv and dev.tsv (header row, no quoting), e.g. CoLA. "
+            f"Default: {glue_data.HUB_DATASET} from the Hub."
+        },
+    )
+    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
+    pad_to_max_length: bool = field(
+        default=False, metadata={"help": "Pad to max_length, instead of to the longest example of a batch."}
+    )
+    max_train_samples: Optional[int] = field(
+        default=None, metadata={"help": "Train on that many first rows only; recorded."}
+    )
+    max_eval_samples: Optional[int] = field(
+        default=None, metadata={"help": "Evaluate on that many first rows only; recorded."}
+    )
+    results_file: Optional[str] = field(
+        default=None, metadata={"help": "The results file. Default: results.json in output_dir."}
+    )
+    overwrite: bool = field(
+        default=False, metadata={"help": "Start again: delete the results and checkpoints of an earlier run."}
+    )
+
+
+@dataclass
+class GlueTrainingArguments(TrainingArguments):
+    """`TrainingArguments` with the paper's recipe as defaults."""
+
+    output_dir: Optional[str] = field(
+        default=None,
+        metadata={"help": "Folder of the run. Default: runs/<task>-<method>[-r<r>]-<model>-seed<seed>."},
+    )
+    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
+    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of training."})
+    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per process for training."})
+    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Batch size per process for evaluation."})
+    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
+    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
+    save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints to keep."})
+    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps, epoch."})
+    report_to: Optional[str] = field(default="none", metadata={"help": "Integrations to report to, e.g. tensorboard."})
+
+    def __post_init__(self) -> None:
+        self.has_default_output_dir = self.output_dir is None
+        super().__post_init__()
+
+
+#: Training arguments that decide what a run computes; they are recorded and must not change in a resumed run.
+RECORDED = (
+    "learning_rate",
+    "num_train_epochs",
+    "max_steps",
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "warmup_steps",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "optim",
+    "optim_args",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "label_smoothing_factor",
+    "neftune_noise_alpha",
+    "load_best_model_at_end",
+    "bf16",
+    "fp16",
+    "seed",
+    "data_seed",
+)
+
+
+def run_config(
+    args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments
+) -> dict[str, Any]:
+    """The settings that decide what a run computes: the method's, the data's and the training's."""
+    config: dict[str, Any] = {name: getattr(method_args, name) for name in METHODS[args.method].arguments}
+    for name in RECORDED:
+        value = getattr(training_args, name, None)
+        config[name] = getattr(value, "value", value)
+    accumulated = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
+    config["total_batch_size"] = accumulated * training_args.world_size
+    for name in ("max_length", "pad_to_max_length", "max_train_samples", "max_eval_samples"):
+        config[name] = getattr(args, name)
+    return config
+
+
+def load_model(
+    args: ScriptArguments, method_args: MethodArguments, task: glue_data.Task
+) -> tuple[torch.nn.Module, PreTrainedTokenizerBase]:
+    """The model to train, with a new head for the task, and its tokenizer."""
+    name = args.model_name_or_path
+    if name.startswith((".", "/", "~")) and not Path(name).expanduser().is_dir():
+        raise FileNotFoundError(f"--model_name_or_path must be a Hub id or a folder that exists, got {name!r}.")
+    name = str(Path(name).expanduser()) if name.startswith("~") else name
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RuntimeError(
+            f"No tokenizer could be loaded for --model_name_or_path {args.model_name_or_path!r} ({error}). "
+            "A folder must hold its files: tokenizer.json and tokenizer_config.json."
+        ) from error
+    labels = {"id2label": dict(enumerate(task.labels)), "label2id": {n: i for i, n in enumerate(task.labels)}}
+    model = AutoModelForSequenceClassification.from_pretrained(
+        name,
+        num_labels=task.num_labels,
+        problem_type="regression" if task.regression else "single_label_classification",
+        dtype=torch.float32,  # "auto" would train a checkpoint kept in half precision in half precision
+        **({} if task.regression else labels),
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
+    if not 1 <= args.max_length <= longest:
+        raise ValueError(f"--max_length must be from 1 to {longest} for this model, got {args.max_length}.")
+    return METHODS[args.method](model, method_args), tokenizer
+
+
+def make_compute_metrics(task: glue_data.Task) -> tuple[Callable[[EvalPrediction], dict[str, float]], str]:
+    """The function for the Trainer, and where its numbers come from."""
+    metric, source = glue_metrics.load_metric(task.name)
+
+    def compute_metrics(prediction: EvalPrediction) -> dict[str, float]:
+        logits = prediction.predictions
+        logits = logits[0] if isinstance(logits, tuple) else logits
+        return metric(logits.squeeze(-1) if task.regression else np.argmax(logits, axis=-1), prediction.label_ids)
+
+    return compute_metrics, source
+
+
+def open_run(
+    args: ScriptArguments, training_args: TrainingArguments, results_file: Path, identity: dict[str, Any]
+) -> tuple[Optional[dict[str, Any]], Optional[Path]]:
+    """Look at what `output_dir` holds: the results of a finished run, or the checkpoint to go on from.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    folder, main = Path(training_args.output_dir), training_args.process_index == 0
+    record = folder / "run_config.json"
+    with training_args.main_process_first(local=False, desc="opening the run"):
+        if args.overwrite and main:
+            for path in (*run_record.checkpoints(folder), folder / "adapter", folder / "model"):
+                shutil.rmtree(path, ignore_errors=True)
+            for path in (results_file, record):
+                path.unlink(missing_ok=True)
+        finished = run_record.read_json(results_file)
+        finished = finished if finished is not None and finished.get("finished") else None
+        earlier = {k: finished.get(k) for k in identity} if finished else run_record.read_json(record)
+        if earlier is not None and (changed := run_record.differences(earlier, identity)):
+            raise ValueError(
+                f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}). Choose another "
+                "--output_dir (and --results_file), or --overwrite to start this one again."
+            )
+        if finished:
+            return finished, None
+        if main:
+            run_record.write_json(record, identity)
+        return None, run_record.last_complete_checkpoint(folder)
+
+
+def build_trainer(
+    args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments
+) -> tuple[Trainer, dict[str, Any]]:
+    """The Trainer of a run, and what the record says about its rows, metrics and parameters."""
+    task = glue_data.find_task(args.task)
+    set_seed(training_args.seed)  # before the model: the seed decides the new head too
+    model, tokenizer = load_model(args, method_args, task)
+    data = glue_data.load_glue(task, args.data_dir, args.max_train_samples, args.max_eval_samples)
+
+    def encode(rows: datasets.Dataset, name: str) -> datasets.Dataset:
+        return glue_data.tokenize(rows, tokenizer, args.max_length, args.pad_to_max_length, f"Tokenizing {name}")
+
+    dev = {suffix: encode(rows, f"dev {suffix}".strip()) for suffix, rows in data.dev.items()}
+    compute_metrics, source = make_compute_metrics(task)
+    callbacks: list[TrainerCallback] = []
+    if METHODS[args.method].phased:
+        from peft_learners import PhaseCallback
+
+        callbacks.append(PhaseCallback())
+    callbacks.append(run_record.PhaseTimer())  # after the callback that names the phase
+    trainer = Trainer(
+        model=model,
+        args=training_args,
+        train_dataset=encode(data.train, "train"),
+        eval_dataset=dev.get("", dev),
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+        compute_metrics=compute_metrics,
+        callbacks=callbacks,
+    )
+    counts = {suffix: len(rows) for suffix, rows in dev.items()}
+    about = {
+        "rows": {"train": len(data.train), **{f"dev_{suffix}".rstrip("_"): n for suffix, n in counts.items()}},
+        "metrics_source": source,
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "total": sum(p.numel() for p in model.parameters()),
+    }
+    return trainer, about
+
+
+def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The metrics of the weights that are saved: those of the last row of the training, or of one more evaluation."""
+    last = epochs[-1] if epochs else {}
+    values = run_record.eval_values(last)
+    if values and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
+        return values
+    return run_record.eval_values(trainer.evaluate())
+
+
+def peak_memory(trainer: Trainer, timer: run_record.PhaseTimer) -> int:
+    """Highest memory use of any process of the run, in bytes."""
+    peak = torch.tensor([max(timer.peak_bytes, run_record.peak_memory_bytes())], device=trainer.args.device)
+    return int(trainer.accelerator.gather(peak).max())
+
+
+def save(trainer: Trainer) -> Path:
+    """Save the adapter (the model for a method without one) and the tokenizer; returns the folder."""
+    folder = Path(trainer.args.output_dir) / ("adapter" if hasattr(trainer.model, "peft_config") else "model")
+    trainer.save_model(str(folder))
+    if trainer.is_world_process_zero():
+        (folder / "training_args.bin").unlink(missing_ok=True)  # a pickle with this machine's paths
+    return folder
+
+
+def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
+    """Run the script; returns what the results file holds."""
+    parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments), description=__doc__)
+    args, method_args, training_args = parser.parse_args_into_dataclasses(argv)
+    task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
+    if training_args.has_default_output_dir:
+        rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""
+        name = f"{task.name}-{args.method}{rank}-{label.replace('/', '--')}-seed{training_args.seed}"
+        training_args.output_dir = str(Path("runs") / name)
+    results_file = Path(args.results_file or Path(training_args.output_dir) / "results.json")
+    main_process = training_args.process_index == 0
+    say = print if main_process else (lambda *_: None)
+    if not main_process:
+        datasets.disable_progress_bars()
+
+    config = run_config(args, method_args, training_args)
+    identity = {"method": args.method, "task": task.name, "model": label, "config": config}
+    finished, checkpoint = open_run(args, training_args, results_file, identity)
+    if finished:
+        say(f"This run is finished: {results_file}. Start it again with --overwrite.")
+        return finished
+
+    trainer, about = build_trainer(args, method_args, training_args)
+    trained = f"{about['trained']:,} of {about['total']:,} parameters trained"
+    say(f"{task.name}, {args.method} on {label}: rows {about['rows']}, {trained}")
+    if checkpoint:
+        say(f"Going on from {checkpoint}")
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    epochs = run_record.epoch_rows(trainer.state.log_history)  # before the final evaluation adds itself to the log
+    final = final_evaluation(trainer, epochs)
+    folder = save(trainer)
+
+    log, state = trainer.state.log_history, trainer.state
+    # By type: the Trainer may have put a restored copy in its place.
+    timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, run_record.PhaseTimer))
+    phases = run_record.phase_rows(log, timer.seconds, state.global_step, about["trained"])
+    results = {
+        "schema_version": run_record.SCHEMA_VERSION,
+        **identity,
+        "versions": run_record.versions(),
+        "device": run_record.device_record(training_args),
+        "rows": about["rows"],
+        "parameters": {
+            "trained_first_phase": phases[0]["trained_parameters"],
+            "trained_last_phase": phases[-1]["trained_parameters"],
+            "total": about["total"],
+        },
+        "epochs": epochs,
+        "final": final,
+        "metrics_source": about["metrics_source"],
+        "phases": phases,
+        "wall_seconds": {
+            "train": sum(timer.seconds.values()),
+            "eval": run_record.eval_seconds(log),
+            "total": timer.loop_seconds,
+        },
+        "peak_memory_bytes": peak_memory(trainer, timer),
+        "adapter_bytes": run_record.saved_bytes(folder) if main_process else None,
+        "date": run_record.now(),
+        "finished": True,
+    }
+    if main_process:
+        run_record.write_json(results_file, results)
+    values = {k: v for k, v in final.items() if isinstance(v, float)}
+    say(f"{task.name}, {args.method}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" -> {results_file}")
+    trainer.accelerator.end_training()
+    return results
+
+
+if __name__ == "__main__":
+    main()
