@@ -41,7 +41,7 @@ def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) 
 
 
 def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The DDP wrapper around `model` in this process, if there is one.
+    """The DDP wrapper in this process that holds `model`, itself or somewhere inside, if there is one.
 
     Trainer gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it.
     """
@@ -51,8 +51,9 @@ def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
     found = None
     for thing in gc.get_objects():
         # type() rather than isinstance(): it runs no code of foreign objects.
-        if issubclass(type(thing), nn.parallel.DistributedDataParallel) and unwrapped(thing) is target:
-            found = thing
+        if issubclass(type(thing), nn.parallel.DistributedDataParallel):
+            if any(module is target for module in thing.modules()):
+                found = thing
     return found
 
 

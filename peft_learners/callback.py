@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 from .config import PhasedConfig
 from .layer import DeltaLayer
-from .phases import PhaseDriver, PhaseStart, trained_parameters
+from .phases import PhaseDriver, PhaseStart
 from .schedule import ScheduleError
 
 #: Key of the entry in Trainer's log history that keeps the boundaries, which a resumed run reads.
@@ -58,7 +58,7 @@ class PhaseCallback(TrainerCallback):
             # auto_find_batch_size begins the same training again with a smaller batch.
             for name, completed in self._entry.items():
                 if name in configs:
-                    configs[name].completed_phases = list(completed)
+                    configs[name].write("completed_phases", list(completed))
         self._entry = {name: list(config.completed_phases) for name, config in configs.items()}
         self._batch_size, self._in_training = state.train_batch_size, True
 
@@ -88,9 +88,10 @@ class PhaseCallback(TrainerCallback):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if self._driver is None or logs is None or self._driver.phase_name() is None:
+        last = self._driver.last_step() if self._driver is not None else None
+        if last is None or logs is None:
             return
-        extra = {"phase": self._driver.phase_name(), "trained_parameters": trained_parameters(self._driver.root)}
+        extra = {"phase": last[0], "trained_parameters": last[1]}
         logs.update(extra)
         if state.log_history:
             state.log_history[-1].update(extra)

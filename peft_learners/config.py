@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import functools
 import math
+import weakref
 
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional, TypeVar, Union
@@ -129,6 +131,37 @@ class PhasedConfig(PeftConfig):
 
     def _set_peft_type(self, name: str) -> None:
         self.peft_type = PeftType(name)
+
+    # -- one object, several models ---------------------------------------------------------------------------------
+
+    def claim(self, root: Any, adapter: str) -> None:
+        """Called when the object becomes the config of an adapter in the model `root`.
+
+        Injection and training write into an adapter's config. PEFT keeps the user's own object there, which he may
+        well use for the next model too: the earlier adapter then keeps a copy with what it has learned about itself,
+        and this object goes back to what the user had given.
+        """
+        owner = self.__dict__.get("_owner")
+        if owner is not None:
+            model, name = owner[0](), owner[1]
+            configs = getattr(model, "peft_config", {}) if model is not None else {}
+            if configs.get(name) is self and (model is not root or name != adapter):
+                configs[name] = copy.deepcopy(self)
+                configs[name]._owner = owner
+            for name, (given, written) in self.__dict__.get("_written", {}).items():
+                if getattr(self, name) == written:
+                    setattr(self, name, copy.deepcopy(given))
+        self._owner = (weakref.ref(root), adapter)
+        self._written: dict[str, tuple[Any, Any]] = {}
+
+    def write(self, name: str, value: Any) -> None:
+        """Set a field from inside the package, remembering what the user had given."""
+        given = self.__dict__.setdefault("_written", {}).get(name, (copy.deepcopy(getattr(self, name)),))[0]
+        setattr(self, name, value)
+        self._written[name] = (given, copy.deepcopy(value))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
 
     # -- what a tuner's config answers about its phases ------------------------------------------------------------
 

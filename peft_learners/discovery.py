@@ -128,14 +128,18 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
-    """Those of `linears` that belong to an attention: below a module whose class or name says so, and not below a
-    feed-forward part of that module."""
+    """Those of `linears` that belong to an attention: below a module whose class says so, or whose name does and which
+    holds several linear layers (MobileBERT calls a bottleneck "attention"), and not below a feed-forward part of it."""
+    linears = list(linears)
     attention = {
         name
         for name, module in walk(model)
-        if name
-        and (_ATTENTION_CLASS.search(type(module).__name__) or _ATTENTION_NAME.search(name.rpartition(".")[2]))
-        and not is_linear(module)
+        if name and not is_linear(module)
+        if _ATTENTION_CLASS.search(type(module).__name__)
+        or (
+            _ATTENTION_NAME.search(name.rpartition(".")[2])
+            and sum(linear.startswith(f"{name}.") for linear in linears) > 1
+        )
     }
     found = []
     for name in linears:

@@ -71,6 +71,7 @@ class PhaseDriver:
         self.total_steps: int | None = None
         self.global_step = 0
         self._phase: dict[str, Phase] = {}
+        self._marks: list[tuple[int, str, int]] = []
         self._optimizer: object = None
         self._wrapper: nn.Module | None = None
         self._running = False
@@ -128,10 +129,11 @@ class PhaseDriver:
         """Whether a training is under way (started, and neither finished nor at its last step)."""
         return self._running
 
-    def phase_name(self) -> str | None:
-        """Name of the current phase ("a" or "a+b" where several adapters differ); None before a start."""
-        names = sorted({phase.name for phase in self._phase.values()})
-        return "+".join(names) or None
+    def last_step(self) -> tuple[str, int] | None:
+        """Phase and number of trained parameters of the step that finished last ("a+b" where adapters differ in their
+        phase); before any step, those of the first one. None before a start."""
+        past = [mark for mark in self._marks if mark[0] < self.global_step] or self._marks[:1]
+        return past[-1][1:] if past else None
 
     def first_steps(self) -> dict[str, dict[str, int]]:
         """`{adapter: {phase: first step}}` of the schedules in force; what a checkpoint should keep."""
@@ -176,11 +178,11 @@ class PhaseDriver:
             tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
             tuner.check_phases(self.root, name, config, schedule)
             schedules[name] = schedule
-        self.schedules, self.total_steps, self._phase = schedules, total_steps, {}
+        self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
         self._optimizer, self._wrapper = optimizer, wrapper
         self._running = True
         for name, schedule in schedules.items():
-            self.configs()[name].phase_first_steps = schedule.first_steps
+            self.configs()[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step)
 
     def update(self, global_step: int) -> list[PhaseStart]:
@@ -205,7 +207,8 @@ class PhaseDriver:
         """Begin all phases again with the next training: nothing is frozen, no phase is complete."""
         self.schedules, self._phase = {}, {}
         for name, config in self.configs().items():
-            config.completed_phases, config.phase_first_steps = [], None
+            config.write("completed_phases", [])
+            config.write("phase_first_steps", None)
             for layer in tuner_layers(self.root):
                 layer.set_frozen_parts(name, ())
 
@@ -243,13 +246,14 @@ class PhaseDriver:
             if name in configs:
                 schedule = self.schedules[name]
                 if len(schedule.phases) > 1:
-                    configs[name].completed_phases = schedule.completed(global_step)
+                    configs[name].write("completed_phases", schedule.completed(global_step))
         free_optimizer_state(self._optimizer, stopped)
         if any(flags.get(id(p)) != p.requires_grad for p in root.parameters()):
             ddp = self._wrapper if isinstance(self._wrapper, nn.parallel.DistributedDataParallel) else find_ddp(root)
             if ddp is not None:
                 rebuild_reducer(ddp)
         after = trained_parameters(root)
+        self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         starts = [PhaseStart(name, phase.name, phase.first_step, before, after) for name, phase in entering.items()]
         if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
             for start in starts:

@@ -103,9 +103,11 @@ class PhasedModel(BaseTuner):
     # -- injection --------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        # What training writes into the config must not reach the user's object, which he may use for another model.
-        self.peft_config[adapter_name] = copy.deepcopy(self.peft_config[adapter_name])
+        config = self.peft_config[adapter_name]
+        assert isinstance(config, PhasedConfig)
+        config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.write("target_modules", config.target_modules)  # PEFT may have condensed it
 
     def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
         """Names of all modules to adapt; may complete the config."""
@@ -116,7 +118,7 @@ class PhasedModel(BaseTuner):
         head = discovery.new_head(self.model)
         if head:
             saved = list(peft_config.modules_to_save or [])
-            peft_config.modules_to_save = saved + [name for name in head if name not in saved]
+            peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
         self._targets: set[str] = set()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)

@@ -125,11 +125,13 @@ def model_label(name_or_path: str) -> str:
 
 
 def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row per evaluation (per training log if there was none) with its `epoch`, `step`, `train_loss`, `eval_*`.
+    """One row per evaluation (per training log if there was none): `epoch`, `step`, `train_loss`, `phase`, `eval_*`.
 
-    `train_loss` is the mean over the steps since the row before.
+    `train_loss` is the mean over the steps since the row before; `phase` (of a method with phases) is that of the last
+    of them.
     """
     evaluated = any(eval_values(entry) for entry in log_history)
+    starts = _phase_starts(log_history)
     rows: dict[int, dict[str, Any]] = {}
     loss_sum, last_step, steps = 0.0, 0, 0
     for entry in log_history:
@@ -141,13 +143,11 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
         values = eval_values(entry)
         if values or ("loss" in entry and not evaluated):
             if step not in rows:
-                rows[step] = {
-                    "epoch": entry.get("epoch"),
-                    "step": step,
-                    "train_loss": loss_sum / steps if steps else None,
-                }
-                if "phase" in entry:
-                    rows[step]["phase"] = entry["phase"]
+                rows[step] = {"epoch": entry.get("epoch"), "step": step}
+                rows[step]["train_loss"] = loss_sum / steps if steps else None
+                # By steps: an entry written at a boundary may name the phase that begins there.
+                if names := [name for name, start in starts.items() if start["phase_first_step"] < max(step, 1)]:
+                    rows[step]["phase"] = names[-1]
                 loss_sum, steps = 0.0, 0
             rows[step].update(values)
     return list(rows.values())
@@ -164,23 +164,27 @@ def phase_rows(
         last_step: number of optimizer steps of the whole training.
         trained_parameters: number of trained parameters of a method without phases.
     """
-    starts: dict[str, dict[str, Any]] = {}
-    for entry in log_history:
-        if "phase" in entry and "phase_first_step" in entry:
-            starts.setdefault(entry["phase"], entry)  # a resumed run may announce its phase again
-    if not starts:
-        starts = {ONLY_PHASE: {"phase_first_step": 0, "trained_parameters": trained_parameters}}
-    first_steps = [int(entry["phase_first_step"]) for entry in starts.values()]
+    starts = _phase_starts(log_history)
+    starts = starts or {ONLY_PHASE: {"phase_first_step": 0, "trained_parameters": trained_parameters}}
+    first_steps = [int(start["phase_first_step"]) for start in starts.values()]
     return [
         {
             "name": name,
             "first_step": first,
             "steps": end - first,
             "seconds": seconds.get(name, 0.0),
-            "trained_parameters": int(entry["trained_parameters"]),
+            "trained_parameters": int(start["trained_parameters"]),
         }
-        for (name, entry), first, end in zip(starts.items(), first_steps, [*first_steps[1:], last_step], strict=True)
+        for (name, start), first, end in zip(starts.items(), first_steps, [*first_steps[1:], last_step], strict=True)
     ]
+
+
+def _phase_starts(log_history: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    starts: dict[str, dict[str, Any]] = {}
+    for entry in log_history:
+        if "phase" in entry and "phase_first_step" in entry:
+            starts.setdefault(entry["phase"], entry)  # a resumed run may announce its phase again
+    return starts
 
 
 def eval_seconds(log_history: list[dict[str, Any]]) -> float:

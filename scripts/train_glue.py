@@ -6,7 +6,7 @@
 Every argument of `transformers.TrainingArguments` works too; the defaults of some are the recipe of arXiv 2208.02070
 (AdamW, learning rate 2e-5, batches of 16, 5 epochs, a linear schedule). Called again with the same arguments, a run
 that was cut off goes on from its last checkpoint, and a finished one says so. This script holds no algorithm: a method
-is one entry in `methods.METHODS`.
+is one entry in `glue_methods.METHODS`.
 """
 
 import shutil
@@ -22,7 +22,7 @@ import glue_metrics
 import numpy as np
 import run_record
 import torch
-from methods import METHODS, MethodArguments
+from glue_methods import METHODS, MethodArguments
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
@@ -163,6 +163,13 @@ def load_model(
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    # A folder without tokenizer files gives a tokenizer that knows no word, and no error.
+    known, room = len(tokenizer), model.config.vocab_size
+    if not len(tokenizer.all_special_tokens) < known <= room:
+        raise ValueError(
+            f"The tokenizer of --model_name_or_path {args.model_name_or_path!r} has {known} tokens, the model {room}: "
+            "the folder must hold the model's own tokenizer files (tokenizer.json, tokenizer_config.json)."
+        )
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
     if not 1 <= args.max_length <= longest:
         raise ValueError(f"--max_length must be from 1 to {longest} for this model, got {args.max_length}.")
@@ -199,7 +206,9 @@ def open_run(
                 path.unlink(missing_ok=True)
         finished = run_record.read_json(results_file)
         finished = finished if finished is not None and finished.get("finished") else None
-        earlier = {k: finished.get(k) for k in identity} if finished else run_record.read_json(record)
+        earlier = {key: finished.get(key) for key in identity} if finished else None
+        if run_record.checkpoints(folder) and not finished:
+            earlier = run_record.read_json(record)
         if earlier is not None and (changed := run_record.differences(earlier, identity)):
             raise ValueError(
                 f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}). Choose another "

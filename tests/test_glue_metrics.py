@@ -13,8 +13,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-pytest.importorskip("scipy", reason="needs the extra 'scripts'")
-pytest.importorskip("sklearn", reason="needs the extra 'scripts'")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import glue_metrics
 
@@ -68,7 +66,7 @@ def test_correlations():
         ("cola", {"matthews_correlation": 0.408248290463863}),
         ("mrpc", {"accuracy": 0.7, "f1": 0.7272727272727273}),
         ("rte", {"accuracy": 0.7}),
-        ("stsb", {"pearson": 1, "spearmanr": 1}),
+        ("stsb", {"pearson": 0.9243022799491882, "spearmanr": 0.9268464986450384}),
     ],
 )
 def test_equal_to_the_official_code(task, official):

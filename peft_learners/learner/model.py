@@ -56,7 +56,7 @@ class LearnerModel(PhasedModel):
         norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
         targets = chosen | norms
         if not explicit:
-            config.target_modules = set(targets)
+            config.write("target_modules", set(targets))
         self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
         return targets
 
@@ -91,7 +91,7 @@ class LearnerModel(PhasedModel):
         asked = config.priming_modules
         if asked is None:
             primed = set(discovery.attention_names(model, linears))
-            config.priming_modules = self._minimal_names(primed) or None
+            config.write("priming_modules", self._minimal_names(primed) or None)
         elif isinstance(asked, str):
             primed = {name for name in linears if re.fullmatch(asked, name)}
             if not primed:

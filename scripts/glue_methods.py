@@ -11,7 +11,14 @@ from transformers import PreTrainedModel
 class MethodArguments:
     """Arguments of the methods; a method uses those that its entry in `METHODS` names."""
 
-    r: int = field(default=64, metadata={"help": "Rank of the low-rank modules (lora, learner)."})
+    r: int = field(
+        default=64,
+        metadata={
+            # torchrun's own parser takes --r for a cut-off option of its own and stops.
+            "aliases": ["--rank"],
+            "help": "Rank of the low-rank modules (lora, learner). Under torchrun write --rank.",
+        },
+    )
     priming_epochs: float = field(
         default=2.0, metadata={"help": "Epochs of priming, fractions allowed; 0: none (learner)."}
     )

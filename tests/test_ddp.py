@@ -1,0 +1,61 @@
+"""Two real gloo processes by torchrun, against one process on the joined batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "runs" / "ddp_tiny.py"
+CASES = ("plain", "unused", "accumulation", "checkpointing")
+
+
+def launch(out: Path, *prefix: str) -> dict:
+    out.mkdir()
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*prefix, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return json.loads((out / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+    folder = tmp_path_factory.mktemp("ddp")
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    return folder, launch(folder / "two", *torchrun), launch(folder / "one", sys.executable)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_ranks_are_equal_after_every_step(runs, case):
+    _, two, _ = runs
+    result = two["cases"][case]
+    assert two["world"] == 2 and result["steps"] == 9
+    assert result["equal"] == [True] * 9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
+    folder, two, one = runs
+    assert one["world"] == 1
+    assert two["cases"][case]["first_steps"] == one["cases"][case]["first_steps"] == {"priming": 0, "learning": 3}
+    ours, theirs = (torch.load(folder / kind / f"{case}.pt") for kind in ("two", "one"))
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_only_gradients_that_still_train_are_reduced(runs, case):
+    _, two, _ = runs
+    result = two["cases"][case]
+    assert result["reduced"] == result["trained"]
+    # 8 attention layers of 16 x 16 float32 values stop being exchanged at step 3
+    assert result["reduced"][2] - result["reduced"][3] == 8 * 16 * 16 * 4

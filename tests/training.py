@@ -1,0 +1,77 @@
+"""Tiny real Trainer runs for the tests: data, arguments, trainers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import zoo
+from peft import get_peft_model
+from torch.utils.data import Dataset
+from transformers import Trainer, TrainingArguments, set_seed
+
+from peft_learners import LearnerConfig, PhaseCallback
+
+
+class Rows(Dataset):
+    """Random token rows whose label is the parity of their first token."""
+
+    def __init__(self, rows: int = 24, tokens: int = 6, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.ids = torch.randint(3, 60, (rows, tokens), generator=generator)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        ids = self.ids[index]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 2}
+
+
+def learner(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
+    """A fresh Learner on a zoo model (head and adapter depend on `seed` alone)."""
+    model = zoo.build(arch, seed)
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    set_seed(seed + 1)
+    settings: dict[str, Any] = {"r": 4, "priming_epochs": 1, "task_type": zoo.ZOO[arch].task_type}
+    return get_peft_model(model, LearnerConfig(**{**settings, **config}))
+
+
+def arguments(out: Path | str, **settings: Any) -> TrainingArguments:
+    """Six steps in three epochs of two, weight decay, warm-up, and clipping that bites."""
+    defaults: dict[str, Any] = {
+        "per_device_train_batch_size": 12,
+        "num_train_epochs": 3,
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "warmup_steps": 1,
+        "max_grad_norm": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    return TrainingArguments(output_dir=str(out), **{**defaults, **settings})
+
+
+def trainer(model: torch.nn.Module, args: TrainingArguments, *, rows: int = 24, **kwargs: Any) -> Trainer:
+    kwargs.setdefault("callbacks", [PhaseCallback()])
+    return Trainer(model, args, train_dataset=Rows(rows), eval_dataset=Rows(8, seed=9), **kwargs)
+
+
+def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """All values of the adapter and the head, copied."""
+    return {
+        name: p.detach().clone()
+        for name, p in model.named_parameters()
+        if ".learner_" in name or ".modules_to_save." in name
+    }
+
+
+def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [p for name, p in model.named_parameters() if ".learner_dense." in name]
