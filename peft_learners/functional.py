@@ -1,52 +1,183 @@
-"""The arithmetic of the layers, apart from modules and adapters. Shapes are stated; T stands for the token dimensions.
+"""The arithmetic of the layers, apart from modules and adapters. Shapes are stated.
 
-Two paths for a linear layer `y = x (W + sum_k s_k B_k A_k + sum_j c_j D_j)^T + b`:
+A linear layer with updates is `y = x W'^T + b`, `W' = W + sum_j c_j D_j + sum_k s_k B_k A_k`. Let T be the number of
+rows of x (all leading dimensions), d and h the in and out features, N = d h, r the ranks' sum, rho = r (d + h) / N.
+There are two paths to the same values and gradients:
 
-- *low-rank path*: `F.linear` with W, then `addmm` of the low-rank product. No matrix of W's size is formed.
-- *effective weight*: W plus all updates is formed, then one `F.linear`. It is what a dense update wants: while D
-  trains its gradient dW is needed anyway, and those of A and B follow from dW at `O(r d h)` instead of `O(T r (d+h))`.
+- *separate path*: the terms are computed one after the other; nothing of W's size is formed.
+- *effective weight*: W' is formed, used in one product, and dropped; backward forms it again, so that x alone is kept.
+
+`wants_effective_weight` picks by shape only. What trains has no influence on the path of the forward pass, so an
+adapter gives the same bits in each of its phases, and after it was saved and loaded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+LowRank = tuple[Tensor, Tensor, float]
+Dense = tuple[Tensor, float]
 
-def low_rank_linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Sequence[tuple[Tensor, Tensor, float]]
+
+def wants_effective_weight(rows: int, in_features: int, out_features: int) -> bool:
+    """Whether forming W' pays.
+
+    Per unit of rank, forming `B A` costs `2 d h` flops, and carrying x through A and B costs `2 T (d + h)`; a dense
+    update costs `2 d h` (to add) against `2 T d h`. Both are cheaper to form once `T > d h / (d + h)`.
+
+    Args:
+        rows: T.
+    """
+    return rows * (in_features + out_features) > in_features * out_features
+
+
+def effective_weight(weight: Tensor, low_rank: Sequence[LowRank], dense: Sequence[Dense]) -> Tensor:
+    """`W + sum_j c_j D_j + sum_k s_k B_k A_k`: (out_features, in_features). W itself is not written to."""
+    for delta, factor in dense:
+        weight = torch.add(weight, delta, alpha=factor)
+    for a, b, factor in low_rank:
+        weight = torch.addmm(weight, b, a, alpha=factor)
+    return weight
+
+
+def separate_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Sequence[LowRank], dense: Sequence[Dense] = ()
 ) -> Tensor:
-    """`x W^T + b + sum_k s_k (x A_k^T) B_k^T`.
+    """`x W^T + b + sum_k s_k (x A_k^T) B_k^T + sum_j c_j x D_j^T`, term by term.
 
     Args:
         x: (..., in_features).
         weight: (out_features, in_features).
         bias: (out_features,) or None.
         low_rank: triples `(A, B, s)` with A (r, in_features), B (out_features, r), s a factor.
+        dense: pairs `(D, c)` with D (out_features, in_features), c a factor.
 
     Returns:
         (..., out_features).
+
+    Cost: forward `2 T N (1 + rho + number of dense updates)` flops; keeps x and each (T, r) product.
     """
     out = F.linear(x, weight, bias)
+    flat = out.reshape(-1, out.shape[-1])
     for a, b, factor in low_rank:
         middle = F.linear(x, a)
-        flat = torch.addmm(out.reshape(-1, out.shape[-1]), middle.reshape(-1, middle.shape[-1]), b.t(), alpha=factor)
-        out = flat.view_as(out)
-    return out
-
-
-def effective_weight(
-    weight: Tensor, low_rank: Sequence[tuple[Tensor, Tensor, float]], dense: Sequence[tuple[Tensor, float]]
-) -> Tensor:
-    """`W + sum_j c_j D_j + sum_k s_k B_k A_k`, all (out_features, in_features); W itself is not written to."""
+        flat = torch.addmm(flat, middle.reshape(-1, middle.shape[-1]), b.t(), alpha=factor)
     for delta, factor in dense:
-        weight = torch.add(weight, delta, alpha=factor)
-    for a, b, factor in low_rank:
-        weight = torch.addmm(weight, b, a, alpha=factor)
-    return weight
+        flat = torch.addmm(flat, x.reshape(-1, x.shape[-1]).to(flat.dtype), delta.t(), alpha=factor)
+    return flat.view_as(out)
+
+
+class _EffectiveLinear(torch.autograd.Function):
+    """`x W'^T + b`, keeping x (and references to the parameters) for backward.
+
+    Gradients, with g the gradient of y as (T, h) and x as (T, d):
+        dx = g W';  db = sum of g's rows
+        if some D (or W) trains:  G = g^T x,  dD_j = c_j G,  dA_k = s_k B_k^T G,  dB_k = s_k G A_k^T
+        else:                     dA_k = s_k (g B_k)^T x,  dB_k = s_k g^T (x A_k^T)
+
+    Flops: forward `2 T N + 2 N r`; backward `2 T N + 2 N r` for dx, and `2 T N + 4 N r` or `4 rho T N` for the rest.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        low_factors: tuple[float, ...],
+        dense_factors: tuple[float, ...],
+        dtype: torch.dtype,
+        *tensors: Tensor,
+    ) -> Tensor:
+        low_rank, dense = _regroup(low_factors, dense_factors, tensors)
+        full = effective_weight(weight, low_rank, dense)
+        return F.linear(x.to(dtype), full.to(dtype), bias.to(dtype) if bias is not None else None)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, low_factors, dense_factors, dtype, *tensors = inputs
+        ctx.low_factors, ctx.dense_factors, ctx.dtype = low_factors, dense_factors, dtype
+        ctx.bias_dtype = bias.dtype if bias is not None else None
+        ctx.save_for_backward(x, weight, *tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, weight, *tensors = ctx.saved_tensors
+        low_rank, dense = _regroup(ctx.low_factors, ctx.dense_factors, tensors)
+        needs = ctx.needs_input_grad
+        needs_low, needs_dense = needs[6 : 6 + 2 * len(low_rank)], needs[6 + 2 * len(low_rank) :]
+        g = grad.reshape(-1, grad.shape[-1])
+        dx = dw = db = None
+        if needs[0]:
+            full = effective_weight(weight, low_rank, dense).to(g.dtype)
+            dx = (g @ full).view(x.shape).to(x.dtype)
+        if needs[2]:
+            db = g.sum(0).to(ctx.bias_dtype)
+        rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
+        dtensors: list[Tensor | None] = []
+        if needs[1] or any(needs_dense):
+            product = (g.t() @ rows).to(weight.dtype)
+            dw = product if needs[1] else None
+            for i, (a, b, factor) in enumerate(low_rank):
+                dtensors.append((b.t() @ product) * factor if needs_low[2 * i] else None)
+                dtensors.append((product @ a.t()) * factor if needs_low[2 * i + 1] else None)
+        else:
+            product = None
+            for i, (a, b, factor) in enumerate(low_rank):
+                da = ((g @ b.to(g.dtype)).t() @ rows).to(a.dtype) * factor if needs_low[2 * i] else None
+                dbb = (g.t() @ (rows @ a.to(g.dtype).t())).to(b.dtype) * factor if needs_low[2 * i + 1] else None
+                dtensors += [da, dbb]
+        for (_, factor), needed in zip(dense, needs_dense, strict=True):
+            if not needed or product is None:
+                dtensors.append(None)
+            else:
+                dtensors.append(product if factor == 1 else product * factor)
+        return dx, dw, db, None, None, None, *dtensors
+
+
+def _regroup(
+    low_factors: tuple[float, ...], dense_factors: tuple[float, ...], tensors: Sequence[Tensor]
+) -> tuple[list[LowRank], list[Dense]]:
+    ranks = len(low_factors)
+    low_rank = [(tensors[2 * i], tensors[2 * i + 1], low_factors[i]) for i in range(ranks)]
+    dense = [(tensors[2 * ranks + j], factor) for j, factor in enumerate(dense_factors)]
+    return low_rank, dense
+
+
+def effective_linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Sequence[LowRank], dense: Sequence[Dense] = ()
+) -> Tensor:
+    """The same as `separate_linear` by the effective weight; see `_EffectiveLinear` for gradients and costs.
+
+    Under autocast the sum W' is formed in the parameters' own type and then cast, as autocast casts a weight.
+    """
+    device = x.device.type
+    autocast = torch.is_autocast_enabled(device)
+    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
+    if autocast and x.dtype == torch.float64:
+        dtype = x.dtype  # autocast leaves double precision alone
+    tensors = [t for a, b, _ in low_rank for t in (a, b)] + [delta for delta, _ in dense]
+    factors = tuple(s for _, _, s in low_rank), tuple(c for _, c in dense)
+    if not autocast:
+        return _EffectiveLinear.apply(x, weight, bias, *factors, dtype, *tensors)
+    with torch.autocast(device, enabled=False):
+        return _EffectiveLinear.apply(x, weight, bias, *factors, dtype, *tensors)
+
+
+def linear_with_updates(
+    x: Tensor, weight: Tensor, bias: Tensor | None, low_rank: Sequence[LowRank], dense: Sequence[Dense] = ()
+) -> Tensor:
+    """`x W'^T + b` by the path that is cheaper at this shape; arguments as for `separate_linear`."""
+    out_features, in_features = weight.shape
+    rows = x.numel() // max(1, in_features)
+    path = effective_linear if wants_effective_weight(rows, in_features, out_features) else separate_linear
+    return path(x, weight, bias, low_rank, dense)
 
 
 def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
@@ -56,7 +187,9 @@ def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
     return base
 
 
-def norm_with(base: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: object, **kwargs: object) -> Tensor:
+def norm_with(
+    base: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: object, **kwargs: object
+) -> Tensor:
     """The norm `base` at other values of its weight and bias.
 
     `nn.LayerNorm` and `nn.RMSNorm` are called by their functions (a `functional_call` under FSDP's original
@@ -67,10 +200,11 @@ def norm_with(base: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *
         x: (..., features).
         weight: (features,); bias: (features,) or None.
     """
+    # A half-precision norm with float32 deltas is computed in float32: its own weight would swallow small deltas.
     wide = weight.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    dtype = x.dtype
     if wide:
-        # A half-precision norm with float32 deltas: small deltas would be lost in the half-precision weight.
-        dtype, x = x.dtype, x.to(weight.dtype)
+        x = x.to(weight.dtype)
     if type(base) is nn.LayerNorm:
         out = F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
     elif type(base) is nn.RMSNorm:

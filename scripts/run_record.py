@@ -34,8 +34,8 @@ _SPEED_KEYS = ("_runtime", "_samples_per_second", "_steps_per_second", "_prepara
 class PhaseTimer(TrainerCallback, ExportableState):
     """Adds up the seconds of optimizer steps per phase, without data loading, evaluation, logging and saving.
 
-    The phase is the last one named in `state.log_history`. The sums travel in every checkpoint, so that a resumed run
-    counts each step that made it into the result once.
+    The phase is the last one whose start `state.log_history` tells. The sums travel in every checkpoint, so that a
+    resumed run counts each step that made it into the result once.
 
     Attributes:
         seconds: seconds in optimizer steps by phase name.
@@ -68,7 +68,8 @@ class PhaseTimer(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         for entry in state.log_history[self._entries_read :]:
-            self._phase = entry.get("phase", self._phase)
+            if "phase_first_step" in entry:  # others may still name the phase before
+                self._phase = entry.get("phase", self._phase)
         self._entries_read = len(state.log_history)
         self._step_start = time.perf_counter()
 
@@ -145,7 +146,7 @@ def epoch_rows(log_history: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if step not in rows:
                 rows[step] = {"epoch": entry.get("epoch"), "step": step}
                 rows[step]["train_loss"] = loss_sum / steps if steps else None
-                # By steps: an entry written at a boundary may name the phase that begins there.
+                # By steps: an entry written at a boundary may name either phase.
                 if names := [name for name, start in starts.items() if start["phase_first_step"] < max(step, 1)]:
                     rows[step]["phase"] = names[-1]
                 loss_sum, steps = 0.0, 0

@@ -9,6 +9,7 @@ that was cut off goes on from its last checkpoint, and a finished one says so. T
 is one entry in `glue_methods.METHODS`.
 """
 
+import gc
 import shutil
 import sys
 from collections.abc import Callable
@@ -22,6 +23,7 @@ import glue_metrics
 import numpy as np
 import run_record
 import torch
+from accelerate import PartialState
 from glue_methods import METHODS, MethodArguments
 from transformers import (
     AutoModelForSequenceClassification,
@@ -173,6 +175,9 @@ def load_model(
     longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
     if not 1 <= args.max_length <= longest:
         raise ValueError(f"--max_length must be from 1 to {longest} for this model, got {args.max_length}.")
+    # BERT's and DistilBERT's forward takes any keyword, but their loss stays a mean over its batch. The Trainer would
+    # take it for scaled, and multiply loss and gradients by the numbers of processes and of accumulation steps.
+    model.accepts_loss_kwargs = False
     return METHODS[args.method](model, method_args), tokenizer
 
 
@@ -285,45 +290,27 @@ def save(trainer: Trainer) -> Path:
     return folder
 
 
-def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
-    """Run the script; returns what the results file holds."""
-    parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments), description=__doc__)
-    args, method_args, training_args = parser.parse_args_into_dataclasses(argv)
-    task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
-    if training_args.has_default_output_dir:
-        rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""
-        name = f"{task.name}-{args.method}{rank}-{label.replace('/', '--')}-seed{training_args.seed}"
-        training_args.output_dir = str(Path("runs") / name)
-    results_file = Path(args.results_file or Path(training_args.output_dir) / "results.json")
-    main_process = training_args.process_index == 0
-    say = print if main_process else (lambda *_: None)
-    if not main_process:
-        datasets.disable_progress_bars()
-
-    config = run_config(args, method_args, training_args)
-    identity = {"method": args.method, "task": task.name, "model": label, "config": config}
-    finished, checkpoint = open_run(args, training_args, results_file, identity)
-    if finished:
-        say(f"This run is finished: {results_file}. Start it again with --overwrite.")
-        return finished
-
+def train(
+    args: ScriptArguments,
+    method_args: MethodArguments,
+    training_args: TrainingArguments,
+    checkpoint: Optional[Path],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Train, evaluate and save; returns what the results file says about the run, without its settings."""
     trainer, about = build_trainer(args, method_args, training_args)
-    trained = f"{about['trained']:,} of {about['total']:,} parameters trained"
-    say(f"{task.name}, {args.method} on {label}: rows {about['rows']}, {trained}")
+    say(f"Rows: {about['rows']}. Parameters: {about['trained']:,} of {about['total']:,} trained.")
     if checkpoint:
         say(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    epochs = run_record.epoch_rows(trainer.state.log_history)  # before the final evaluation adds itself to the log
+    log = trainer.state.log_history
+    epochs = run_record.epoch_rows(log)  # before the final evaluation adds itself to the log
     final = final_evaluation(trainer, epochs)
     folder = save(trainer)
-
-    log, state = trainer.state.log_history, trainer.state
     # By type: the Trainer may have put a restored copy in its place.
     timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, run_record.PhaseTimer))
-    phases = run_record.phase_rows(log, timer.seconds, state.global_step, about["trained"])
-    results = {
-        "schema_version": run_record.SCHEMA_VERSION,
-        **identity,
+    phases = run_record.phase_rows(log, timer.seconds, trainer.state.global_step, about["trained"])
+    return {
         "versions": run_record.versions(),
         "device": run_record.device_record(training_args),
         "rows": about["rows"],
@@ -342,15 +329,51 @@ def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
             "total": timer.loop_seconds,
         },
         "peak_memory_bytes": peak_memory(trainer, timer),
-        "adapter_bytes": run_record.saved_bytes(folder) if main_process else None,
+        "adapter_bytes": run_record.saved_bytes(folder) if trainer.is_world_process_zero() else None,
         "date": run_record.now(),
         "finished": True,
     }
+
+
+def main(argv: Optional[list[str]] = None) -> dict[str, Any]:
+    """Run the script; returns what the results file holds."""
+    results = run(argv)
+    # The Trainer with its DDP wrapper must be gone first: destroyed last, the wrapper would wait for gloo's threads
+    # while these wait for Python's lock, forever.
+    gc.collect()
+    PartialState().destroy_process_group()
+    return results
+
+
+def run(argv: Optional[list[str]] = None) -> dict[str, Any]:
+    """`main` without the end of the processes' communication."""
+    parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments), description=__doc__)
+    args, method_args, training_args = parser.parse_args_into_dataclasses(argv)
+    task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
+    if training_args.has_default_output_dir:
+        rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""
+        name = f"{task.name}-{args.method}{rank}-{label.replace('/', '--')}-seed{training_args.seed}"
+        training_args.output_dir = str(Path("runs") / name)
+    results_file = Path(args.results_file or Path(training_args.output_dir) / "results.json")
+    main_process = training_args.process_index == 0
+    say = print if main_process else (lambda _: None)
+    if not main_process:
+        datasets.disable_progress_bars()
+
+    config = run_config(args, method_args, training_args)
+    identity = {"method": args.method, "task": task.name, "model": label, "config": config}
+    say(f"{task.name}: {args.method} on {label}, in {training_args.output_dir}")
+    finished, checkpoint = open_run(args, training_args, results_file, identity)
+    if finished:
+        say(f"This run is finished: {results_file}. Start it again with --overwrite.")
+        return finished
+
+    record = train(args, method_args, training_args, checkpoint, say)
+    results = {"schema_version": run_record.SCHEMA_VERSION, **identity, **record}
     if main_process:
         run_record.write_json(results_file, results)
-    values = {k: v for k, v in final.items() if isinstance(v, float)}
-    say(f"{task.name}, {args.method}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items()) + f" -> {results_file}")
-    trainer.accelerator.end_training()
+    values = ", ".join(f"{key} {value:.4f}" for key, value in results["final"].items())
+    say(f"{task.name}, {args.method}: {values} -> {results_file}")
     return results
 
 

@@ -11,3 +11,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 sys.path.insert(0, str(ROOT / "scripts"))
+
+import torch  # noqa: E402
+
+torch.set_num_threads(1)  # the models are tiny: threads only cost

@@ -303,7 +303,8 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     names = ["priming", "learning"] if method == "learner" else ["train"]
     assert [phase["name"] for phase in results["phases"]] == names
     assert sum(phase["steps"] for phase in results["phases"]) == 6
-    assert all(phase["seconds"] > 0 for phase in results["phases"])
+    seconds = [phase["seconds"] for phase in results["phases"]]
+    assert min(seconds) > 0 and sum(seconds) == pytest.approx(results["wall_seconds"]["train"])
     trained = results["parameters"]
     if method == "learner":
         assert [phase["first_step"] for phase in results["phases"]] == [0, 3]
@@ -357,6 +358,18 @@ def test_metrics_of_other_tasks(task, keys, arguments):
     assert set(results["epochs"][0]) == keys | {"epoch", "step", "train_loss"}
     assert results["rows"]["train"] == 16 and set(list(results["rows"].values())[1:]) == {20}
     assert (results["config"]["max_train_samples"], results["config"]["max_eval_samples"]) == (16, 20)
+
+
+def test_accumulation_keeps_the_scale_of_the_loss(arguments, tmp_path):
+    runs = [
+        train_glue.main(
+            arguments(per_device_train_batch_size=16 // n, gradient_accumulation_steps=n, output_dir=tmp_path / str(n))
+        )
+        for n in (1, 4)
+    ]
+    for one, four in zip(runs[0]["epochs"], runs[1]["epochs"], strict=True):
+        assert four["step"] == one["step"]
+        assert four["train_loss"] == pytest.approx(one["train_loss"], rel=0.05)  # dropout differs
 
 
 def test_seed_decides_the_run(arguments, tmp_path):
@@ -488,6 +501,8 @@ def test_launchers(method, launcher, arguments, tmp_path):
     assert results["device"]["processes"] == processes
     assert results["config"]["total_batch_size"] == 16
     assert [row["step"] for row in results["epochs"]] == [3, 6]
+    for row in results["epochs"]:  # near ln 2: a mean over all rows, whatever the number of processes
+        assert 0.6 < row["train_loss"] < 0.8 and 0.6 < row["eval_loss"] < 0.8
     assert sum(phase["steps"] for phase in results["phases"]) == 6
     again = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
     assert again.returncode == 0 and again.stdout.count("This run is finished") == 1

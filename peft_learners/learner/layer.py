@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..discovery import base_of, float_weight
-from ..functional import effective_weight, low_rank_linear, norm_with, sum_of
+from ..functional import linear_with_updates, norm_with, sum_of
 from ..layer import DeltaLayer
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
@@ -106,10 +106,7 @@ class LearnerLinear(LearnerLayer):
         dense = [(self.learner_dense[name], self.learner_lr_scale[name]) for name in primed]
         dropped = [name for name in adapters if self._drops(name)]
         low_rank = [self._low_rank(name) for name in adapters if name not in dropped]
-        if any(delta.requires_grad for delta, _ in dense):
-            out = F.linear(x, effective_weight(weight, low_rank, dense), bias)
-        else:
-            out = low_rank_linear(x, effective_weight(weight, (), dense), bias, low_rank)
+        out = linear_with_updates(x, weight, bias, low_rank, dense)
         for name in dropped:
             p1, p2, factor = self._low_rank(name)
             out = out + F.linear(F.linear(self.learner_dropout[name](x), p1), p2) * factor

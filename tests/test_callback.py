@@ -1,0 +1,373 @@
+"""PhaseCallback in real Trainer runs: what happens at the boundary, in the log, and with Trainer's options."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from peft import PeftModel, get_peft_model
+from training import Rows, adapter_values, arguments, dense_parameters, learner, trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+
+from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
+from peft_learners.boundary import raw_optimizer
+
+PRIMED, UNPRIMED = 4498, 2450  # 8 dense deltas of 16 x 16 make the difference of 2048
+
+
+def phase_starts(run: Trainer) -> list[tuple[str, int, int]]:
+    return [
+        (log["phase"], log["step"], log["trained_parameters"])
+        for log in run.state.log_history
+        if "phase_first_step" in log
+    ]
+
+
+class Grads(TrainerCallback):
+    """Per optimizer step: whether the dense deltas have a gradient when the optimizer steps, and the clip norm's."""
+
+    def __init__(self) -> None:
+        self.dense: list[bool] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        self.dense.append(all(p.grad is not None for p in dense_parameters(model)))
+
+
+def test_boundary_lies_between_two_steps(tmp_path: Path):
+    """Two steps per epoch, one epoch of priming: steps 1 and 2 are whole, step 3 has no gradient of what froze."""
+    grads = Grads()
+    run = trainer(learner(), arguments(tmp_path), callbacks=[PhaseCallback(), grads])
+    run.train()
+    assert grads.dense == [True, True, False, False, False, False]
+    assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+
+
+def test_optimizer_state_and_gradients_are_freed(tmp_path: Path):
+    model = learner()
+    run = trainer(model, arguments(tmp_path))
+    run.train()
+    trained = {p for p in model.parameters() if p.requires_grad}
+    assert sum(p.numel() for p in trained) == UNPRIMED
+    assert set(raw_optimizer(run.optimizer).state) == trained
+    assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
+
+
+def test_frozen_deltas_keep_what_priming_gave_them_in_spite_of_weight_decay(tmp_path: Path):
+    at_boundary = {}
+
+    class Capture(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 2:
+                at_boundary.update({n: p.detach().clone() for n, p in model.named_parameters() if "dense" in n})
+
+    model = learner()
+    trainer(model, arguments(tmp_path, weight_decay=0.5), callbacks=[PhaseCallback(), Capture()]).train()
+    assert len(at_boundary) == 8
+    for name, p in model.named_parameters():
+        if name in at_boundary:
+            assert torch.equal(p, at_boundary[name]) and p.any()
+
+
+def test_norm_and_bias_deltas_are_exempt_from_weight_decay(tmp_path: Path):
+    model = learner()
+    run = trainer(model, arguments(tmp_path))
+    decayed = set(run.get_decay_parameter_names(model))
+    names = [n for n, p in model.named_parameters() if p.requires_grad and ".learner_" in n]
+    assert {n.split(".learner_")[1].split(".")[0] for n in names if n in decayed} == {"P1", "P2", "dense"}
+    assert {n.split(".learner_")[1].split(".")[0] for n in names if n not in decayed} == {"bias", "norm"}
+
+
+def test_one_line_goes_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.INFO, logger="peft_learners"):
+        trainer(learner(), arguments(tmp_path)).train()
+    lines = [record.getMessage() for record in caplog.records if record.name == "peft_learners"]
+    assert lines[1:] == [
+        "adapter 'default' enters phase 'learning' at step 2: trained parameters "
+        f"{PRIMED} -> {UNPRIMED}"
+    ]  # fmt: skip
+
+
+def test_trainer_logs_carry_phase_and_trained_parameters_of_the_step(tmp_path: Path):
+    run = trainer(learner(), arguments(tmp_path))
+    run.train()
+    logs = [(log["step"], log["phase"], log["trained_parameters"]) for log in run.state.log_history if "loss" in log]
+    assert logs == [(s, "priming", PRIMED) for s in (1, 2)] + [(s, "learning", UNPRIMED) for s in (3, 4, 5, 6)]
+
+
+@pytest.mark.parametrize(
+    "settings,boundary",
+    [
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4}, 3),  # 6 batches, 3 steps per epoch
+        ({"gradient_accumulation_steps": 4, "per_device_train_batch_size": 4}, 2),  # 6 batches: 4 and a rest of 2
+        ({"max_steps": 5}, 2),
+        ({"dataloader_drop_last": True, "per_device_train_batch_size": 7}, 3),  # 24 rows: 3 whole batches
+        ({"per_device_train_batch_size": 7}, 4),
+    ],
+)
+def test_epochs_become_optimizer_steps_as_trainer_counts_them(tmp_path: Path, settings, boundary):
+    run = trainer(learner(), arguments(tmp_path, **settings))
+    run.train()
+    assert phase_starts(run)[1][1] == boundary
+
+
+def test_fractional_epochs(tmp_path: Path):
+    run = trainer(learner(priming_epochs=1.5), arguments(tmp_path))
+    run.train()
+    assert phase_starts(run)[1][1] == 3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+        {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+        {"bf16": True},
+        {"eval_strategy": "steps", "eval_steps": 1},
+    ],
+    ids=["checkpointing", "checkpointing-reentrant", "bf16", "evaluation"],
+)
+def test_trainer_options_behave(tmp_path: Path, settings):
+    model = learner()
+    run = trainer(model, arguments(tmp_path, **settings))
+    run.train()
+    assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+    assert run.state.global_step == 6
+    assert all(p.any() for p in dense_parameters(model))
+
+
+@pytest.mark.parametrize("settings", [{}, {"eval_strategy": "steps", "eval_steps": 1}], ids=["plain", "evaluated"])
+def test_checkpointing_and_evaluation_change_no_value(tmp_path: Path, settings):
+    reference, other = learner(), learner()
+    trainer(reference, arguments(tmp_path)).train()
+    more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    trainer(other, arguments(tmp_path, **(settings or more))).train()
+    theirs = adapter_values(other)
+    assert all(torch.equal(value, theirs[name]) for name, value in adapter_values(reference).items())
+
+
+@pytest.mark.slow
+def test_torch_compile(tmp_path: Path):
+    model = learner()
+    run = trainer(model, arguments(tmp_path, torch_compile=True, torch_compile_backend="aot_eager"))
+    run.train()
+    plain = learner()
+    trainer(plain, arguments(tmp_path)).train()
+    assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+    theirs = adapter_values(plain)
+    for name, value in adapter_values(model).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
+
+
+def test_load_best_model_at_end_from_priming_says_so_and_corrects_the_record(tmp_path: Path):
+    """The best checkpoint is forced to be the first, by a metric that only grows worse."""
+    scores = iter(range(10))
+    model = learner(priming_epochs=2)
+    run = trainer(
+        model,
+        arguments(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            load_best_model_at_end=True, metric_for_best_model="worse", greater_is_better=False,
+        ),
+        compute_metrics=lambda prediction: {"worse": next(scores)},
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="still in its phase 'priming', which lasts until step 4"):
+        run.train()
+    assert run.state.best_model_checkpoint.endswith("checkpoint-1")
+    assert model.peft_config["default"].completed_phases == []
+    saved = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "checkpoint-1")
+    theirs = adapter_values(saved)
+    assert all(torch.equal(value, theirs[name]) for name, value in adapter_values(model).items())
+
+
+def test_load_best_model_at_end_from_the_last_phase(tmp_path: Path):
+    scores = iter(range(10))
+    model = learner()
+    run = trainer(
+        model,
+        arguments(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            load_best_model_at_end=True, metric_for_best_model="better", greater_is_better=True,
+        ),
+        compute_metrics=lambda prediction: {"better": next(scores)},
+    )  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*still in its phase.*")
+        run.train()
+    assert model.peft_config["default"].completed_phases == ["priming"]
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == UNPRIMED
+
+
+def test_early_stopping_in_priming_is_told(tmp_path: Path):
+    model = learner(priming_epochs=3)
+    run = trainer(
+        model,
+        arguments(
+            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
+            load_best_model_at_end=True, metric_for_best_model="flat", greater_is_better=True,
+        ),
+        compute_metrics=lambda prediction: {"flat": 0.5},
+        callbacks=[PhaseCallback(), EarlyStoppingCallback(early_stopping_patience=2)],
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="the phase 'learning' never began"):
+        run.train()
+    assert run.state.global_step == 3
+
+
+def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
+    """Out of memory after the boundary: Trainer starts over with a smaller batch, and so do the phases."""
+
+    class Tight(Trainer):
+        def training_step(self, *args, **kwargs):
+            if self._train_batch_size > 8 and self.state.global_step == 3:
+                raise RuntimeError("CUDA out of memory.")
+            return super().training_step(*args, **kwargs)
+
+    model = learner()
+    run = Tight(
+        model,
+        arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16),
+        train_dataset=Rows(24),
+        callbacks=[PhaseCallback()],
+    )
+    run.train()
+    # 16 rows at once: 2 steps per epoch; after the restart with 14 (0.9 x) it is still 2, so look at the batch size
+    assert run._train_batch_size < 16
+    steps = -(-24 // run._train_batch_size)
+    assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", steps, UNPRIMED)]
+    assert run.state.global_step == 3 * steps
+
+
+def test_second_training_does_not_prime_again_unless_asked(tmp_path: Path):
+    model = learner()
+    trainer(model, arguments(tmp_path)).train()
+    second = trainer(model, arguments(tmp_path))
+    second.train()
+    assert phase_starts(second) == [("learning", 0, UNPRIMED)]
+    model.base_model.restart_phases()
+    third = trainer(model, arguments(tmp_path))
+    third.train()
+    assert phase_starts(third) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+
+
+def test_second_train_call_of_one_trainer(tmp_path: Path):
+    model = learner()
+    run = trainer(model, arguments(tmp_path))
+    run.train()
+    dense = [p.detach().clone() for p in dense_parameters(model)]
+    run.train()
+    assert phase_starts(run) == [("learning", 0, UNPRIMED)]
+    assert all(torch.equal(a, b) for a, b in zip(dense, dense_parameters(model), strict=True))
+
+
+def test_adapter_loaded_for_training_does_not_prime_again(tmp_path: Path):
+    model = learner()
+    trainer(model, arguments(tmp_path)).train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "adapter", is_trainable=True)
+    run = trainer(again, arguments(tmp_path))
+    run.train()
+    assert phase_starts(run) == [("learning", 0, UNPRIMED)]
+    assert set(raw_optimizer(run.optimizer).state) == {p for p in again.parameters() if p.requires_grad}
+
+
+def test_config_object_can_be_used_for_the_next_model(tmp_path: Path):
+    config = LearnerConfig(r=4, priming_epochs=1, task_type="SEQ_CLS")
+    first = get_peft_model(zoo.build("distilbert"), config)
+    trainer(first, arguments(tmp_path)).train()
+    second = get_peft_model(zoo.build("bert"), config)
+    assert second.peft_config["default"].completed_phases == []
+    assert first.peft_config["default"].completed_phases == ["priming"]
+    run = trainer(second, arguments(tmp_path))
+    run.train()
+    assert [start[0] for start in phase_starts(run)] == ["priming", "learning"]
+
+
+def test_transformers_own_add_adapter_is_driven_too(tmp_path: Path):
+    model = zoo.build("distilbert")
+    model.add_adapter(LearnerConfig(r=4, priming_epochs=1))
+    run = trainer(model, arguments(tmp_path))
+    run.train()
+    assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+
+
+# -- told before training starts ---------------------------------------------------------------------------------------
+
+
+def test_fewer_steps_than_priming_needs(tmp_path: Path):
+    run = trainer(learner(priming_epochs=4), arguments(tmp_path))
+    with pytest.raises(ScheduleError, match=r"priming needs 8 optimizer steps, but training has only 6\. "
+                                            r"priming_epochs=4 at 2 steps per epoch is too long: set priming_epochs "
+                                            r"to at most 3"):  # fmt: skip
+        run.train()
+    assert run.state.global_step == 0
+
+
+def test_priming_as_long_as_training_is_allowed(tmp_path: Path):
+    model = learner(priming_epochs=3)
+    trainer(model, arguments(tmp_path)).train()
+    assert model.peft_config["default"].completed_phases == ["priming"]
+
+
+def test_model_without_attention(tmp_path: Path):
+    model = learner(target_modules=["lin1", "lin2"])
+    run = trainer(model, arguments(tmp_path))
+    with pytest.raises(ScheduleError, match="none of its layers belongs to an attention.*priming_epochs=0"):
+        run.train()
+
+
+def test_data_without_a_length(tmp_path: Path):
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self):
+            return iter(Rows(24))
+
+    args = arguments(tmp_path, max_steps=6)
+    run = Trainer(learner(), args, train_dataset=Stream(), callbacks=[PhaseCallback()])
+    with pytest.raises(ScheduleError, match=r"Give priming in steps: LearnerConfig\(priming_steps=\.\.\.\)"):
+        run.train()
+    run = Trainer(learner(priming_steps=2), args, train_dataset=Stream(), callbacks=[PhaseCallback()])
+    run.train()
+    assert phase_starts(run)[1] == ("learning", 2, UNPRIMED)
+
+
+def test_callback_without_an_adapter(tmp_path: Path):
+    with pytest.raises(ValueError, match="PhaseCallback found no adapter of peft_learners"):
+        trainer(zoo.build("distilbert"), arguments(tmp_path))
+
+
+def test_training_without_the_callback_is_told_at_save_and_merge(tmp_path: Path):
+    model = learner()
+    trainer(model, arguments(tmp_path), callbacks=[]).train()
+    with pytest.warns(UserWarning, match=r"about to be saved, but its phases were never driven.*PhaseCallback\(\)"):
+        model.save_pretrained(tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="about to be merged, but its phases were never driven"):
+        model.merge_and_unload()
+
+
+def test_a_fresh_or_a_driven_adapter_is_saved_and_merged_in_silence(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*never driven.*")
+        learner().save_pretrained(tmp_path / "fresh")
+        model = learner()
+        trainer(model, arguments(tmp_path)).train()
+        model.save_pretrained(tmp_path / "trained")
+        PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "trained").merge_and_unload()
+
+
+def test_learning_rate_of_primed_deltas_is_scaled_without_parameter_groups(tmp_path: Path):
+    """The first Adam step moves every entry by lr * g / (|g| + eps'), so by lr, and D by priming_lr_scale * lr."""
+    scale, lr = 0.25, 1e-3
+    model = learner(priming_lr_scale=scale)
+    settings = {"max_steps": 1, "learning_rate": lr, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0}
+    run = trainer(model, arguments(tmp_path, **settings, num_train_epochs=1), callbacks=[])
+    run.train()
+    assert len(run.optimizer.param_groups) == 2  # Trainer's own: with and without decay
+    layer = model.base_model.model.distilbert.transformer.layer[0].attention.v_lin
+    before = model.base_model.model.distilbert.transformer.layer[0].attention.v_lin.learner_P2["default"]
+    dense = layer.get_delta_weight("default") - before @ layer.learner_P1["default"]
+    moved = dense.abs()
+    assert moved.max() <= scale * lr * (1 + 1e-3)
+    assert moved.median() > 0.9 * scale * lr

@@ -1,0 +1,162 @@
+"""Every path against a slow float64 reference written with plain sums: values and all gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from peft_learners.functional import (
+    effective_linear,
+    linear_with_updates,
+    norm_with,
+    separate_linear,
+    wants_effective_weight,
+)
+
+PATHS = (separate_linear, effective_linear, linear_with_updates)
+
+
+def problem(seed, lead, d, h, ranks, denses, bias, dtype=torch.float64):
+    g = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype).requires_grad_()
+
+    low = [(draw(r, d), draw(h, r), 0.5 + k) for k, r in enumerate(ranks)]
+    dense = [(draw(h, d), 0.25 * (j + 1)) for j in range(denses)]
+    return draw(*lead, d), draw(h, d), draw(h) if bias else None, low, dense
+
+
+def reference(x, weight, bias, low, dense) -> Tensor:
+    """Entry by entry, in float64: y[t, o] = sum_i x[t, i] * (W + sum c D + sum s B A)[o, i] + b[o]."""
+    full = weight.double()
+    for delta, factor in dense:
+        full = full + factor * delta.double()
+    for a, b, factor in low:
+        full = full + factor * sum(torch.outer(b[:, k].double(), a[k].double()) for k in range(a.shape[0]))
+    out = (x.double().unsqueeze(-2) * full).sum(-1)
+    return out if bias is None else out + bias.double()
+
+
+def leaves(x, weight, bias, low, dense):
+    return [x, weight, *([bias] if bias is not None else []), *(t for a, b, _ in low for t in (a, b)),
+            *(delta for delta, _ in dense)]  # fmt: skip
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(0, 10**6),
+    st.lists(st.integers(0, 4), min_size=0, max_size=3),
+    st.integers(1, 9),
+    st.integers(1, 9),
+    st.lists(st.integers(1, 5), max_size=2),
+    st.integers(0, 2),
+    st.booleans(),
+)
+def test_values_and_all_gradients_agree_with_the_float64_reference(seed, lead, d, h, ranks, denses, bias):
+    args = problem(seed, lead, d, h, ranks, denses, bias)
+    expected = reference(*args)
+    weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    wanted = torch.autograd.grad((expected * weights).sum(), leaves(*args))
+    for path in PATHS:
+        out = path(*args)
+        assert out.shape == expected.shape
+        torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+        got = torch.autograd.grad((out * weights).sum(), leaves(*args))
+        for ours, theirs in zip(got, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dense_trains", [True, False])
+def test_gradients_where_only_some_inputs_train(dense_trains):
+    """After priming D is frozen, and the gradients of A and B come from the low-rank products instead of dW."""
+    x, weight, bias, low, dense = problem(3, (4, 5), 6, 7, (2,), 1, True)
+    weight.requires_grad_(False)
+    dense[0][0].requires_grad_(dense_trains)
+    trained = [t for t in leaves(x, weight, bias, low, dense) if t.requires_grad]
+    wanted = torch.autograd.grad(reference(x, weight, bias, low, dense).pow(2).sum(), trained)
+    got = torch.autograd.grad(effective_linear(x, weight, bias, low, dense).pow(2).sum(), trained)
+    for ours, theirs in zip(got, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_gradcheck_and_double_backward(path):
+    x, weight, bias, low, dense = problem(5, (3,), 3, 4, (2,), 1, True)
+
+    def call(x, weight, bias, a, b, delta):
+        return path(x, weight, bias, [(a, b, 0.5)], [(delta, 0.25)])
+
+    inputs = (x, weight, bias, low[0][0], low[0][1], dense[0][0])
+    assert torch.autograd.gradcheck(call, inputs)
+    assert torch.autograd.gradgradcheck(call, inputs)
+
+
+@pytest.mark.parametrize("rows,dtype", [(2, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16)])
+def test_autocast_gives_the_type_and_values_of_a_plain_linear(rows, dtype):
+    x, weight, bias, low, dense = problem(0, (rows,), 8, 8, (2,), 1, True, torch.float32)
+    with torch.autocast("cpu", dtype=dtype):
+        out = linear_with_updates(x, weight, bias, low, dense)
+        assert out.dtype == F.linear(x, weight, bias).dtype == dtype
+    got = torch.autograd.grad(out.float().pow(2).sum(), leaves(x, weight, bias, low, dense))
+    exact = reference(x, weight, bias, low, dense)
+    wanted = torch.autograd.grad(exact.pow(2).sum(), leaves(x, weight, bias, low, dense))
+    # 8 significant bits in the products, sums of about 10 terms of size 1 to 10
+    assert (out - exact).abs().max() < 0.05 * exact.abs().max()
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert ours.dtype == torch.float32
+        assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
+
+
+def test_non_contiguous_inputs_and_four_dimensions():
+    x, weight, bias, low, dense = problem(2, (2, 3, 4), 5, 6, (2,), 1, True)
+    turned = x.transpose(0, 2)
+    for path in PATHS:
+        torch.testing.assert_close(path(turned, weight.t().contiguous().t(), bias, low, dense),
+                                   reference(turned, weight, bias, low, dense))  # fmt: skip
+
+
+def test_path_depends_on_shape_alone():
+    # d h / (d + h) = 192 at 384 x 384
+    assert not wants_effective_weight(192, 384, 384)
+    assert wants_effective_weight(193, 384, 384)
+
+
+def test_effective_path_keeps_its_input_and_parameters_only():
+    """Stored for backward beside the parameters: x, (T, d) values, and nothing of size (T, r) or (h, d)."""
+    x, weight, bias, low, dense = problem(0, (50,), 8, 6, (3,), 1, True)
+    own = {t.data_ptr() for t in leaves(x, weight, bias, low, dense)}
+    kept: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        effective_linear(x, weight, bias, low, dense)
+    assert kept and all(t.data_ptr() in own for t in kept)
+
+
+def test_norms_at_other_values():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    weight, bias = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
+    layer = torch.nn.LayerNorm(8, dtype=torch.float64)
+    centred = x - x.mean(-1, keepdim=True)
+    by_hand = centred / (centred.pow(2).mean(-1, keepdim=True) + layer.eps).sqrt() * weight + bias
+    torch.testing.assert_close(norm_with(layer, x, weight, bias), by_hand)
+    rms = torch.nn.RMSNorm(8, eps=1e-6, dtype=torch.float64)
+    by_hand = x / (x.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * weight
+    torch.testing.assert_close(norm_with(rms, x, weight, None), by_hand)
+
+
+def test_half_precision_norm_does_not_swallow_small_deltas():
+    """bfloat16 has 8 significant bits: 1 + 1/300 is 1 in it, so float32 deltas must be added in float32."""
+    torch.manual_seed(0)
+    norm = torch.nn.LayerNorm(64, dtype=torch.bfloat16)
+    x = torch.randn(100, 64, dtype=torch.bfloat16)
+    weight = norm.weight.float() + 1 / 300
+    out = norm_with(norm, x, weight, norm.bias.float())
+    assert out.dtype == torch.bfloat16
+    exact = F.layer_norm(x.float(), (64,), weight, norm.bias.float())
+    assert torch.equal(out, exact.to(torch.bfloat16))
+    assert torch.equal(weight.to(torch.bfloat16), norm.weight) and not torch.equal(out, norm(x))
