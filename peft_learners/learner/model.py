@@ -6,6 +6,7 @@ from typing import Any, Optional
 
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from .. import discovery
@@ -56,7 +57,7 @@ class LearnerModel(PhasedModel):
         norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
         targets = chosen | norms
         if not explicit:
-            config.write("target_modules", set(targets))
+            config.write("target_modules", set(self._minimal_names(targets)))
         self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
         return targets
 
@@ -79,6 +80,13 @@ class LearnerModel(PhasedModel):
                     "weight vector."
                 )
             chosen.add(name)
+        given = config.target_modules or ()
+        if not chosen and not isinstance(given, str) and not any(_is_named(n, t) for n in modules for t in given):
+            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
+            raise NoMatchingPeftModuleError(
+                f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
+                "leave `target_modules` out to adapt them all."
+            )
         if chosen and not isinstance(config.target_modules, str):
             lost = [t for t in config.target_modules or () if not any(_is_named(n, t) for n in modules)]
             if lost:

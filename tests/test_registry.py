@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import copy
+import importlib
+import pickle
+import subprocess
+import sys
+import textwrap
+
+import peft
+import pytest
+from peft import PeftConfig, PeftType, get_peft_config
+
+import peft_learners
+from peft_learners import LearnerConfig, registry
+
+
+def python(code: str) -> str:
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_the_type_is_a_real_member():
+    member = PeftType.LEARNER
+    assert isinstance(member, PeftType) and member.value == member.name == member == "LEARNER"
+    assert PeftType("LEARNER") is PeftType["LEARNER"] is member and member in list(PeftType)
+    assert copy.deepcopy(member) is copy.copy(member) is pickle.loads(pickle.dumps(member)) is member
+    assert isinstance(get_peft_config({"peft_type": "LEARNER", "r": 3}), LearnerConfig)
+
+
+def test_registering_again_changes_nothing():
+    before = list(PeftType)
+    registry.register("learner", LearnerConfig, peft_learners.LearnerModel)
+    importlib.reload(peft_learners)
+    assert list(PeftType) == before
+
+
+def test_another_owner_of_the_name_is_refused():
+    class Other(PeftConfig):
+        pass
+
+    with pytest.raises(RuntimeError, match="PEFT's tables hold .*expected.*peft>=0.21,<0.22"):
+        registry.register("learner", Other, peft_learners.LearnerModel)
+
+
+def test_tables_of_another_shape_are_refused_loudly():
+    out = python(
+        """
+        import peft.utils.peft_types, peft.utils, peft
+        def strange(*, title, config): pass
+        peft.utils.register_peft_method = strange
+        try:
+            import peft_learners
+        except RuntimeError as error:
+            print(error)
+        """
+    )
+    assert "peft_learners can't register with PEFT" in out and "install that" in out
+
+
+def test_a_pickled_member_is_read_where_the_plugin_was_not_imported():
+    data = pickle.dumps(PeftType.LEARNER)
+    assert python(f"import pickle; print(pickle.loads({data!r}))") in ("LEARNER", "PeftType.LEARNER")
+
+
+def test_import_needs_no_trainer_and_is_quick():
+    """On top of `import peft` the plugin loads its own few modules: at most 2 % of what PEFT itself takes."""
+    code = """
+        import sys, time
+        start = time.perf_counter(); import peft; between = time.perf_counter()
+        before = set(sys.modules)
+        import peft_learners; end = time.perf_counter()
+        new = {name.partition('.')[0] for name in set(sys.modules) - before}
+        assert new == {'peft_learners'}, new
+        print((end - between) / (between - start))
+    """
+    ratio = min(float(python(code)) for _ in range(3))
+    assert ratio < 0.02, f"importing peft_learners took {ratio:.1%} of the time of importing peft {peft.__version__}"
+
+
+def test_phase_callback_is_a_public_name_loaded_on_demand():
+    out = python("import sys, peft_learners; from peft_learners import PhaseCallback; print(PhaseCallback.__module__)")
+    assert out == "peft_learners.callback"
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        peft_learners.nothing  # noqa: B018

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+from peft_learners import LearnerConfig
+from peft_learners.schedule import Change, Phase, Schedule, ScheduleError, change, epochs_to_steps, lay_out
+
+A, B = frozenset({"p", "q"}), frozenset({"p"})
+
+
+def two(first: int) -> Schedule:
+    return Schedule((Phase("one", 0, A), Phase("two", first, B)))
+
+
+@pytest.mark.parametrize(
+    "epochs,per_epoch,steps",
+    [(0, 10, 0), (1, 10, 10), (2, 230, 460), (0.5, 7, 4), (0.5, 10, 5), (0.25, 10, 3), (1e-9, 10, 1), (1.5, 3, 5)],
+)
+def test_epochs_to_steps_rounds_half_up_and_is_at_least_one(epochs, per_epoch, steps):
+    assert epochs_to_steps(epochs, per_epoch) == steps
+
+
+@pytest.mark.parametrize("epochs,per_epoch", [(-1, 10), (float("nan"), 10), (float("inf"), 10), (1, 0)])
+def test_epochs_to_steps_refuses(epochs, per_epoch):
+    with pytest.raises(ScheduleError):
+        epochs_to_steps(epochs, per_epoch)
+
+
+def test_a_phase_owns_the_steps_that_begin_at_or_after_its_first():
+    schedule = two(3)
+    assert [schedule.phase_at(step).name for step in range(5)] == ["one", "one", "one", "two", "two"]
+    assert [schedule.completed(step) for step in (2, 3)] == [[], ["one"]]
+
+
+def test_what_changes_at_a_boundary():
+    one, second = two(3).phases
+    assert change(one, second) == Change(frozen=frozenset({"q"}), unfrozen=frozenset())
+    assert change(None, one) == Change(frozen=frozenset(), unfrozen=A)
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [(), (Phase("a", 1, A),), (Phase("a", 0, A), Phase("b", 0, B)), (Phase("a", 0, A), Phase("a", 2, B))],
+)
+def test_impossible_schedules_are_refused(phases):
+    with pytest.raises(ScheduleError):
+        Schedule(phases)
+
+
+def test_recorded_boundaries_win():
+    assert two(3).with_first_steps({"one": 0, "two": 8}).first_steps == {"one": 0, "two": 8}
+    assert two(3).with_first_steps({"two": 0}).first_steps == {"two": 0}
+    with pytest.raises(ScheduleError, match=r"\['three'\] are not phases"):
+        two(3).with_first_steps({"three": 0})
+
+
+def test_a_phase_of_no_length_is_left_out():
+    assert lay_out([("one", 0, A), ("two", None, B)], 10).first_steps == {"two": 0}
+
+
+def test_lay_out_names_what_is_needed_and_what_there_is():
+    assert lay_out([("one", 10, A), ("two", None, B)], 10).first_steps == {"one": 0, "two": 10}
+    with pytest.raises(ScheduleError, match=r"one needs 10 optimizer steps, but training has only 9\. Do this\."):
+        lay_out([("one", 10, A), ("two", None, B)], 9, "Do this.")
+
+
+def test_learner_schedule():
+    schedule = LearnerConfig(priming_epochs=2).schedule(total_steps=1150, steps_per_epoch=230)
+    assert schedule.first_steps == {"priming": 0, "learning": 460}
+    assert schedule.phases[0].trains - schedule.phases[1].trains == {"learner_dense"}
+    assert LearnerConfig(priming_epochs=0).schedule(10, 5).first_steps == {"learning": 0}
+    assert LearnerConfig(priming_steps=7).schedule(None, None).first_steps == {"priming": 0, "learning": 7}
+    assert LearnerConfig(priming_steps=0).schedule(10, None).first_steps == {"learning": 0}
+
+
+def test_schedule_needs_no_torch():
+    code = (
+        "import importlib.util as u, sys; s = u.spec_from_file_location('schedule', sys.argv[1]); "
+        "m = u.module_from_spec(s); sys.modules['schedule'] = m; s.loader.exec_module(m); assert 'torch' not in sys.modules"
+    )
+    import peft_learners.schedule as module
+
+    subprocess.run([sys.executable, "-c", code, module.__file__], check=True)
