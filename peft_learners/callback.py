@@ -120,16 +120,18 @@ class PhaseCallback(TrainerCallback):
 
     @staticmethod
     def _record(driver: PhaseDriver, state: TrainerState, starts: list[PhaseStart]) -> None:
+        known = {(log.get("adapter"), log["phase"]) for log in state.log_history if "phase_first_step" in log}
         for start in starts:
-            state.log_history.append(
-                {
-                    "adapter": start.adapter,
-                    "phase": start.phase,
-                    "phase_first_step": start.first_step,
-                    "trained_parameters": start.trained_after,
-                    "step": state.global_step,
-                }
-            )
+            if (start.adapter, start.phase) not in known:  # a resumed run has it already
+                state.log_history.append(
+                    {
+                        "adapter": start.adapter,
+                        "phase": start.phase,
+                        "phase_first_step": start.first_step,
+                        "trained_parameters": start.trained_after,
+                        "step": state.global_step,
+                    }
+                )
 
     @staticmethod
     def _warn_if_incomplete(driver: PhaseDriver, when: str) -> None:

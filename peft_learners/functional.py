@@ -73,12 +73,12 @@ def separate_linear(
 
 
 class _EffectiveLinear(torch.autograd.Function):
-    """`x W'^T + b`, keeping x (and references to the parameters) for backward.
+    """`x W'^T + b` with `W' = W + c D + s B A`, keeping x (and references to the parameters) for backward.
 
     Gradients, with g the gradient of y as (T, h) and x as (T, d):
         dx = g W';  db = sum of g's rows
-        if some D (or W) trains:  G = g^T x,  dD_j = c_j G,  dA_k = s_k B_k^T G,  dB_k = s_k G A_k^T
-        else:                     dA_k = s_k (g B_k)^T x,  dB_k = s_k g^T (x A_k^T)
+        if D (or W) trains:  G = g^T x,  dD = c G,  dA = s B^T G,  dB = s G A^T
+        else:                dA = s (g B)^T x,  dB = s g^T (x A^T)
 
     Flops: forward `2 T N + 2 N r`; backward `2 T N + 2 N r` for dx, and `2 T N + 4 N r` or `4 rho T N` for the rest.
     """
@@ -90,64 +90,52 @@ class _EffectiveLinear(torch.autograd.Function):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        low_factors: tuple[float, ...],
-        dense_factors: tuple[float, ...],
+        a: Tensor | None,
+        b: Tensor | None,
+        delta: Tensor | None,
+        low_factor: float,
+        dense_factor: float,
         dtype: torch.dtype,
-        *tensors: Tensor,
     ) -> Tensor:
-        low_rank, dense = _regroup(low_factors, dense_factors, tensors)
-        full = effective_weight(weight, low_rank, dense)
+        full = _full(weight, a, b, delta, low_factor, dense_factor)
         return F.linear(x.to(dtype), full.to(dtype), bias.to(dtype) if bias is not None else None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, low_factors, dense_factors, dtype, *tensors = inputs
-        ctx.low_factors, ctx.dense_factors, ctx.dtype = low_factors, dense_factors, dtype
+        x, weight, bias, a, b, delta, ctx.low_factor, ctx.dense_factor, _ = inputs
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.save_for_backward(x, weight, *tensors)
+        ctx.save_for_backward(x, weight, a, b, delta)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight, *tensors = ctx.saved_tensors
-        low_rank, dense = _regroup(ctx.low_factors, ctx.dense_factors, tensors)
-        needs = ctx.needs_input_grad
-        needs_low, needs_dense = needs[6 : 6 + 2 * len(low_rank)], needs[6 + 2 * len(low_rank) :]
+        x, weight, a, b, delta = ctx.saved_tensors
+        s, c = ctx.low_factor, ctx.dense_factor
+        needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta = ctx.needs_input_grad[:6]
         g = grad.reshape(-1, grad.shape[-1])
-        dx = dw = db = None
-        if needs[0]:
-            full = effective_weight(weight, low_rank, dense).to(g.dtype)
-            dx = (g @ full).view(x.shape).to(x.dtype)
-        if needs[2]:
-            db = g.sum(0).to(ctx.bias_dtype)
         rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
-        dtensors: list[Tensor | None] = []
-        if needs[1] or any(needs_dense):
+        dx = dw = db = da = d_b = ddelta = None
+        if needs_x:
+            full = _full(weight, a, b, delta, s, c).to(g.dtype)
+            dx = (g @ full).view(x.shape).to(x.dtype)
+        if needs_bias:
+            db = g.sum(0).to(ctx.bias_dtype)
+        if needs_weight or needs_delta:
             product = (g.t() @ rows).to(weight.dtype)
-            dw = product if needs[1] else None
-            for i, (a, b, factor) in enumerate(low_rank):
-                dtensors.append((b.t() @ product) * factor if needs_low[2 * i] else None)
-                dtensors.append((product @ a.t()) * factor if needs_low[2 * i + 1] else None)
+            dw = product if needs_weight else None
+            ddelta = (product if c == 1 else product * c) if needs_delta else None
+            da = (b.t() @ product) * s if needs_a else None
+            d_b = (product @ a.t()) * s if needs_b else None
         else:
-            product = None
-            for i, (a, b, factor) in enumerate(low_rank):
-                da = ((g @ b.to(g.dtype)).t() @ rows).to(a.dtype) * factor if needs_low[2 * i] else None
-                dbb = (g.t() @ (rows @ a.to(g.dtype).t())).to(b.dtype) * factor if needs_low[2 * i + 1] else None
-                dtensors += [da, dbb]
-        for (_, factor), needed in zip(dense, needs_dense, strict=True):
-            if not needed or product is None:
-                dtensors.append(None)
-            else:
-                dtensors.append(product if factor == 1 else product * factor)
-        return dx, dw, db, None, None, None, *dtensors
+            da = ((g @ b.to(g.dtype)).t() @ rows).to(a.dtype) * s if needs_a else None
+            d_b = (g.t() @ (rows @ a.to(g.dtype).t())).to(b.dtype) * s if needs_b else None
+        return dx, dw, db, da, d_b, ddelta, None, None, None
 
 
-def _regroup(
-    low_factors: tuple[float, ...], dense_factors: tuple[float, ...], tensors: Sequence[Tensor]
-) -> tuple[list[LowRank], list[Dense]]:
-    ranks = len(low_factors)
-    low_rank = [(tensors[2 * i], tensors[2 * i + 1], low_factors[i]) for i in range(ranks)]
-    dense = [(tensors[2 * ranks + j], factor) for j, factor in enumerate(dense_factors)]
-    return low_rank, dense
+def _full(
+    weight: Tensor, a: Tensor | None, b: Tensor | None, delta: Tensor | None, low_factor: float, dense_factor: float
+) -> Tensor:
+    low_rank = [(a, b, low_factor)] if a is not None and b is not None else []
+    return effective_weight(weight, low_rank, [(delta, dense_factor)] if delta is not None else [])
 
 
 def effective_linear(
@@ -157,17 +145,20 @@ def effective_linear(
 
     Under autocast the sum W' is formed in the parameters' own type and then cast, as autocast casts a weight.
     """
+    a, b, low_factor = low_rank[0] if low_rank else (None, None, 1.0)
+    if len(low_rank) > 1:  # several adapters are one of the ranks' sum
+        a = torch.cat([a for a, _, _ in low_rank])
+        b, low_factor = torch.cat([b * factor for _, b, factor in low_rank], dim=1), 1.0
+    delta, dense_factor = dense[0] if dense else (None, 1.0)
+    if len(dense) > 1 and delta is not None:
+        delta, dense_factor = effective_weight(delta * dense_factor, (), dense[1:]), 1.0
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device)
-    dtype = torch.get_autocast_dtype(device) if autocast else weight.dtype
-    if autocast and x.dtype == torch.float64:
-        dtype = x.dtype  # autocast leaves double precision alone
-    tensors = [t for a, b, _ in low_rank for t in (a, b)] + [delta for delta, _ in dense]
-    factors = tuple(s for _, _, s in low_rank), tuple(c for _, c in dense)
-    if not autocast:
-        return _EffectiveLinear.apply(x, weight, bias, *factors, dtype, *tensors)
+    if not torch.is_autocast_enabled(device):
+        return _EffectiveLinear.apply(x, weight, bias, a, b, delta, low_factor, dense_factor, weight.dtype)
+    # autocast leaves double precision alone
+    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
     with torch.autocast(device, enabled=False):
-        return _EffectiveLinear.apply(x, weight, bias, *factors, dtype, *tensors)
+        return _EffectiveLinear.apply(x, weight, bias, a, b, delta, low_factor, dense_factor, dtype)
 
 
 def linear_with_updates(

@@ -7,6 +7,7 @@ of words can tell them apart, only the structure can. Training and development s
 constructions, but no noun, verb or adjective. Pure Python; the same seed gives the same sentences everywhere.
 """
 
+import argparse
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,10 +97,12 @@ PREPOSITIONS = ("near", "behind", "beside", "under", "above", "opposite")
 
 
 def plural(noun: str) -> str:
+    """The plural of a regular noun."""
     return noun + "s"
 
 
 def progressive(verb: str) -> str:
+    """The form in -ing of a regular verb, from its form in -ed."""
     return verb.removesuffix("ed") + "ing"
 
 
@@ -188,19 +191,42 @@ CONSTRUCTIONS: tuple[Callable[[random.Random, Lexicon], tuple[str, str]], ...] =
     determiner,
     order,
 )
+#: Lexicon and usual number of pairs by split.
+SPLITS = {"train": (TRAIN, 1200), "dev": (DEV, 252)}
 
 
-def write(lexicon: Lexicon, pairs: int, seed: int) -> list[Sentence]:
-    """Write `pairs` different pairs, as many of each construction, and shuffle the sentences."""
-    rng, sentences, seen = random.Random(seed), [], set()
-    while len(seen) < pairs:
-        construction = CONSTRUCTIONS[len(seen) % len(CONSTRUCTIONS)]
+def write(lexicon: Lexicon, pairs: int, seed: int | str) -> list[Sentence]:
+    """Write pairs of sentences, as many of each construction, none twice, in random order."""
+    rng = random.Random(seed)
+    seen: set[str] = set()
+    sentences: list[Sentence] = []
+    for pair in range(pairs):
+        construction = CONSTRUCTIONS[pair % len(CONSTRUCTIONS)]
         texts = construction(rng, lexicon)
-        if frozenset(texts) in seen:
-            continue
+        while not seen.isdisjoint(texts):
+            texts = construction(rng, lexicon)
+        seen.update(texts)
         for label, text in zip((1, 0), texts, strict=True):
-            sentence = f"{text[0].upper()}{text[1:]}."
-            sentences.append(Sentence(sentence, label, construction.__name__, len(seen)))
-        seen.add(frozenset(texts))
+            sentences.append(Sentence(f"{text.capitalize()}.", label, construction.__name__, pair))
     rng.shuffle(sentences)
     return sentences
+
+
+def load(split: str, pairs: int | None = None, seed: int = 0) -> list[Sentence]:
+    """The sentences of a split: "train" or "dev"; `pairs` is how many pairs, in place of the usual number."""
+    lexicon, usual = SPLITS[split]
+    return write(lexicon, usual if pairs is None else pairs, f"{split} {seed}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Print the sentences of a split, tab-separated.")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--pairs", type=int, help="how many pairs of sentences")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    for sentence in load(args.split, args.pairs, args.seed):
+        print(sentence.label, sentence.construction, sentence.text, sep="\t")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""What PEFT's own test-suite is run on (see test_peft_suite.py). Fields that PEFT's toy models need are given."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from peft_learners import LearnerConfig
+
+LIN0: dict[str, Any] = {"target_modules": ["lin0"]}
+BOTH: dict[str, Any] = {"target_modules": ["lin0", "lin1"]}
+PRIMED: dict[str, Any] = {"priming_modules": ["lin0"], "priming_epochs": 1}
+NETWORK = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
+
+
+def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    """`(name, model, config class, fields)`; '@' names a family of transformers models."""
+    mlp = {
+        "lin0": LIN0,
+        "both r=3": {**BOTH, "r": 3},
+        "regex": {"target_modules": "lin0"},
+        "all-linear": {"target_modules": "all-linear", "r": 4},
+        "scaling": {**LIN0, "r": 4, "scaling": 0.5},
+        "modules_to_save": {**LIN0, "r": 3, "modules_to_save": ["lin1"]},
+        "dropout": {**LIN0, "learner_dropout": 0.1},
+        "no biases": {**BOTH, "train_biases": False},
+        "rank_pattern": {**BOTH, "rank_pattern": {"lin0": 2}},
+        "in priming": {**BOTH, **PRIMED, "r": 3},
+        "in priming, scaled": {**LIN0, **PRIMED, "r": 3, "priming_lr_scale": 0.1},
+        "primed": {**LIN0, **PRIMED, "r": 3, "completed_phases": ["priming"]},
+        "primed, dropout": {**LIN0, **PRIMED, "learner_dropout": 0.1, "completed_phases": ["priming"]},
+    }
+    for name, fields in mlp.items():
+        yield f"Learner {name}", "MLP", LearnerConfig, fields
+    yield "Learner Conv1D", "EmbConv1D", LearnerConfig, {"target_modules": ["conv1d"]}
+    yield "Learner Conv1D primed", "EmbConv1D", LearnerConfig, {
+        "target_modules": ["conv1d"],
+        "priming_modules": ["conv1d"],
+        "completed_phases": ["priming"],
+    }
+    yield "Learner norms", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
+    yield "Learner norms alone", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0"]}
+    yield from families()
+
+
+def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    tasks = {
+        "@decoder": "CAUSAL_LM",
+        "@encoder": "FEATURE_EXTRACTION",
+        "@seq_cls": "SEQ_CLS",
+        "@seq2seq": "SEQ_2_SEQ_LM",
+        "@token_cls": "TOKEN_CLS",
+        "@qa": "QUESTION_ANS",
+    }
+    for family, task in tasks.items():
+        yield f"Learner {task}", family, LearnerConfig, {"task_type": task, "r": 8}
+        yield f"Learner {task} unprimed", family, LearnerConfig, {"task_type": task, "r": 4, "priming_epochs": 0}
+        yield f"Learner {task} primed", family, LearnerConfig, {
+            "task_type": task,
+            "r": 4,
+            "completed_phases": ["priming"],
+        }
+    yield "Learner config", "@config", LearnerConfig, {}
+
+
+def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
+    """Two active adapters."""
+    one = {**LIN0, "r": 3, "init_weights": False}
+    yield "Learner same layer", "learner", LearnerConfig, one, {**one, "r": 5}
+    yield "Learner other layer", "learner", LearnerConfig, one, {**one, "target_modules": ["lin1"]}
+    yield "Learner both primed", "learner", LearnerConfig, {**one, **PRIMED}, {**one, **PRIMED}
+
+
+def mixed() -> Iterator[tuple[str, LearnerConfig, LearnerConfig]]:
+    """Mixed batches."""
+    one = {**LIN0, "init_weights": False}
+    yield "Learner mixed", LearnerConfig(**one, r=3), LearnerConfig(**one, r=6)
+    yield "Learner mixed primed", LearnerConfig(**one, r=3, **PRIMED), LearnerConfig(**one, r=6)
+
+
+def expected(test: str, case: str) -> tuple[str, str] | None:
+    if test in NETWORK:
+        return "skip", "fetches a config from the Hub; runs where the network allows (unset HF_HUB_OFFLINE)"
+    return None

@@ -1,0 +1,59 @@
+"""Runs killed anywhere and resumed in a fresh process end bit for bit like one that was never stopped.
+
+Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/training.py).
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parent / "runs" / "train_tiny.py"
+
+
+def run(out: Path, *options: str) -> int:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(SCRIPT), str(out), *options], env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, -9), done.stderr[-3000:]
+    return done.returncode
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    out = tmp_path_factory.mktemp("uninterrupted")
+    assert run(out) == 0
+    return torch.load(out / "final.pt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "kill_after", [2, 5, 7], ids=["priming-mid-epoch", "boundary-mid-epoch", "learning-mid-epoch"]
+)
+def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, kill_after):
+    assert run(tmp_path, "--kill_after", str(kill_after)) == -9
+    assert not (tmp_path / "final.pt").exists()
+    assert run(tmp_path, "--resume") == 0
+    resumed = torch.load(tmp_path / "final.pt")
+    assert uninterrupted["starts"] == {"priming": 0, "learning": 5}
+    for part in ("adapter", "optimizer"):
+        assert resumed[part].keys() == uninterrupted[part].keys()
+        for name, value in uninterrupted[part].items():
+            assert torch.equal(resumed[part][name], value), name
+    assert not [name for name in resumed["optimizer"] if "learner_dense" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "changed",
+    [["per_device_train_batch_size=4"], ["num_train_epochs=5"], ["ignore_data_skip=true"]],
+    ids=lambda changed: changed[0].split("=")[0],
+)
+def test_a_resumed_run_keeps_its_boundary_whatever_else_was_changed(tmp_path: Path, changed):
+    assert run(tmp_path, "--kill_after", "2") == -9
+    assert run(tmp_path, "--resume", "--set", *changed) == 0
+    assert torch.load(tmp_path / "final.pt")["starts"] == {"priming": 0, "learning": 5}

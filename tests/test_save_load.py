@@ -1,0 +1,191 @@
+"""Files: half precision, truncated and foreign ones; other ways of PEFT and transformers to load."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from test_contract import logits_of
+from training import adapter_values, arguments, learner, trainer
+
+from peft_learners import LearnerConfig
+
+FILE = "adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory):
+    out = tmp_path_factory.mktemp("trained")
+    model = learner()
+    trainer(model, arguments(out)).train()
+    model.save_pretrained(out / "adapter")
+    inputs = zoo.inputs_of("distilbert", model)
+    return model, out / "adapter", inputs, logits_of(model, inputs)
+
+
+def load(path: Path, **kwargs) -> PeftModel:
+    return PeftModel.from_pretrained(zoo.build("distilbert"), path, **kwargs)
+
+
+def test_saved_in_half_precision_on_request(trained, tmp_path: Path):
+    model, path, inputs, logits = trained
+    config = model.peft_config["default"]
+    config.save_dtype = "bfloat16"
+    model.save_pretrained(tmp_path)
+    config.save_dtype = None
+    full, half = load_file(path / FILE), load_file(tmp_path / FILE)
+    adapter = [name for name in full if ".learner_" in name]
+    assert adapter and all(torch.equal(half[n], full[n].to(torch.bfloat16)) for n in adapter)
+    again = load(tmp_path)
+    assert all(p.dtype == torch.float32 for n, p in again.named_parameters() if "learner_" in n)
+    torch.testing.assert_close(logits_of(again, inputs), logits, rtol=0, atol=0.02)
+
+
+def test_checkpoints_of_a_running_training_keep_full_precision(tmp_path: Path):
+    """So that a resume is exact; what is saved after training is cast."""
+    model = learner(save_dtype="bfloat16")
+    run = trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=1))
+    run.train()
+    for step in (1, 5):
+        saved = load_file(tmp_path / f"checkpoint-{step}" / FILE)
+        assert {v.dtype for v in saved.values()} == {torch.float32}
+    run.save_model(tmp_path / "end")
+    saved = load_file(tmp_path / "end" / FILE)
+    assert {v.dtype for n, v in saved.items() if "learner_" in n} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("how", ["in-place", "second"])
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unknown", "shape", "foreign"])
+def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_path: Path, damage, how):
+    _, path, inputs, _ = trained
+    values = load_file(path / FILE)
+    name = next(n for n in values if "learner_P2" in n)
+    (tmp_path / "adapter_config.json").write_text((path / "adapter_config.json").read_text())
+    if damage == "missing":
+        del values[name]
+    elif damage == "unknown":
+        values[name.replace(".learner_P2", ".other.learner_P2")] = values[name].clone()
+    elif damage == "shape":
+        values[name] = values[name][:, :1].contiguous()
+    elif damage == "foreign":
+        values = {n.replace("learner_P1", "lora_A").replace("learner_P2", "lora_B"): v for n, v in values.items()}
+    save_file(values, tmp_path / FILE)
+    if damage == "truncated":
+        data = (tmp_path / FILE).read_bytes()
+        (tmp_path / FILE).write_bytes(data[: len(data) // 2])
+
+    model = learner(seed=0)
+    before, logits = adapter_values(model), logits_of(model, inputs)
+    with pytest.raises((ValueError, SafetensorError)) as error:
+        model.load_adapter(tmp_path, "default" if how == "in-place" else "second")
+    if damage != "truncated":
+        assert "does not fit the adapter" in str(error.value) and "Nothing was loaded" in str(error.value)
+    after = adapter_values(model)
+    assert all(torch.equal(after[n], v) for n, v in before.items())
+    assert torch.equal(logits_of(model, inputs), logits)
+
+
+def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):
+    _, path, _, _ = trained
+    model = learner(r=8)
+    with pytest.raises(ValueError, match="shapes differ"):
+        model.load_adapter(path, "default")
+    with pytest.warns(UserWarning, match="size mismatch|shape"):
+        model.load_adapter(path, "default", ignore_mismatched_sizes=True)
+
+
+def test_transformers_own_verbs(trained, tmp_path: Path):
+    _, path, inputs, logits = trained
+    model = zoo.build("distilbert")
+    model.load_adapter(str(path), adapter_name="mine")
+    assert torch.equal(logits_of(model, inputs), logits)
+    model.add_adapter(LearnerConfig(r=2, init_weights=False), "other")
+    other = logits_of(model, inputs)
+    assert not torch.allclose(other, logits, atol=1e-3)
+    model.set_adapter("mine")
+    assert torch.equal(logits_of(model, inputs), logits)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense.mine" in n)
+    model.delete_adapter("other")
+    assert torch.equal(logits_of(model, inputs), logits)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits_of(load(tmp_path), inputs), logits)
+
+
+def test_transformers_disable_and_enable():
+    """On a model without a new head: transformers' `enable_adapters` leaves `modules_to_save` disabled."""
+    model = zoo.build("llama")
+    inputs = zoo.inputs_of("llama", model)
+    base = logits_of(model, inputs)
+    model.add_adapter(LearnerConfig(r=2, init_weights=False))
+    adapted = logits_of(model, inputs)
+    model.disable_adapters()
+    assert torch.equal(logits_of(model, inputs), base)
+    model.enable_adapters()
+    assert torch.equal(logits_of(model, inputs), adapted) and not torch.allclose(adapted, base, atol=1e-3)
+
+
+def test_injection_and_state_dicts_without_a_peft_model(trained):
+    model, _, inputs, logits = trained
+    prefix = "base_model.model."
+    state = {name.removeprefix(prefix): v for name, v in get_peft_model_state_dict(model).items()}
+    config = copy.deepcopy(model.peft_config["default"])
+    bare = inject_adapter_in_model(config, zoo.build("distilbert"))
+    set_peft_model_state_dict(bare, state)
+    assert torch.equal(logits_of(bare, inputs), logits)
+    again = get_peft_model_state_dict(bare)
+    assert again.keys() == state.keys() and all(torch.equal(again[n], v) for n, v in state.items())
+
+
+def test_auto_class(trained, tmp_path: Path):
+    base = zoo.build("distilbert")
+    base.save_pretrained(tmp_path / "base")
+    loaded = type(base).from_pretrained(tmp_path / "base")
+    model = get_peft_model(loaded, LearnerConfig(r=2, task_type="SEQ_CLS", init_weights=False))
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = trained[2]
+    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_base_with_float32_adapter(trained, dtype):
+    _, path, inputs, logits = trained
+    base = zoo.build("distilbert").to(dtype)
+    model = PeftModel.from_pretrained(base, path)
+    assert {p.dtype for n, p in model.named_parameters() if "learner_" in n} == {torch.float32}
+    out = logits_of(model, inputs)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out.float(), logits, rtol=0, atol=0.05)
+    merged = model.merge_and_unload(safe_merge=True)
+    assert {p.dtype for p in merged.parameters()} <= {dtype, torch.float32}  # the head was saved in float32
+    torch.testing.assert_close(logits_of(merged, inputs).float(), logits, rtol=0, atol=0.05)
+
+
+def test_mixed_batches_on_a_transformers_model(trained):
+    _, path, inputs, logits = trained
+    model = load(path)
+    torch.manual_seed(3)
+    model.add_adapter("other", LearnerConfig(r=2, init_weights=False, task_type="SEQ_CLS"))
+    model.set_adapter("other")
+    other = logits_of(model, inputs)
+    with model.disable_adapter():
+        base = logits_of(model, inputs)
+    model.set_adapter("default")
+    mixed = logits_of(model, {**inputs, "adapter_names": ["default", "__base__", "other"]})
+    for row, expected in enumerate((logits, base, other)):
+        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="non-existing adapter"):
+        logits_of(model, {**inputs, "adapter_names": ["default", "__base__", "nobody"]})
+
+
+def test_compiled_inference_has_no_graph_break(trained):
+    model, _, inputs, logits = trained
+    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(logits_of(compiled, inputs), logits, rtol=1e-5, atol=1e-5)
