@@ -1,7 +1,7 @@
 """Learners for Hugging Face PEFT. Importing this package registers its tuners with PEFT.
 
-    from peft import get_peft_model
-    from peft_learners import LearnerConfig, PhaseCallback
+from peft import get_peft_model
+from peft_learners import LearnerConfig, PhaseCallback
 """
 
 from typing import TYPE_CHECKING, Any

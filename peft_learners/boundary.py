@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The module behind `DistributedDataParallel` and `torch.compile`."""
     while True:
         if hasattr(model, "_orig_mod"):
-            model = model._orig_mod
+            model = cast(nn.Module, model._orig_mod)
         elif isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
         else:

@@ -7,7 +7,6 @@ import difflib
 import functools
 import math
 import weakref
-
 from dataclasses import dataclass, field, fields
 from typing import Any, Optional, TypeVar, Union
 
@@ -22,7 +21,7 @@ C = TypeVar("C", bound=type)
 
 def names_unknown_fields(cls: C) -> C:
     """Class decorator for a dataclass: an unknown field is refused with the nearest known one."""
-    init = cls.__init__
+    init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
     def checked(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -35,7 +34,7 @@ def names_unknown_fields(cls: C) -> C:
                 raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}")
         init(self, *args, **kwargs)
 
-    cls.__init__ = checked
+    cls.__init__ = checked  # type: ignore[misc]
     return cls
 
 
@@ -63,14 +62,14 @@ class PhasedConfig(PeftConfig):
     its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
     """
 
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={
             "help": "Names (or a regex) of the modules to adapt. None or 'all-linear': every linear layer of the "
             "backbone, found from the model's structure; a pooler only if the model has a head that uses it."
         },
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None, metadata={"help": "Names (or a regex) of modules to leave alone; wins over target_modules."}
     )
     layers_to_transform: Optional[Union[list[int], int]] = field(
@@ -173,5 +172,3 @@ class PhasedConfig(PeftConfig):
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""
         raise NotImplementedError
-
-

@@ -128,8 +128,11 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
-    """Those of `linears` that belong to an attention: below a module whose class says so, or whose name does and which
-    holds several linear layers (MobileBERT calls a bottleneck "attention"), and not below a feed-forward part of it."""
+    """Those of `linears` that belong to an attention.
+
+    They lie below a module whose class says so, or whose name does and which holds several linear layers (MobileBERT
+    calls a bottleneck "attention"), and not below a feed-forward part of it.
+    """
     linears = list(linears)
     attention = {
         name

@@ -107,7 +107,7 @@ class _EffectiveLinear(torch.autograd.Function):
         ctx.save_for_backward(x, weight, a, b, delta)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, delta = ctx.saved_tensors
         s, c = ctx.low_factor, ctx.dense_factor
         needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta = ctx.needs_input_grad[:6]

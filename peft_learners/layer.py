@@ -77,7 +77,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"{len(adapter_names)} and {len(x)} respectively."
             )
         if self.merged:
-            raise ValueError("Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.")
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
 
     def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         rows: dict[str, list[int]] = {}
@@ -138,7 +140,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         value = getattr(base, key).data
         if not value.is_floating_point():
             raise ValueError(
-                f"The {type(base).__name__} to merge into stores {value.dtype} values: a delta can't be added to them. "
+                f"The {type(base).__name__} to merge into stores {value.dtype} values: no delta can be added to them. "
                 "Load the base model in float (without quantisation) and merge there."
             )
         # In the wider of both types, so that a float32 delta is rounded once.

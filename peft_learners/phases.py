@@ -12,9 +12,11 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import PeftType
 from torch import nn
 
 from .boundary import find_ddp, free_optimizer_state, rebuild_reducer, unwrapped
@@ -49,7 +51,7 @@ def injected_model(model: nn.Module) -> nn.Module:
     model = unwrapped(model)
     base = getattr(model, "base_model", None)
     tuner = base if isinstance(base, nn.Module) and hasattr(type(base), "update_and_allocate") else model
-    return tuner.model if hasattr(type(tuner), "update_and_allocate") else tuner
+    return cast(nn.Module, tuner.model) if hasattr(type(tuner), "update_and_allocate") else tuner
 
 
 def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
@@ -175,7 +177,7 @@ class PhaseDriver:
                 schedule = schedule.with_first_steps(recorded)
             elif config.phases_complete:
                 schedule = schedule.last_only()
-            tuner = PEFT_TYPE_TO_TUNER_MAPPING[config.peft_type]
+            tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
             tuner.check_phases(self.root, name, config, schedule)
             schedules[name] = schedule
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
@@ -255,7 +257,11 @@ class PhaseDriver:
         after = trained_parameters(root)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         starts = [PhaseStart(name, phase.name, phase.first_step, before, after) for name, phase in entering.items()]
-        if not torch.distributed.is_available() or not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0:
+        if (
+            not torch.distributed.is_available()
+            or not torch.distributed.is_initialized()
+            or torch.distributed.get_rank() == 0
+        ):
             for start in starts:
                 logger.info(
                     "adapter %r enters phase %r at step %d: trained parameters %d -> %d",

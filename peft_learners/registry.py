@@ -56,12 +56,12 @@ def _add_member(name: str) -> None:
         member = str.__new__(PeftType, name)
         member._name_ = name
         member._value_ = name
-        member.__objclass__ = PeftType
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
         PeftType._member_names_.append(name)
         PeftType._member_map_[name] = member
         PeftType._value2member_map_[name] = member
     # Enum members pickle by name, which fails in a process that has not imported the plugin.
-    PeftType[name].__reduce_ex__ = lambda protocol: (_restore, (name,))  # type: ignore[method-assign]
+    PeftType[name].__reduce_ex__ = lambda protocol: (_restore, (name,))  # type: ignore[method-assign, assignment]
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:

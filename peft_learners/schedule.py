@@ -9,6 +9,7 @@ Steps are counted as *finished optimizer steps*: `global_step` 0 is before the f
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class Schedule:
         if not self.phases:
             raise ScheduleError("A schedule needs at least one phase, got none.")
         steps = [phase.first_step for phase in self.phases]
-        if steps[0] != 0 or any(b <= a for a, b in zip(steps, steps[1:], strict=False)):
+        if steps[0] != 0 or any(b <= a for a, b in itertools.pairwise(steps)):
             raise ScheduleError(f"The first steps of the phases must begin at 0 and increase, got {steps}.")
         names = [phase.name for phase in self.phases]
         if len(set(names)) != len(names):
@@ -76,7 +77,7 @@ class Schedule:
 
     @property
     def first_steps(self) -> dict[str, int]:
-        """`{phase name: first step}`, in order; what a checkpoint keeps so that a resumed run has the same boundary."""
+        """`{phase name: first step}`, in order; a checkpoint keeps it, so that a resumed run has the same boundary."""
         return {phase.name: phase.first_step for phase in self.phases}
 
     def last_only(self) -> Schedule:

@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft.config import PeftConfig
@@ -38,7 +38,7 @@ class PhasedModel(BaseTuner):
     A subclass sets `prefix` and `tuner_layer_cls` and defines `_resolve_targets` and `_create_and_replace`.
     """
 
-    target_module_mapping: dict[str, list[str]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -156,8 +156,10 @@ class PhasedModel(BaseTuner):
         others = [name for name, _ in discovery.walk(self.model) if name and name not in names]
         return sorted(_find_minimal_target_modules(names, others)) if names else []
 
-    def _place(self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module) -> None:
-        if adapter_name not in self.active_adapters:
+    def _place(
+        self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module
+    ) -> None:
+        if adapter not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, name, new_module, target)
 
@@ -238,10 +240,9 @@ class PhasedModel(BaseTuner):
                 module._active_adapter = []
         return super().unload()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        PhaseDriver.forget(model)
-        return model
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        PhaseDriver.forget(self.model)
+        return super()._unload_and_optionally_merge(*args, **kwargs)
 
     @classmethod
     def _get_adapter_state_dict(

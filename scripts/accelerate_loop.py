@@ -53,7 +53,9 @@ def main() -> None:
     per_epoch = -(-len(loader) // args.gradient_accumulation_steps)
     schedule = get_linear_schedule_with_warmup(optimizer, 2, args.epochs * per_epoch)
     tuner = accelerator.unwrap_model(model).base_model
-    tuner.set_schedule(args.epochs * per_epoch, per_epoch, optimizer=optimizer, wrapper=model)  # 2: lays out the phases
+    tuner.set_schedule(
+        args.epochs * per_epoch, per_epoch, optimizer=optimizer, wrapper=model
+    )  # 2: lays out the phases
 
     step = 0
     for epoch in range(args.epochs):

@@ -33,11 +33,16 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     for name, fields in mlp.items():
         yield f"Learner {name}", "MLP", LearnerConfig, fields
     yield "Learner Conv1D", "EmbConv1D", LearnerConfig, {"target_modules": ["conv1d"]}
-    yield "Learner Conv1D primed", "EmbConv1D", LearnerConfig, {
-        "target_modules": ["conv1d"],
-        "priming_modules": ["conv1d"],
-        "completed_phases": ["priming"],
-    }
+    yield (
+        "Learner Conv1D primed",
+        "EmbConv1D",
+        LearnerConfig,
+        {
+            "target_modules": ["conv1d"],
+            "priming_modules": ["conv1d"],
+            "completed_phases": ["priming"],
+        },
+    )
     yield "Learner norms", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
     yield "Learner norms alone", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0"]}
     yield from families()
@@ -55,11 +60,16 @@ def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     for family, task in tasks.items():
         yield f"Learner {task}", family, LearnerConfig, {"task_type": task, "r": 8}
         yield f"Learner {task} unprimed", family, LearnerConfig, {"task_type": task, "r": 4, "priming_epochs": 0}
-        yield f"Learner {task} primed", family, LearnerConfig, {
-            "task_type": task,
-            "r": 4,
-            "completed_phases": ["priming"],
-        }
+        yield (
+            f"Learner {task} primed",
+            family,
+            LearnerConfig,
+            {
+                "task_type": task,
+                "r": 4,
+                "completed_phases": ["priming"],
+            },
+        )
     yield "Learner config", "@config", LearnerConfig, {}
 
 

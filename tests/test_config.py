@@ -46,7 +46,9 @@ def test_bad_values_are_named(settings, words):
 
 
 def test_unknown_fields_are_named_with_the_nearest():
-    with pytest.raises(TypeError, match=r"unexpected keyword argument 'primming_epochs'\. Did you mean 'priming_epochs'"):
+    with pytest.raises(
+        TypeError, match=r"unexpected keyword argument 'primming_epochs'\. Did you mean 'priming_epochs'"
+    ):
         LearnerConfig(primming_epochs=2)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'\. It has: .*priming_epochs"):
         LearnerConfig(zzz=2)
@@ -107,7 +109,9 @@ def learner(model: nn.Module | None = None, **settings) -> PeftModel:
 
 @pytest.mark.parametrize("settings", [{}, {"train_norms": False}])
 def test_target_names_that_match_nothing(settings):
-    with pytest.raises(ValueError, match=r"\{'nothing_like_it'\} not found in the base model\. Its linear layers are named k_lin, "):
+    with pytest.raises(
+        ValueError, match=r"\{'nothing_like_it'\} not found in the base model\. Its linear layers are named k_lin, "
+    ):
         learner(target_modules=["nothing_like_it"], **settings)
 
 

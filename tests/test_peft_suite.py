@@ -25,7 +25,10 @@ def test_peft_own_suite_has_no_failures():
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        ["bash", str(RUNNER), "peft_cases", "--tb=short", "-o", "addopts="], env=environment, capture_output=True, text=True
+        ["bash", str(RUNNER), "peft_cases", "--tb=short", "-o", "addopts="],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     closing = done.stdout.strip().splitlines()[-1]
     print(closing)

@@ -18,7 +18,9 @@ SCRIPT = Path(__file__).parent / "runs" / "train_tiny.py"
 
 def run(out: Path, *options: str) -> int:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(SCRIPT), str(out), *options], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), str(out), *options], env=environment, capture_output=True, text=True
+    )
     assert done.returncode in (0, -9), done.stderr[-3000:]
     return done.returncode
 

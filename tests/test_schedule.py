@@ -79,7 +79,8 @@ def test_learner_schedule():
 def test_schedule_needs_no_torch():
     code = (
         "import importlib.util as u, sys; s = u.spec_from_file_location('schedule', sys.argv[1]); "
-        "m = u.module_from_spec(s); sys.modules['schedule'] = m; s.loader.exec_module(m); assert 'torch' not in sys.modules"
+        "m = u.module_from_spec(s); sys.modules['schedule'] = m; s.loader.exec_module(m); "
+        "assert 'torch' not in sys.modules"
     )
     import peft_learners.schedule as module
 

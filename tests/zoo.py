@@ -8,7 +8,13 @@ from dataclasses import dataclass
 import torch
 import transformers as tf
 
-SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "vocab_size": 64}
+SMALL = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "vocab_size": 64,
+}
 ROWS, TOKENS = 3, 7
 
 
@@ -50,8 +56,10 @@ def _no_dropout(config: tf.PretrainedConfig) -> tf.PretrainedConfig:
     return config
 
 
-def distilbert(**kwargs: object) -> torch.nn.Module:
-    config = tf.DistilBertConfig(dim=16, hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64, max_position_embeddings=32)
+def distilbert() -> torch.nn.Module:
+    config = tf.DistilBertConfig(
+        dim=16, hidden_dim=32, n_layers=2, n_heads=2, vocab_size=64, max_position_embeddings=32
+    )
     return tf.DistilBertForSequenceClassification(_no_dropout(config))
 
 
@@ -107,7 +115,8 @@ ZOO: dict[str, Entry] = {
     "bert": Entry(bert, _text, "SEQ_CLS", 8, 13, 4, ("classifier",)),
     "roberta": Entry(roberta, _text, "SEQ_CLS", 8, 12, 4, ("classifier",)),
     # per layer: q k v out; intermediate, output; 2 bottlenecks (input, attention), output.bottleneck, one extra ffn
-    # (2 linears) = 11; embedding_transformation, pooler; norms: attention, output, 2 bottlenecks, output.bottleneck, ffn
+    # (2 linears) = 11; embedding_transformation, pooler
+    # norms per layer: attention, output, 2 bottlenecks, output.bottleneck, ffn
     "mobilebert": Entry(mobilebert, _text, "SEQ_CLS", 8, 24, 12, ("classifier",)),
     # one shared block: q k v dense + ffn, ffn_output; embedding_hidden_mapping_in; pooler
     "albert": Entry(albert, _text, "SEQ_CLS", 4, 8, 2, ("classifier",)),

@@ -67,6 +67,8 @@ class LearnerLinear(LearnerLayer):
         self.learner_r: dict[str, int] = {}
         self.learner_scaling: dict[str, float] = {}
         self.learner_lr_scale: dict[str, float] = {}
+        self.in_features: Any
+        self.out_features: Any
         self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
         # transformers' Conv1D stores its weight as (in_features, out_features)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
@@ -99,7 +101,7 @@ class LearnerLinear(LearnerLayer):
         weight = self._readable_weight(adapters)
         if weight is None or args or kwargs:
             return self._forward_plain(x, adapters, *args, **kwargs)
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         biases = [self.learner_bias[name] for name in adapters if name in self.learner_bias]
         bias = sum_of(base.bias, biases)
         primed = [name for name in adapters if name in self.learner_dense]
@@ -122,7 +124,7 @@ class LearnerLinear(LearnerLayer):
             return None
         if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks:
             return None
-        weight = base.weight
+        weight: Any = base.weight
         if any(self.learner_P1[name].dtype != weight.dtype for name in adapters) or float_weight(base) is None:
             return None
         return weight.t() if self.fan_in_fan_out else weight
@@ -170,7 +172,8 @@ class LearnerNorm(LearnerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.learner_norm = nn.ParameterDict({})
-        self.in_features = self.out_features = base_of(base_layer).weight.shape[0]
+        weight: Any = base_of(base_layer).weight
+        self.in_features = self.out_features = int(weight.shape[0])
 
     def update_layer(self, adapter: str, config: LearnerConfig) -> None:
         """Create the parameters of a new adapter."""
@@ -180,7 +183,7 @@ class LearnerNorm(LearnerLayer):
         self._finish_update(adapter, config)
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         weight = sum_of(base.weight, [self.learner_norm[name] for name in adapters])
         assert weight is not None
         biases = [self.learner_bias[name] for name in adapters if name in self.learner_bias]

@@ -129,7 +129,7 @@ class LearnerModel(PhasedModel):
 
     # -- injection --------------------------------------------------------------------------------------------------
 
-    def _create_and_replace(  # type: ignore[override]
+    def _create_and_replace(
         self,
         peft_config: LearnerConfig,
         adapter_name: str,
@@ -140,20 +140,15 @@ class LearnerModel(PhasedModel):
         parameter_name: Optional[str] = None,
         **kwargs: Any,
     ) -> None:
-        new = not isinstance(target, LearnerLayer)
-        if not new:
-            layer = target
-        elif discovery.is_norm(target):
-            layer = LearnerNorm(target)
-        else:
-            layer = LearnerLinear(target)
-        if new:
+        layer: Any = target
+        if not isinstance(target, LearnerLayer):
+            layer = LearnerNorm(target) if discovery.is_norm(target) else LearnerLinear(target)
             layer._active_adapter = adapter_name
         if isinstance(layer, LearnerLinear):
             layer.update_layer(adapter_name, peft_config, current_key, primed=current_key in self._primed)
         else:
             layer.update_layer(adapter_name, peft_config)
-        if new:
+        if layer is not target:
             self._place(layer, adapter_name, parent, target_name, target)
 
     # -- phases -----------------------------------------------------------------------------------------------------
