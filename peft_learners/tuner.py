@@ -6,7 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft.config import PeftConfig
@@ -159,7 +159,7 @@ class PhasedModel(BaseTuner):
     def _place(
         self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module
     ) -> None:
-        if adapter not in self.active_adapters:
+        if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, name, new_module, target)
 

@@ -294,7 +294,7 @@ def test_transformers_own_add_adapter_is_driven_too(tmp_path: Path):
     assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
 
 
-# -- told before training starts ---------------------------------------------------------------------------------------
+# -- told before training starts --------------------------------------------------------------------------------------
 
 
 def test_fewer_steps_than_priming_needs(tmp_path: Path):

@@ -100,7 +100,7 @@ def test_one_config_object_for_two_adapters_of_one_model():
     assert model.peft_config["second"].completed_phases == []
 
 
-# -- told at injection -------------------------------------------------------------------------------------------------
+# -- told at injection ------------------------------------------------------------------------------------------------
 
 
 def learner(model: nn.Module | None = None, **settings) -> PeftModel:
