@@ -38,7 +38,7 @@ class PhasedModel(BaseTuner):
     A subclass sets `prefix` and `tuner_layer_cls` and defines `_resolve_targets` and `_create_and_replace`.
     """
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
