@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -76,35 +76,39 @@ def output_embeddings(model: nn.Module) -> nn.Module | None:
 def new_head(model: nn.Module) -> list[str]:
     """Names of the freshly initialised head: what has parameters and lies outside the pretrained backbone.
 
-    A model with output embeddings has a pretrained LM head, and what lies around it is pretrained too: [].
+    A model with output embeddings has a pretrained LM head, and what lies around it is pretrained too: []. A task
+    model ("...For...") that holds its backbone's parts directly has the linear layers beside them for a head.
     """
-    prefix = backbone_prefix(model)
-    if not prefix or output_embeddings(model) is not None:
+    if output_embeddings(model) is not None:
         return []
-    return [
-        name
-        for name, child in model.named_children()
-        if f"{name}." != prefix and any(True for _ in child.parameters())
-    ]
+    prefix = backbone_prefix(model)
+    if prefix:
+        children = [(name, child) for name, child in model.named_children() if f"{name}." != prefix]
+        return [name for name, child in children if any(True for _ in child.parameters())]
+    if not re.search(r"For[A-Z]", type(model).__name__):
+        return []
+    return [name for name, child in model.named_children() if is_linear(_original(child))]
+
+
+def _original(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def linear_names(model: nn.Module) -> list[str]:
     """Linear layers of the backbone that a tuner can stand in for.
 
     Left out: the head and the LM head; the inside of `nn.MultiheadAttention`, which reads its weights without calling
-    it; and a pooler of a bare backbone, which nothing may use (a task model is built with a pooler only if its head
-    reads it).
+    it; and a pooler where there is no head, since nothing may read it (a task model is built with a pooler only if
+    its head does).
     """
-    prefix = backbone_prefix(model)
-    head = output_embeddings(model)
-    inside = [name for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
+    prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
+    outside = [f"{name}." for name in head]
+    outside += [f"{name}." for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
     names = []
     for name, module in walk(model):
-        if not name.startswith(prefix) or base_of(module) is head or module is head or not is_linear(module):
+        if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head or not is_linear(module):
             continue
-        if any(name.startswith(f"{outer}.") for outer in inside):
-            continue
-        if not prefix and name.split(".")[0] == "pooler":
+        if any(f"{name}.".startswith(outer) for outer in outside) or (not head and "pooler" in name.split(".")):
             continue
         names.append(name)
     return names

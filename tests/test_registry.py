@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import importlib
 import pickle
 import subprocess
@@ -27,6 +28,23 @@ def test_the_type_is_a_real_member():
     assert PeftType("LEARNER") is PeftType["LEARNER"] is member and member in list(PeftType)
     assert copy.deepcopy(member) is copy.copy(member) is pickle.loads(pickle.dumps(member)) is member
     assert isinstance(get_peft_config({"peft_type": "LEARNER", "r": 3}), LearnerConfig)
+
+
+@pytest.mark.parametrize("add", [registry._add_by_proto_member, registry._add_by_tables])
+def test_both_ways_to_add_a_member(add):
+    if add is registry._add_by_proto_member and sys.version_info < (3, 11):
+        pytest.skip("Python 3.10 has no enum._proto_member; newer versions run this")
+    if add is registry._add_by_tables and sys.version_info >= (3, 12):
+        pytest.skip("members are class attributes since Python 3.12; 3.10 and 3.11 run this")
+
+    class Kind(str, enum.Enum):
+        OLD = "OLD"
+
+    add(Kind, "NEW")
+    member = Kind("NEW")
+    assert member is Kind["NEW"] is Kind.NEW and list(Kind) == [Kind.OLD, member]
+    assert isinstance(member, Kind) and (member.name, member.value, str.__str__(member)) == ("NEW",) * 3
+    assert member == "NEW" and hash(member) == hash("NEW") and "NEW" in list(Kind)
 
 
 def test_registering_again_changes_nothing():
