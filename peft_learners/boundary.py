@@ -41,25 +41,24 @@ def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) 
             optimizer.state.pop(parameter, None)
 
 
-def find_ddp(model: nn.Module) -> nn.parallel.DistributedDataParallel | None:
-    """The DDP wrapper in this process that holds `model`, itself or somewhere inside, if there is one.
+def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
+    """All DDP wrappers in this process that hold `model`, itself or somewhere inside.
 
     Trainer gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it.
+    A Trainer that has finished may still be alive with a wrapper of its own.
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return None
-    target = unwrapped(model)
-    found = None
-    for thing in gc.get_objects():
-        # type() rather than isinstance(): it runs no code of foreign objects.
-        if issubclass(type(thing), nn.parallel.DistributedDataParallel):
-            if any(module is target for module in thing.modules()):
-                found = thing
-    return found
+        return []
+    target, ddp = unwrapped(model), nn.parallel.DistributedDataParallel
+    # type() rather than isinstance(): it runs no code of foreign objects.
+    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
+    return [wrapper for wrapper in wrappers if any(module is target for module in wrapper.modules())]
 
 
 def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel) -> None:
     """Let DDP reduce exactly the gradients that are trained now. To be called by all ranks between two steps.
+
+    Nothing is sent: a wrapper that is no longer used may be rebuilt on one rank and not on another.
 
     DDP registers its hooks once, at construction; parameters that freeze later would leave it waiting for their
     gradients, and parameters that begin to train later would silently stay unsynchronised. This is DDP's own

@@ -16,6 +16,8 @@ from .schedule import ScheduleError
 
 #: Key of the entry in Trainer's log history that keeps the boundaries, which a resumed run reads.
 SCHEDULE_KEY = "phase_first_steps"
+#: Beside it: fields that a resumed run may not change.
+FIXED_KEY = "fixed_in_training"
 
 
 class PhaseCallback(TrainerCallback):
@@ -62,16 +64,26 @@ class PhaseCallback(TrainerCallback):
         self._entry = {name: list(config.completed_phases) for name, config in configs.items()}
         self._batch_size, self._in_training = state.train_batch_size, True
 
-        recorded = next((log[SCHEDULE_KEY] for log in state.log_history if SCHEDULE_KEY in log), None)
+        if not configs:
+            raise ValueError(
+                "PhaseCallback found no adapter of peft_learners that is active and trained. Load it with "
+                "PeftModel.from_pretrained(..., is_trainable=True), or make it active with model.set_adapter(...)."
+            )
+        record = next((log for log in state.log_history if SCHEDULE_KEY in log), None)
+        recorded = record[SCHEDULE_KEY] if record is not None else None
+        if state.global_step > 0 and record is not None:
+            self._check_same(configs, record)
         starts = driver.start(
             total_steps=state.max_steps,
             steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
             global_step=state.global_step,
             first_steps=recorded if state.global_step > 0 else None,
             optimizer=kwargs.get("optimizer"),
+            ends_by_itself=False,  # Trainer saves after the last step
         )
         if recorded is None or state.global_step == 0:
-            state.log_history.append({SCHEDULE_KEY: driver.first_steps(), "step": state.global_step})
+            fixed = {name: config.fixed_in_training() for name, config in configs.items()}
+            state.log_history.append({SCHEDULE_KEY: driver.first_steps(), FIXED_KEY: fixed, "step": state.global_step})
         self._record(driver, state, starts)
 
     def on_step_end(
@@ -89,8 +101,8 @@ class PhaseCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         last = self._driver.last_step() if self._driver is not None else None
-        if last is None or logs is None:
-            return
+        if last is None or logs is None or "loss" not in logs:
+            return  # metrics of an evaluation stay as they are: they are summed up as numbers elsewhere
         extra = {"phase": last[0], "trained_parameters": last[1]}
         logs.update(extra)
         if state.log_history:
@@ -104,11 +116,49 @@ class PhaseCallback(TrainerCallback):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The weights are those of the best checkpoint: so must be the record of what is complete.
-            driver.update(getattr(state, "best_global_step", None) or state.global_step)
+            driver.rewind(getattr(state, "best_global_step", None) or state.global_step)
             self._warn_if_incomplete(driver, "the best checkpoint was written")
         else:
             self._warn_if_incomplete(driver, "training ended")
         driver.finish()
+
+    def _freeze_again(self, model: Any) -> None:
+        # on_init_end lets all parts train for the optimizer's sake; without a training they must not stay so.
+        if not self._in_training and model is not None:
+            driver = PhaseDriver.of(model)
+            for name, config in driver.configs().items():
+                if config.phases_complete:
+                    trains = config.schedule(None, 1).phases[-1].trains
+                    for layer in _layers(driver.root):
+                        frozen = tuple(part for part in layer.adapter_layer_names if part not in trains)
+                        layer.set_frozen_parts(name, frozen)
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        self._freeze_again(model)
+
+    def on_predict(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Any = None,
+        model: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        self._freeze_again(model)
+
+    @staticmethod
+    def _check_same(configs: dict[str, PhasedConfig], record: dict[str, Any]) -> None:
+        for name, fixed in record.get(FIXED_KEY, {}).items():
+            now = configs[name].fixed_in_training() if name in configs else fixed
+            for key, value in fixed.items():
+                if now[key] != value:
+                    raise ScheduleError(
+                        f"The checkpoint was trained with {key}={value}, but the adapter {name!r} has "
+                        f"{key}={now[key]}, which would rescale what is trained already. Resume with {key}={value}."
+                    )
 
     @staticmethod
     def _check(driver: PhaseDriver) -> None:

@@ -168,6 +168,10 @@ class PhasedConfig(PeftConfig):
         """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
         raise NotImplementedError
 
+    def fixed_in_training(self) -> dict[str, float]:
+        """Fields that scale what is stored: a resumed run may not change them."""
+        return {}
+
     @property
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""

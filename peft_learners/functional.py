@@ -75,7 +75,9 @@ def separate_linear(
 class _EffectiveLinear(torch.autograd.Function):
     """`x W'^T + b` with `W' = W + c D + s B A`, keeping x (and references to the parameters) for backward.
 
-    Gradients, with g the gradient of y as (T, h) and x as (T, d):
+    x is (T, d) here: flattened by the caller, so that the output is no view and may be written to in place.
+
+    Gradients, with g the gradient of y as (T, h):
         dx = g W';  db = sum of g's rows
         if D (or W) trains:  G = g^T x,  dD = c G,  dA = s B^T G,  dB = s G A^T
         else:                dA = s (g B)^T x,  dB = s g^T (x A^T)
@@ -95,28 +97,25 @@ class _EffectiveLinear(torch.autograd.Function):
         delta: Tensor | None,
         low_factor: float,
         dense_factor: float,
-        dtype: torch.dtype,
     ) -> Tensor:
         full = _full(weight, a, b, delta, low_factor, dense_factor)
-        return F.linear(x.to(dtype), full.to(dtype), bias.to(dtype) if bias is not None else None)
+        return F.linear(x, full.to(x.dtype), bias.to(x.dtype) if bias is not None else None)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, a, b, delta, ctx.low_factor, ctx.dense_factor, _ = inputs
+        x, weight, bias, a, b, delta, ctx.low_factor, ctx.dense_factor = inputs
         ctx.bias_dtype = bias.dtype if bias is not None else None
         ctx.save_for_backward(x, weight, a, b, delta)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, a, b, delta = ctx.saved_tensors
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, weight, a, b, delta = ctx.saved_tensors
         s, c = ctx.low_factor, ctx.dense_factor
         needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta = ctx.needs_input_grad[:6]
-        g = grad.reshape(-1, grad.shape[-1])
-        rows = x.reshape(-1, x.shape[-1]).to(g.dtype)
         dx = dw = db = da = d_b = ddelta = None
         if needs_x:
             full = _full(weight, a, b, delta, s, c).to(g.dtype)
-            dx = (g @ full).view(x.shape).to(x.dtype)
+            dx = g @ full
         if needs_bias:
             db = g.sum(0).to(ctx.bias_dtype)
         if needs_weight or needs_delta:
@@ -128,7 +127,7 @@ class _EffectiveLinear(torch.autograd.Function):
         else:
             da = ((g @ b.to(g.dtype)).t() @ rows).to(a.dtype) * s if needs_a else None
             d_b = (g.t() @ (rows @ a.to(g.dtype).t())).to(b.dtype) * s if needs_b else None
-        return dx, dw, db, da, d_b, ddelta, None, None, None
+        return dx, dw, db, da, d_b, ddelta, None, None
 
 
 def _full(
@@ -152,13 +151,17 @@ def effective_linear(
     delta, dense_factor = dense[0] if dense else (None, 1.0)
     if len(dense) > 1 and delta is not None:
         delta, dense_factor = effective_weight(delta * dense_factor, (), dense[1:]), 1.0
-    device = x.device.type
+    rows, device = x.reshape(-1, x.shape[-1]), x.device.type
     if not torch.is_autocast_enabled(device):
-        return _EffectiveLinear.apply(x, weight, bias, a, b, delta, low_factor, dense_factor, weight.dtype)
-    # autocast leaves double precision alone
-    dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
-    with torch.autocast(device, enabled=False):
-        return _EffectiveLinear.apply(x, weight, bias, a, b, delta, low_factor, dense_factor, dtype)
+        if x.dtype != weight.dtype:
+            F.linear(x, weight)  # raises, as the layer without updates does
+        out = _EffectiveLinear.apply(rows, weight, bias, a, b, delta, low_factor, dense_factor)
+    else:
+        # autocast leaves double precision alone
+        dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            out = _EffectiveLinear.apply(rows.to(dtype), weight, bias, a, b, delta, low_factor, dense_factor)
+    return out.view(*x.shape[:-1], out.shape[-1])
 
 
 def linear_with_updates(

@@ -157,6 +157,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         Returns:
             The parameters that stopped training.
         """
+        if not self.has_adapter(adapter):
+            return []
         before = set(self.frozen_peft_weight_names.get(adapter, ()))
         if parts:
             self.frozen_peft_weight_names[adapter] = parts

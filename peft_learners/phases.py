@@ -19,7 +19,7 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from torch import nn
 
-from .boundary import find_ddp, free_optimizer_state, rebuild_reducer, unwrapped
+from .boundary import ddp_wrappers, free_optimizer_state, rebuild_reducer, unwrapped
 from .config import PhasedConfig
 from .layer import DeltaLayer
 from .schedule import Phase, Schedule, ScheduleError
@@ -77,6 +77,8 @@ class PhaseDriver:
         self._optimizer: object = None
         self._wrapper: nn.Module | None = None
         self._running = False
+        self._ends_by_itself = True
+        self._updates = 0
 
     @classmethod
     def of(cls, model: nn.Module) -> PhaseDriver:
@@ -152,6 +154,7 @@ class PhaseDriver:
         first_steps: Mapping[str, Mapping[str, int]] | None = None,
         optimizer: object = None,
         wrapper: nn.Module | None = None,
+        ends_by_itself: bool = True,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
@@ -163,26 +166,31 @@ class PhaseDriver:
                 in the adapters' configs, where `global_step` is above 0.
             optimizer: whose state is freed at boundaries.
             wrapper: the DDP wrapper, if any; None: it is looked for.
+            ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
 
         Raises:
-            ScheduleError: the phases don't fit the training, or a phase has nothing to train.
+            ScheduleError: the phases don't fit the training, a phase has nothing to train, or an adapter is merged.
         """
         schedules = {}
         for name, config in self.configs().items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
                 recorded = config.phase_first_steps
-            schedule = config.schedule(None if recorded else total_steps, steps_per_epoch or (1 if recorded else None))
-            if recorded:
-                schedule = schedule.with_first_steps(recorded)
-            elif config.phases_complete:
-                schedule = schedule.last_only()
             tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+            if recorded:
+                schedule = config.schedule(None, 1).with_first_steps(recorded)
+            elif config.phases_complete:
+                schedule = config.schedule(None, 1).last_only()
+                self._warn_if_only_said_to_be_complete(tuner, name, config)
+            else:
+                schedule = config.schedule(total_steps, steps_per_epoch)
+            if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
+                raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
             tuner.check_phases(self.root, name, config, schedule)
             schedules[name] = schedule
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
         self._optimizer, self._wrapper = optimizer, wrapper
-        self._running = True
+        self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
         for name, schedule in schedules.items():
             self.configs()[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step)
@@ -194,15 +202,26 @@ class PhaseDriver:
             global_step: optimizer steps that are finished.
 
         Raises:
-            ScheduleError: no schedule was set, and an adapter has phases before it.
+            ScheduleError: no schedule was set, and an adapter has phases before it; or the steps go backwards.
         """
         if not self.schedules:
             self._start_without_schedule()
+        if global_step < self.global_step:
+            raise ScheduleError(
+                f"update_and_allocate({global_step}) came after update_and_allocate({self.global_step}), but finished "
+                "steps only grow. For a new training call model.base_model.set_schedule(...) first."
+            )
+        self._updates += 1
+        return self._move_to(global_step)
+
+    def rewind(self, global_step: int) -> list[PhaseStart]:
+        """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
         return self._move_to(global_step)
 
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and the optimizer is let go."""
         self._running = False
+        self.schedules, self._phase, self.global_step = {}, {}, 0
         self._optimizer = self._wrapper = None
 
     def restart(self) -> None:
@@ -214,8 +233,19 @@ class PhaseDriver:
             for layer in tuner_layers(self.root):
                 layer.set_frozen_parts(name, ())
 
+    def _warn_if_only_said_to_be_complete(self, tuner: Any, name: str, config: PhasedConfig) -> None:
+        if config.completed_phases and config.init_weights and not tuner.has_trained(self.root, name):
+            warnings.warn(
+                f"The config of the adapter {name!r} says that {', '.join(config.completed_phases)} is complete, but "
+                "the adapter has nothing of it: was the config taken from another, trained adapter? Call "
+                "model.base_model.restart_phases() to go through all phases.",
+                stacklevel=3,
+            )
+
     def _start_without_schedule(self) -> None:
         for name, config in self.configs().items():
+            if config.phases_complete:
+                continue
             try:
                 config.schedule(None, None)
             except ScheduleError as error:
@@ -227,8 +257,10 @@ class PhaseDriver:
 
     def _move_to(self, global_step: int) -> list[PhaseStart]:
         self.global_step = global_step
-        if self.total_steps is not None and global_step >= self.total_steps:
+        if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
             self._running = False
+        configs = getattr(self.root, "peft_config", {})
+        self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
         entering = {
             name: schedule.phase_at(global_step)
             for name, schedule in self.schedules.items()
@@ -236,24 +268,25 @@ class PhaseDriver:
         }
         if not entering:
             return []
-        root, configs = self.root, self.configs()
+        root = self.root
         before = trained_parameters(root)
-        flags = {id(p): p.requires_grad for p in root.parameters()}
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
+            if name in self._phase:
+                tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(configs[name].peft_type)]
+                tuner.check_trained(root, name, configs[name], self._phase[name])
             for layer in tuner_layers(root):
                 frozen = tuple(part for part in layer.adapter_layer_names if part not in phase.trains)
                 stopped += layer.set_frozen_parts(name, frozen)
             self._phase[name] = phase
-            if name in configs:
-                schedule = self.schedules[name]
-                if len(schedule.phases) > 1:
-                    configs[name].write("completed_phases", schedule.completed(global_step))
+            schedule = self.schedules[name]
+            if len(schedule.phases) > 1:
+                configs[name].write("completed_phases", schedule.completed(global_step))
         free_optimizer_state(self._optimizer, stopped)
-        if any(flags.get(id(p)) != p.requires_grad for p in root.parameters()):
-            ddp = self._wrapper if isinstance(self._wrapper, nn.parallel.DistributedDataParallel) else find_ddp(root)
-            if ddp is not None:
-                rebuild_reducer(ddp)
+        # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
+        given = self._wrapper
+        for ddp in [given] if isinstance(given, nn.parallel.DistributedDataParallel) else ddp_wrappers(root):
+            rebuild_reducer(ddp)
         after = trained_parameters(root)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         starts = [PhaseStart(name, phase.name, phase.first_step, before, after) for name, phase in entering.items()]
@@ -270,9 +303,14 @@ class PhaseDriver:
         return starts
 
 
-def warn_if_never_scheduled(model: nn.Module, adapter: str, config: PhasedConfig, trained: bool, verb: str) -> None:
+def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, trained: bool, verb: str) -> None:
     """Tell the user at save or merge when an adapter was trained without its phases being driven."""
-    if config.inference_mode or config.phases_complete or not trained or config.phase_first_steps is not None:
+    if config.inference_mode or config.phases_complete or not trained:
+        return
+    driver = PhaseDriver.known(model)
+    scheduled = driver is not None and adapter in driver.schedules
+    never_updated = driver is not None and scheduled and driver._updates == 0
+    if not never_updated and (scheduled or config.phase_first_steps is not None):
         return
     warnings.warn(
         f"The adapter {adapter!r} is about to be {verb}, but its phases were never driven: everything it has trained "

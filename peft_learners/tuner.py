@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -23,8 +24,8 @@ from torch import nn
 from . import discovery
 from .config import PhasedConfig
 from .layer import BASE_ADAPTER, DeltaLayer
-from .phases import PhaseDriver, PhaseStart, warn_if_never_scheduled
-from .schedule import Schedule
+from .phases import PhaseDriver, PhaseStart, warn_if_never_driven
+from .schedule import Phase, Schedule
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -96,6 +97,10 @@ class PhasedModel(BaseTuner):
         """
 
     @classmethod
+    def check_trained(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> None:
+        """Called when `phase` ends: warn if it could not train what it was there for."""
+
+    @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
         """Whether training has moved what an earlier phase trains (to tell a fresh adapter from a trained one)."""
         return False
@@ -119,6 +124,12 @@ class PhasedModel(BaseTuner):
         if head:
             saved = list(peft_config.modules_to_save or [])
             peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
+        excluded = peft_config.exclude_modules
+        if excluded and not isinstance(excluded, str):
+            names = [name for name, _ in discovery.walk(self.model)]
+            lost = sorted(e for e in excluded if not any(n == e or n.endswith(f".{e}") for n in names))
+            if lost:
+                warnings.warn(f"exclude_modules={lost} match no module of the model.", stacklevel=2)
         self._targets: set[str] = set()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)
@@ -139,7 +150,9 @@ class PhasedModel(BaseTuner):
             if "." not in name and config.layers_to_transform is not None:
                 continue
             result = self._matches(probe, name)
-            if result and not isinstance(result, _ExcludedModule):
+            # PEFT saves every module whose name *ends* like this whole.
+            saved = any(name.endswith(ending) for ending in config.modules_to_save or ())
+            if result and not isinstance(result, _ExcludedModule) and not saved:
                 found.add(name)
         return found
 
@@ -224,12 +237,12 @@ class PhasedModel(BaseTuner):
         super()._check_merge_allowed()
         for name in self.active_adapters:
             if name in self.peft_config:
-                self._warn_if_never_scheduled(self.model, name, self.peft_config[name], "merged")
+                self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
 
     @classmethod
-    def _warn_if_never_scheduled(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
+    def _warn_if_never_driven(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
         if not (config.inference_mode or config.phases_complete):
-            warn_if_never_scheduled(root, adapter, config, cls.has_trained(root, adapter), verb)
+            warn_if_never_driven(root, adapter, config, cls.has_trained(root, adapter), verb)
 
     def unload(self) -> nn.Module:
         """The original model, bit for bit, its original head too (adapters that are merged are unmerged first)."""
@@ -256,7 +269,7 @@ class PhasedModel(BaseTuner):
             unwanted_adapter_names=unwanted_adapter_names,
         )
         driver = PhaseDriver.known(model)
-        cls._warn_if_never_scheduled(model, adapter_name, config, "saved")
+        cls._warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
             dtype = getattr(torch, config.save_dtype)
             values = {key: v.to(dtype) if v.is_floating_point() else v for key, v in values.items()}

@@ -77,8 +77,11 @@ def test_norm_and_bias_deltas_are_exempt_from_weight_decay(tmp_path: Path):
     run = trainer(model, arguments(tmp_path))
     decayed = set(run.get_decay_parameter_names(model))
     names = [n for n, p in model.named_parameters() if p.requires_grad and ".learner_" in n]
-    assert {n.split(".learner_")[1].split(".")[0] for n in names if n in decayed} == {"P1", "P2", "dense"}
-    assert {n.split(".learner_")[1].split(".")[0] for n in names if n not in decayed} == {"bias", "norm"}
+    assert {n.split(".learner_")[1].split(".")[0] for n in names if n in decayed} == {"P1", "P2", "dense_delta"}
+    assert {n.split(".learner_")[1].split(".")[0] for n in names if n not in decayed} == {
+        "bias_delta",
+        "layernorm_delta",
+    }
 
 
 def test_one_line_goes_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):

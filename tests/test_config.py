@@ -144,7 +144,7 @@ def test_priming_modules_outside_the_targets(modules):
 def test_priming_modules_by_name_and_by_regex():
     for asked in (["lin1"], r".*\.ffn\.lin1"):
         model = learner(priming_modules=asked)
-        primed = [n for n, _ in model.named_parameters() if "learner_dense" in n]
+        primed = [n for n, _ in model.named_parameters() if "learner_dense_delta" in n]
         assert len(primed) == 2 and all(".lin1." in n for n in primed)
 
 
@@ -201,7 +201,7 @@ def test_layers_to_transform_and_exclude_modules_narrow_what_is_found():
 def test_rank_pattern_dropout_and_switches():
     model = learner(rank_pattern={"lin1": 5}, learner_dropout=0.5, train_biases=False, train_norms=False, scaling=3.0)
     names = [n for n, _ in model.named_parameters()]
-    assert not [n for n in names if "learner_bias" in n or "learner_norm" in n]
+    assert not [n for n in names if "learner_bias_delta" in n or "learner_layernorm_delta" in n]
     ffn = model.base_model.model.distilbert.transformer.layer[0].ffn
     assert ffn.lin1.learner_P1["default"].shape == (5, 16) and ffn.lin2.learner_P1["default"].shape == (2, 32)
     x = torch.randn(4, 16)

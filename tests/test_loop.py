@@ -114,8 +114,8 @@ def test_only_active_adapters_are_driven():
     assert model.peft_config["other"].completed_phases == []
     before = adapter_values(model)
     model.set_adapter("other")
-    assert all(p.requires_grad for n, p in model.named_parameters() if "learner_dense.other" in n)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense.default" in n)
+    assert all(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.other" in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.default" in n)
     assert all(torch.equal(v, before[n]) for n, v in adapter_values(model).items())
 
 

@@ -111,7 +111,7 @@ def test_transformers_own_verbs(trained, tmp_path: Path):
     assert not torch.allclose(other, logits, atol=1e-3)
     model.set_adapter("mine")
     assert torch.equal(logits_of(model, inputs), logits)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense.mine" in n)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.mine" in n)
     model.delete_adapter("other")
     assert torch.equal(logits_of(model, inputs), logits)
     model.save_pretrained(tmp_path)

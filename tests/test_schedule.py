@@ -70,7 +70,7 @@ def test_lay_out_names_what_is_needed_and_what_there_is():
 def test_learner_schedule():
     schedule = LearnerConfig(priming_epochs=2).schedule(total_steps=1150, steps_per_epoch=230)
     assert schedule.first_steps == {"priming": 0, "learning": 460}
-    assert schedule.phases[0].trains - schedule.phases[1].trains == {"learner_dense"}
+    assert schedule.phases[0].trains - schedule.phases[1].trains == {"learner_dense_delta"}
     assert LearnerConfig(priming_epochs=0).schedule(10, 5).first_steps == {"learning": 0}
     assert LearnerConfig(priming_steps=7).schedule(None, None).first_steps == {"priming": 0, "learning": 7}
     assert LearnerConfig(priming_steps=0).schedule(10, None).first_steps == {"learning": 0}

@@ -74,4 +74,4 @@ def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for name, p in model.named_parameters() if ".learner_dense." in name]
+    return [p for name, p in model.named_parameters() if ".learner_dense_delta." in name]

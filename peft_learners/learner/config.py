@@ -7,10 +7,12 @@ from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fie
 from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
-#: Containers of a Learner layer by what they hold; they are the parts that phases speak of.
+#: Containers of a Learner layer by what they hold; they are the parts that phases speak of. Their names end in nothing
+#: a model calls a module (PEFT matches modules_to_save by endings), and those of biases and norms hold what Trainer
+#: exempts from weight decay.
 LOW_RANK_PARTS = ("learner_P1", "learner_P2")
-SMALL_PARTS = ("learner_bias", "learner_norm")
-DENSE_PART = "learner_dense"
+SMALL_PARTS = ("learner_bias_delta", "learner_layernorm_delta")
+DENSE_PART = "learner_dense_delta"
 
 
 @names_unknown_fields
@@ -94,6 +96,9 @@ class LearnerConfig(PhasedConfig):
     def primes(self) -> bool:
         """Whether this adapter has a priming phase (complete or not)."""
         return self.priming_steps > 0 if self.priming_steps is not None else self.priming_epochs > 0
+
+    def fixed_in_training(self) -> dict[str, float]:
+        return {"scaling": float(self.scaling), "priming_lr_scale": float(self.priming_lr_scale)}
 
     @property
     def phases_complete(self) -> bool:

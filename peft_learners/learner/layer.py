@@ -26,7 +26,7 @@ class LearnerLayer(DeltaLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.learner_bias = nn.ParameterDict({})
+        self.learner_bias_delta = nn.ParameterDict({})
 
     def _add(self, part: str, adapter: str, config: LearnerConfig, *shape: int, kaiming: bool = False) -> None:
         value = torch.empty(*shape)
@@ -55,14 +55,14 @@ class LearnerLinear(LearnerLayer):
     Source: arXiv 2208.02070, equation 2 (collapse) and section 4 (priming).
     """
 
-    adapter_layer_names = ("learner_P1", "learner_P2", "learner_bias", "learner_dense")
+    adapter_layer_names = ("learner_P1", "learner_P2", "learner_bias_delta", "learner_dense_delta")
     other_param_names = ("learner_r", "learner_scaling", "learner_lr_scale", "learner_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.learner_P1 = nn.ParameterDict({})
         self.learner_P2 = nn.ParameterDict({})
-        self.learner_dense = nn.ParameterDict({})
+        self.learner_dense_delta = nn.ParameterDict({})
         self.learner_dropout = nn.ModuleDict({})
         self.learner_r: dict[str, int] = {}
         self.learner_scaling: dict[str, float] = {}
@@ -89,9 +89,9 @@ class LearnerLinear(LearnerLayer):
         self._add("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
         self._add("learner_P2", adapter, config, self.out_features, rank)
         if config.train_biases and getattr(self.get_base_layer(), "bias", None) is not None:
-            self._add("learner_bias", adapter, config, self.out_features)
+            self._add("learner_bias_delta", adapter, config, self.out_features)
         if primed:
-            self._add("learner_dense", adapter, config, self.out_features, self.in_features)
+            self._add("learner_dense_delta", adapter, config, self.out_features, self.in_features)
         self._finish_update(adapter, config)
 
     def _low_rank(self, adapter: str) -> tuple[Tensor, Tensor, float]:
@@ -102,10 +102,10 @@ class LearnerLinear(LearnerLayer):
         if weight is None or args or kwargs:
             return self._forward_plain(x, adapters, *args, **kwargs)
         base: Any = self.get_base_layer()
-        biases = [self.learner_bias[name] for name in adapters if name in self.learner_bias]
+        biases = [self.learner_bias_delta[name] for name in adapters if name in self.learner_bias_delta]
         bias = sum_of(base.bias, biases)
-        primed = [name for name in adapters if name in self.learner_dense]
-        dense = [(self.learner_dense[name], self.learner_lr_scale[name]) for name in primed]
+        primed = [name for name in adapters if name in self.learner_dense_delta]
+        dense = [(self.learner_dense_delta[name], self.learner_lr_scale[name]) for name in primed]
         dropped = [name for name in adapters if self._drops(name)]
         low_rank = [self._low_rank(name) for name in adapters if name not in dropped]
         out = linear_with_updates(x, weight, bias, low_rank, dense)
@@ -137,10 +137,10 @@ class LearnerLinear(LearnerLayer):
             p1, p2, factor = self._low_rank(name)
             cast = self._cast_input_dtype(x, p1.dtype)
             out = out + F.linear(F.linear(self.learner_dropout[name](cast), p1), p2) * factor
-            if name in self.learner_dense:
-                out = out + F.linear(cast, self.learner_dense[name]) * self.learner_lr_scale[name]
-            if name in self.learner_bias:
-                out = out + self.learner_bias[name]
+            if name in self.learner_dense_delta:
+                out = out + F.linear(cast, self.learner_dense_delta[name]) * self.learner_lr_scale[name]
+            if name in self.learner_bias_delta:
+                out = out + self.learner_bias_delta[name]
         return out.to(dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
@@ -149,15 +149,15 @@ class LearnerLinear(LearnerLayer):
         # On a CPU, half-precision matrix products are slow or missing.
         wide = p1.device.type == "cpu" and p1.dtype in (torch.float16, torch.bfloat16)
         delta = (p2.float() @ p1.float() if wide else p2 @ p1) * factor
-        if adapter in self.learner_dense:
-            delta = torch.add(delta, self.learner_dense[adapter], alpha=self.learner_lr_scale[adapter])
+        if adapter in self.learner_dense_delta:
+            delta = torch.add(delta, self.learner_dense_delta[adapter], alpha=self.learner_lr_scale[adapter])
         delta = delta.to(p1.dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         deltas = {"weight": self.get_delta_weight(adapter).detach()}
-        if adapter in self.learner_bias:
-            deltas["bias"] = self.learner_bias[adapter].detach()
+        if adapter in self.learner_bias_delta:
+            deltas["bias"] = self.learner_bias_delta[adapter].detach()
         return deltas
 
     def __repr__(self) -> str:
@@ -167,33 +167,33 @@ class LearnerLinear(LearnerLayer):
 class LearnerNorm(LearnerLayer):
     """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
 
-    adapter_layer_names = ("learner_norm", "learner_bias")
+    adapter_layer_names = ("learner_layernorm_delta", "learner_bias_delta")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.learner_norm = nn.ParameterDict({})
+        self.learner_layernorm_delta = nn.ParameterDict({})
         weight: Any = base_of(base_layer).weight
         self.in_features = self.out_features = int(weight.shape[0])
 
     def update_layer(self, adapter: str, config: LearnerConfig) -> None:
         """Create the parameters of a new adapter."""
-        self._add("learner_norm", adapter, config, self.out_features)
+        self._add("learner_layernorm_delta", adapter, config, self.out_features)
         if getattr(self.get_base_layer(), "bias", None) is not None:
-            self._add("learner_bias", adapter, config, self.out_features)
+            self._add("learner_bias_delta", adapter, config, self.out_features)
         self._finish_update(adapter, config)
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
-        weight = sum_of(base.weight, [self.learner_norm[name] for name in adapters])
+        weight = sum_of(base.weight, [self.learner_layernorm_delta[name] for name in adapters])
         assert weight is not None
-        biases = [self.learner_bias[name] for name in adapters if name in self.learner_bias]
+        biases = [self.learner_bias_delta[name] for name in adapters if name in self.learner_bias_delta]
         bias = sum_of(getattr(base, "bias", None), biases)
         return norm_with(base, x, weight, bias, *args, **kwargs)
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        deltas = {"weight": self.learner_norm[adapter].detach()}
-        if adapter in self.learner_bias:
-            deltas["bias"] = self.learner_bias[adapter].detach()
+        deltas = {"weight": self.learner_layernorm_delta[adapter].detach()}
+        if adapter in self.learner_bias_delta:
+            deltas["bias"] = self.learner_bias_delta[adapter].detach()
         return deltas
 
     def __repr__(self) -> str:

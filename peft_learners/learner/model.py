@@ -7,11 +7,11 @@ from typing import Any, Optional
 from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 
 from .. import discovery
 from ..phases import tuner_layers
-from ..schedule import Schedule, ScheduleError
+from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel
 from .config import DENSE_PART, PRIMING, LearnerConfig
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
@@ -53,13 +53,27 @@ class LearnerModel(PhasedModel):
             else self._names_among(config, discovery.linear_names(model))
         )
         if not chosen:
-            return set()  # PEFT says that nothing matched
+            self._refuse_empty(config, explicit)
+            return set()  # PEFT says that all was excluded
         norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
         targets = chosen | norms
         if not explicit:
             config.write("target_modules", set(self._minimal_names(targets)))
         self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
         return targets
+
+    @staticmethod
+    def _refuse_empty(config: LearnerConfig, explicit: bool) -> None:
+        if not explicit:
+            narrowed = {
+                name: getattr(config, name)
+                for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+                if getattr(config, name) is not None
+            }
+            raise NoMatchingPeftModuleError(
+                "No linear layer of the backbone is left to adapt"
+                + (f" with {narrowed}." if narrowed else ": the model has none that a Learner can stand in for.")
+            )
 
     def _named_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
         chosen, modules = set(), dict(discovery.walk(model))
@@ -169,11 +183,32 @@ class LearnerModel(PhasedModel):
             )
 
     @classmethod
+    def check_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase) -> None:
+        """Name primed layers that did not move while others did: their weights are read without calling them."""
+        idle = [name for name, theta in cls._values(root, adapter, DENSE_PART) if not theta.any()]
+        others_moved = any(p2.any() for _, p2 in cls._values(root, adapter, "learner_P2"))
+        if phase.name == PRIMING and config.init_weights and idle and others_moved:
+            warnings.warn(
+                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
+                "that the model reads their weights without calling them, so that a Learner there has no effect. "
+                "Leave them out with exclude_modules.",
+                stacklevel=2,
+            )
+
+    @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        layers = [layer for layer in tuner_layers(root) if isinstance(layer, LearnerLinear)]
-        dense = [layer.learner_dense[adapter] for layer in layers if adapter in layer.learner_dense]
         config = getattr(root, "peft_config", {}).get(adapter)
-        return getattr(config, "init_weights", False) and any(bool(theta.detach().any()) for theta in dense)
+        dense = cls._values(root, adapter, DENSE_PART)
+        return getattr(config, "init_weights", False) and any(bool(theta.any()) for _, theta in dense)
+
+    @staticmethod
+    def _values(root: nn.Module, adapter: str, part: str) -> list[tuple[str, Tensor]]:
+        found = []
+        for name, layer in root.named_modules():
+            values = getattr(layer, part) if isinstance(layer, LearnerLinear) else {}
+            if adapter in values and not values[adapter].is_meta:
+                found.append((name, values[adapter].detach()))
+        return found
 
 
 def _is_named(module_name: str, name: str) -> bool:

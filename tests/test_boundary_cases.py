@@ -1,0 +1,244 @@
+"""Moments at which a phase boundary could go wrong, one by one; most were found by a reviewer."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from training import adapter_values, arguments, dense_parameters, learner, trainer
+from transformers import TrainerCallback
+
+from peft_learners import LearnerConfig, ScheduleError
+
+
+def trained(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+PRIMED, UNPRIMED = 4498, 2450
+
+
+def finished(tmp_path: Path, **config) -> PeftModel:
+    model = learner(**config)
+    trainer(model, arguments(tmp_path)).train()
+    return model
+
+
+def test_a_stray_update_after_training_changes_nothing(tmp_path: Path):
+    model = finished(tmp_path)
+    assert [s.phase for s in model.base_model.update_and_allocate(1)] == ["learning"]
+    assert trained(model) == UNPRIMED and model.peft_config["default"].completed_phases == ["priming"]
+
+
+def test_steps_that_go_backwards_are_refused():
+    model = learner()
+    model.base_model.set_schedule(6, 2)
+    model.base_model.update_and_allocate(3)
+    with pytest.raises(ScheduleError, match=r"update_and_allocate\(1\) came after update_and_allocate\(3\)"):
+        model.base_model.update_and_allocate(1)
+
+
+def test_evaluating_with_a_trainer_leaves_a_complete_adapter_frozen(tmp_path: Path):
+    model = finished(tmp_path)
+    run = trainer(model, arguments(tmp_path))
+    run.evaluate()
+    assert trained(model) == UNPRIMED
+    run.train()
+    assert trained(model) == UNPRIMED
+
+
+def test_evaluation_metrics_hold_numbers_only(tmp_path: Path):
+    model = learner()
+    run = trainer(model, arguments(tmp_path, eval_strategy="epoch"))
+    run.train()
+    for logs in [run.evaluate(), *(log for log in run.state.log_history if "eval_loss" in log)]:
+        assert all(isinstance(value, (int, float)) for value in logs.values())
+
+
+def test_a_schedule_without_updates_is_told_at_save_and_merge(tmp_path: Path):
+    model = learner()
+    model.base_model.set_schedule(6, 2)
+    inputs = zoo.inputs_of("distilbert", model)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(6):
+        model(**inputs).loss.backward()
+        optimizer.step()
+    with pytest.warns(UserWarning, match="about to be saved, but its phases were never driven"):
+        model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="about to be merged, but its phases were never driven"):
+        model.merge_and_unload()
+
+
+def test_an_adapter_that_is_inactive_at_its_boundary_is_recorded_all_the_same():
+    model = learner()
+    model.add_adapter("other", LearnerConfig(r=2, priming_epochs=0, task_type="SEQ_CLS"))
+    model.base_model.set_schedule(6, 2)
+    model.set_adapter("other")
+    model.base_model.update_and_allocate(2)
+    assert model.peft_config["default"].completed_phases == ["priming"]
+    model.set_adapter("default")
+    assert not any(p.requires_grad for p in dense_parameters(model))
+
+
+def test_a_deleted_adapter_leaves_no_mark_on_the_next_of_its_name():
+    model = learner()
+    model.add_adapter("other", LearnerConfig(r=2, priming_epochs=0, task_type="SEQ_CLS"))
+    model.base_model.set_schedule(6, 2)
+    model.set_adapter("other")
+    model.delete_adapter("default")
+    model.base_model.update_and_allocate(2)
+    model.add_adapter("default", LearnerConfig(r=4, priming_epochs=1, task_type="SEQ_CLS"))
+    model.set_adapter("default")
+    assert len(dense_parameters(model)) == 8 and all(p.requires_grad for p in dense_parameters(model))
+
+
+def test_a_merged_adapter_is_not_trained(tmp_path: Path):
+    model = learner()
+    model.merge_adapter()
+    with pytest.raises(ScheduleError, match="'default' is merged and can't train"):
+        trainer(model, arguments(tmp_path)).train()
+
+
+def test_the_last_checkpoint_keeps_full_precision_too(tmp_path: Path):
+    model = learner(save_dtype="bfloat16")
+    trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=1)).train()
+    saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
+    assert {value.dtype for value in saved.values()} == {torch.float32}
+
+
+def test_a_config_that_only_says_it_is_complete_is_told(tmp_path: Path):
+    config = copy.deepcopy(finished(tmp_path).peft_config["default"])
+    model = get_peft_model(zoo.build("distilbert"), config)
+    with pytest.warns(UserWarning, match="says that priming is complete, but the adapter has nothing of it"):
+        trainer(model, arguments(tmp_path)).train()
+
+
+@pytest.mark.parametrize("field", ["priming_lr_scale", "scaling"])
+def test_a_resume_that_would_rescale_the_adapter_is_refused(tmp_path: Path, field):
+    trainer(learner(), arguments(tmp_path, save_strategy="steps", save_steps=1)).train()
+    run = trainer(learner(**{field: 0.5}), arguments(tmp_path))
+    with pytest.raises(ScheduleError, match=rf"trained with {field}=1.0, but the adapter 'default' has {field}=0.5"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+def test_an_adapter_loaded_for_inference_is_not_trained(tmp_path: Path):
+    learner().save_pretrained(tmp_path / "adapter")
+    model = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "adapter")
+    with pytest.raises(ValueError, match=r"active and trained\. Load it with .*is_trainable=True"):
+        trainer(model, arguments(tmp_path)).train()
+
+
+def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 4:
+                raise KeyboardInterrupt
+
+    model = learner()
+    run = trainer(model, arguments(tmp_path))
+    run.add_callback(Stop())
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    run.pop_callback(Stop)
+    run.train()
+    starts = [(log["phase"], log["step"]) for log in run.state.log_history if "phase_first_step" in log]
+    assert starts == [("learning", 0)] and trained(model) == UNPRIMED
+
+
+class InPlace(nn.Module):
+    """Writes into a view of a linear layer's output, as DeBERTa and Swin v2 do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.lin(x)
+        out.view(-1, 8).mul_(2)
+        out += 1
+        return out
+
+
+def test_outputs_may_be_written_to_in_place():
+    torch.manual_seed(0)
+    base, x = InPlace(), torch.randn(2, 9, 8, requires_grad=True)
+    plain = copy.deepcopy(base)
+    model = get_peft_model(base, LearnerConfig(r=2, priming_epochs=0))
+    model(x).sum().backward()
+    ours, x.grad = x.grad, None
+    plain(x).sum().backward()
+    torch.testing.assert_close(ours, x.grad)
+
+
+class ReadsWeight(nn.Module):
+    """Reads a projection's weight without calling it, as WavLM's attention does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.ModuleDict({"q_proj": nn.Linear(8, 8), "v_proj": nn.Linear(8, 8)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.attention["q_proj"].weight.t() + self.attention["v_proj"](x)
+
+
+def test_layers_that_priming_could_not_move_are_named():
+    model = get_peft_model(ReadsWeight(), LearnerConfig(r=2, priming_steps=1))
+    model.base_model.set_schedule(3)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    model(torch.randn(3, 8)).pow(2).sum().backward()
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"Priming moved nothing in 1 layers .*first: attention\.q_proj"):
+        model.base_model.update_and_allocate(1)
+
+
+def test_priming_at_a_learning_rate_of_zero_accuses_no_layer(tmp_path: Path):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Priming moved nothing.*")
+        trainer(learner(), arguments(tmp_path, learning_rate=0.0)).train()
+
+
+@pytest.mark.parametrize("arch,names", [("llama", ["norm"]), ("roberta", ["dense"]), ("bert", ["LayerNorm"])])
+def test_modules_to_save_may_have_any_name(arch, names):
+    """PEFT matches them by endings, so no container of ours, and no layer of ours, may answer to one."""
+    model = get_peft_model(zoo.build(arch), LearnerConfig(r=2, modules_to_save=names))
+    inputs = zoo.inputs_of(arch, model)
+    model(**inputs).loss.backward()
+    whole = [n for n, p in model.named_parameters() if ".modules_to_save." in n and p.requires_grad]
+    assert any(f"{names[0]}.modules_to_save.default." in n for n in whole)
+    assert not [n for n in whole if "learner_" in n]
+
+
+def test_nothing_left_to_adapt_is_told():
+    with pytest.raises(ValueError, match=r"No linear layer of the backbone is left to adapt with .*\[7\]"):
+        learner(layers_to_transform=[7])
+    with pytest.warns(UserWarning, match=r"exclude_modules=\['nowhere'\] match no module"):
+        learner(exclude_modules=["nowhere"])
+
+
+def test_a_wrong_input_type_is_refused_as_by_the_plain_layer():
+    model = get_peft_model(InPlace(), LearnerConfig(r=2, priming_epochs=0))
+    for rows in (1, 50):
+        with pytest.raises(RuntimeError, match="dtype"):
+            model(torch.randn(rows, 8, dtype=torch.bfloat16))
+
+
+def test_a_copy_and_a_pickle_of_a_model_in_training_stand_alone(tmp_path: Path):
+    model = learner()
+    model.base_model.set_schedule(6, 2)
+    twin = copy.deepcopy(model)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    model.base_model.update_and_allocate(2)
+    for other in (twin, loaded):
+        assert trained(other) == PRIMED and other.peft_config["default"].completed_phases == []
+        other.base_model.set_schedule(6, 2)
+        other.base_model.update_and_allocate(2)
+        assert trained(other) == UNPRIMED
+    assert all(torch.equal(v, adapter_values(twin)[n]) for n, v in adapter_values(model).items())
