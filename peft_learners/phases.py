@@ -204,15 +204,14 @@ class PhaseDriver:
         Raises:
             ScheduleError: no schedule was set, and an adapter has phases before it; or the steps go backwards.
         """
-        if not self.schedules:
-            self._start_without_schedule()
+        starts = [] if self.schedules else self._start_without_schedule()
         if global_step < self.global_step:
             raise ScheduleError(
                 f"update_and_allocate({global_step}) came after update_and_allocate({self.global_step}), but finished "
                 "steps only grow. For a new training call model.base_model.set_schedule(...) first."
             )
         self._updates += 1
-        return self._move_to(global_step)
+        return starts + self._move_to(global_step)
 
     def rewind(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
@@ -242,7 +241,7 @@ class PhaseDriver:
                 stacklevel=3,
             )
 
-    def _start_without_schedule(self) -> None:
+    def _start_without_schedule(self) -> list[PhaseStart]:
         for name, config in self.configs().items():
             if config.phases_complete:
                 continue
@@ -253,7 +252,7 @@ class PhaseDriver:
                     f"update_and_allocate() was called before the adapter {name!r} had a schedule. {error} Or call "
                     "model.base_model.set_schedule(total_steps=..., steps_per_epoch=...) before the loop."
                 ) from None
-        self.start()
+        return self.start()
 
     def _move_to(self, global_step: int) -> list[PhaseStart]:
         self.global_step = global_step

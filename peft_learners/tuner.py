@@ -254,8 +254,9 @@ class PhasedModel(BaseTuner):
         return super().unload()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        PhaseDriver.forget(self.model)
-        return super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        PhaseDriver.forget(model)
+        return model
 
     @classmethod
     def _get_adapter_state_dict(

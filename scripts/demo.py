@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -139,7 +140,9 @@ class Progress(TrainerCallback):
 def load_backbone(seed: int) -> BertForSequenceClassification:
     """The pretrained model with a new head, which the seed decides."""
     set_seed(seed)
-    return AutoModelForSequenceClassification.from_pretrained(BACKBONE, num_labels=2)
+    return AutoModelForSequenceClassification.from_pretrained(
+        BACKBONE, num_labels=2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0
+    )
 
 
 def labels_of(sentences: list[demo_task.Sentence]) -> np.ndarray:
@@ -299,7 +302,7 @@ def table(results: list[Result], reference: Result) -> str:
 
 def plot(results: list[Result], colors: dict[str, str], path: Path) -> None:
     """Training loss and dev accuracy over the epochs; a dashed line is the boundary between two phases."""
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(7.5, 6.5), layout="constrained")
+    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
     panels = (
         (axes[0], "loss", "training loss", "."),
         (axes[1], "eval_accuracy", "dev accuracy", "o"),
@@ -317,11 +320,11 @@ def plot(results: list[Result], colors: dict[str, str], path: Path) -> None:
                 axis.axvline(first_step / steps_per_epoch, color=color, linestyle="--", linewidth=1)
             axes[0].annotate(
                 "priming ends",
-                (first_step / steps_per_epoch, 0.97),
+                (first_step / steps_per_epoch, 0.03),
                 xycoords=("data", "axes fraction"),
-                xytext=(4, 0),
+                xytext=(-4, 0),
                 textcoords="offset points",
-                va="top",
+                ha="right",
                 color=color,
                 fontsize=9,
             )
@@ -334,7 +337,7 @@ def plot(results: list[Result], colors: dict[str, str], path: Path) -> None:
     axes[1].set_xlim(0, EPOCHS)
     axes[1].set_xticks(range(EPOCHS + 1))
     axes[1].set_xlabel("epoch")
-    axes[1].legend(loc="upper left", framealpha=0.9)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -346,6 +349,7 @@ def main() -> int:
     args = parser.parse_args()
     folder: Path = args.output_dir
     folder.mkdir(parents=True, exist_ok=True)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     start = time.perf_counter()

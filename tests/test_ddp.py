@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "runs" / "ddp_tiny.py"
-CASES = ("plain", "unused", "accumulation", "checkpointing")
+CASES = ("plain", "unused", "accumulation", "again", "checkpointing")
 
 
 def launch(out: Path, *prefix: str) -> dict:
