@@ -320,16 +320,14 @@ def plot(results: list[Result], colors: dict[str, str], path: Path) -> None:
                 axis.axvline(first_step / steps_per_epoch, color=color, linestyle="--", linewidth=1)
             axes[0].annotate(
                 "priming ends",
-                (first_step / steps_per_epoch, 0.03),
+                (first_step / steps_per_epoch, 1.01),
                 xycoords=("data", "axes fraction"),
-                xytext=(-4, 0),
-                textcoords="offset points",
-                ha="right",
+                ha="center",
                 color=color,
                 fontsize=9,
             )
     axes[0].set_ylim(bottom=0)
-    axes[0].set_title("Good or bad sentence? all-MiniLM-L6-v2, sentences of the same words")
+    figure.suptitle("Good or bad sentence? all-MiniLM-L6-v2, sentences of the same words")
     axes[1].axhline(0.5, color="black", linestyle=":", linewidth=1)
     axes[1].annotate("chance", (EPOCHS, 0.5), xytext=(0, -3), textcoords="offset points", ha="right", va="top")
     axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
