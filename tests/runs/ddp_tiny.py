@@ -1,0 +1,92 @@
+"""Trains tiny Learners under `torchrun` (or alone, as the reference) and writes what the test compares.
+
+    torchrun --nproc_per_node 2 ddp_tiny.py OUT        or        python ddp_tiny.py OUT
+"""
+
+# No postponed annotations: DDP checks those of a communication hook.
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.distributed as dist
+from training import adapter_values, arguments, learner, trainer
+from transformers import TrainerCallback
+
+from peft_learners import PhaseCallback
+from peft_learners.boundary import ddp_wrappers
+
+CASES = {
+    "plain": {},
+    "unused": {"ddp_find_unused_parameters": True},
+    "accumulation": {"gradient_accumulation_steps": 2},
+    "again": {},
+    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+}
+
+
+class Watch(TrainerCallback):
+    """Counts the bytes that DDP reduces in each step, and compares the ranks after it."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.reduced: list[int] = []
+        self.trained: list[int] = []
+        self.equal: list[bool] = []
+
+    def hook(self, state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        self.now += bucket.buffer().numel() * bucket.buffer().element_size()
+        buffer = bucket.buffer().div_(dist.get_world_size())
+        return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        for ddp in ddp_wrappers(model):
+            ddp.register_comm_hook(None, self.hook)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.now = 0
+        self.trained.append(sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad))
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        self.reduced.append(self.now)
+        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        if dist.is_initialized():
+            other = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
+            dist.all_gather(other, flat)
+            self.equal.append(all(torch.equal(flat, o) for o in other))
+
+
+def main(out: Path) -> None:
+    results = {}
+    world = 1
+    for name, settings in CASES.items():
+        watch = Watch()
+        model = learner(priming_lr_scale=0.5)
+        args = arguments(out / name, **settings)
+        world = args.world_size
+        args.per_device_train_batch_size = 8 // world // settings.get("gradient_accumulation_steps", 1)
+        if name == "again":
+            # A Trainer that has finished and is still alive, with a wrapper of its own; then all phases once more.
+            earlier = trainer(model, args)
+            earlier.train()
+            model.base_model.restart_phases()
+        run = trainer(model, args, callbacks=[watch, PhaseCallback()])
+        run.train()
+        if args.process_index == 0:
+            torch.save(adapter_values(model), out / f"{name}.pt")
+        results[name] = {
+            "reduced": watch.reduced,
+            "trained": watch.trained,
+            "equal": watch.equal,
+            "steps": run.state.global_step,
+            "first_steps": model.peft_config["default"].phase_first_steps,
+        }
+        run.accelerator.free_memory()
+        if args.process_index == 0:
+            (out / "results.json").write_text(json.dumps({"world": world, "cases": results}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

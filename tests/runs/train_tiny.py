@@ -1,0 +1,56 @@
+"""One tiny Trainer run in a process of its own; kills itself after a checkpoint when told to.
+
+    python train_tiny.py OUT [--kill_after STEP] [--resume] [--set key=value ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from training import adapter_values, arguments, learner, trainer
+from transformers import TrainerCallback
+
+from peft_learners import PhaseCallback
+from peft_learners.boundary import raw_optimizer
+
+
+class Kill(TrainerCallback):
+    def __init__(self, step: int | None) -> None:
+        self.step = step
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kill_after", type=int)
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--set", nargs="*", default=[])
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
+    model = learner(dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5)
+    # rows in batches of 8: three steps per epoch, the boundary (rounded half up) at step 5, in mid-epoch
+    defaults = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
+    run = trainer(model, arguments(args.out, **{**defaults, **settings}), callbacks=[PhaseCallback(), Kill(args.kill_after)])
+    run.train(resume_from_checkpoint=args.resume or None)
+    optimizer = raw_optimizer(run.optimizer)
+    names = {p: n for n, p in model.named_parameters()}
+    state = {f"{names[p]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
+    starts = {log["phase"]: log["step"] for log in run.state.log_history if "phase_first_step" in log}
+    torch.save({"adapter": adapter_values(model), "optimizer": state, "starts": starts}, args.out / "final.pt")
+
+
+if __name__ == "__main__":
+    main()
