@@ -1,6 +1,6 @@
 """Trains tiny Learners under `torchrun` (or alone, as the reference) and writes what the test compares.
 
-    torchrun --nproc_per_node 2 ddp_tiny.py OUT        or        python ddp_tiny.py OUT
+Run by `torchrun --nproc_per_node 2 ddp_tiny.py OUT`, or by `python ddp_tiny.py OUT`.
 """
 
 # No postponed annotations: DDP checks those of a communication hook.

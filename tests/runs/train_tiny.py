@@ -1,6 +1,6 @@
 """One tiny Trainer run in a process of its own; kills itself after a checkpoint when told to.
 
-    python train_tiny.py OUT [--kill_after STEP] [--resume] [--set key=value ...]
+Usage: python train_tiny.py OUT [--kill_after STEP] [--resume] [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -43,7 +43,9 @@ def main() -> None:
     model = learner(dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5)
     # rows in batches of 8: three steps per epoch, the boundary (rounded half up) at step 5, in mid-epoch
     defaults = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
-    run = trainer(model, arguments(args.out, **{**defaults, **settings}), callbacks=[PhaseCallback(), Kill(args.kill_after)])
+    run = trainer(
+        model, arguments(args.out, **{**defaults, **settings}), callbacks=[PhaseCallback(), Kill(args.kill_after)]
+    )
     run.train(resume_from_checkpoint=args.resume or None)
     optimizer = raw_optimizer(run.optimizer)
     names = {p: n for n, p in model.named_parameters()}
