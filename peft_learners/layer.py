@@ -45,6 +45,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """`{name of the module's parameter: what the adapter adds to it}`, in the parameter's own layout."""
         raise NotImplementedError
 
+    def merged_values(self, adapter: str) -> dict[str, Tensor]:
+        """`{name of the module's parameter: its value with the adapter's delta added}`."""
+        base = self.get_base_layer()
+        return {key: self._sum(base, key, delta, 1) for key, delta in self.get_deltas(adapter).items()}
+
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
@@ -113,7 +118,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if not self.has_adapter(name):
                 continue
             base = self.get_base_layer()
-            sums = {key: self._sum(base, key, delta, 1) for key, delta in self.get_deltas(name).items()}
+            sums = self.merged_values(name)
             if safe_merge:
                 for key, value in sums.items():
                     if not torch.isfinite(value).all():

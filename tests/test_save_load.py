@@ -168,6 +168,18 @@ def test_half_precision_base_with_float32_adapter(trained, dtype):
     torch.testing.assert_close(logits_of(merged, inputs).float(), logits, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("arch", ["distilbert", "gpt2"])
+def test_a_merged_layer_rounds_as_the_unmerged_one(arch):
+    """Where the effective weight is formed (many rows), merging sums in the same order: no bit differs."""
+    model = learner(arch, init_weights=False).eval()
+    layer = next(m for n, m in model.named_modules() if n.endswith(("ffn.lin1", "mlp.c_fc")))
+    x = torch.randn(50, 16)
+    with torch.no_grad():
+        unmerged = layer(x)
+        layer.merge()
+        assert layer.merged and torch.equal(layer(x), unmerged)
+
+
 def test_mixed_batches_on_a_transformers_model(trained):
     _, path, inputs, logits = trained
     model = load(path)

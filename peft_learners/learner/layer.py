@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..discovery import base_of, float_weight
-from ..functional import linear_with_updates, norm_with, sum_of
+from ..functional import effective_weight, linear_with_updates, norm_with, sum_of
 from ..layer import DeltaLayer
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
@@ -153,6 +153,20 @@ class LearnerLinear(LearnerLayer):
             delta = torch.add(delta, self.learner_dense_delta[adapter], alpha=self.learner_lr_scale[adapter])
         delta = delta.to(p1.dtype)
         return delta.t() if self.fan_in_fan_out else delta
+
+    def merged_values(self, adapter: str) -> dict[str, Tensor]:
+        values = super().merged_values(adapter)
+        base: Any = self.get_base_layer()
+        if base.weight.dtype == self.learner_P1[adapter].dtype:
+            # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
+            dense = []
+            if adapter in self.learner_dense_delta:
+                dense = [(self.learner_dense_delta[adapter].detach(), self.learner_lr_scale[adapter])]
+            p1, p2, factor = self._low_rank(adapter)
+            weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
+            full = effective_weight(weight, [(p1.detach(), p2.detach(), factor)], dense)
+            values["weight"] = full.t().contiguous() if self.fan_in_fan_out else full
+        return values
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         deltas = {"weight": self.get_delta_weight(adapter).detach()}
