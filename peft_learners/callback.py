@@ -6,11 +6,9 @@ import math
 import warnings
 from typing import Any
 
-from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import PhasedConfig
-from .layer import DeltaLayer
 from .phases import PhaseDriver, PhaseStart
 from .schedule import ScheduleError
 
@@ -46,8 +44,7 @@ class PhaseCallback(TrainerCallback):
         driver = PhaseDriver.of(model)
         self._check(driver)
         for name in driver.configs():
-            for layer in _layers(driver.root):
-                layer.set_frozen_parts(name, ())
+            driver.hold(name, None)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -128,10 +125,7 @@ class PhaseCallback(TrainerCallback):
             driver = PhaseDriver.of(model)
             for name, config in driver.configs().items():
                 if config.phases_complete:
-                    trains = config.schedule(None, 1).phases[-1].trains
-                    for layer in _layers(driver.root):
-                        frozen = tuple(part for part in layer.adapter_layer_names if part not in trains)
-                        layer.set_frozen_parts(name, frozen)
+                    driver.hold(name, config.schedule(None, 1).phases[-1])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -194,10 +188,6 @@ class PhaseCallback(TrainerCallback):
                     f"{phase.name!r}, which lasts until step {last.first_step}: the phase {last.name!r} never began.",
                     stacklevel=2,
                 )
-
-
-def _layers(root: nn.Module) -> list[DeltaLayer]:
-    return [module for module in root.modules() if isinstance(module, DeltaLayer)]
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

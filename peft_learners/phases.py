@@ -171,8 +171,8 @@ class PhaseDriver:
         Raises:
             ScheduleError: the phases don't fit the training, a phase has nothing to train, or an adapter is merged.
         """
-        schedules = {}
-        for name, config in self.configs().items():
+        schedules, configs = {}, self.configs()
+        for name, config in configs.items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
                 recorded = config.phase_first_steps
@@ -192,7 +192,7 @@ class PhaseDriver:
         self._optimizer, self._wrapper = optimizer, wrapper
         self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
         for name, schedule in schedules.items():
-            self.configs()[name].write("phase_first_steps", schedule.first_steps)
+            configs[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step)
 
     def update(self, global_step: int) -> list[PhaseStart]:
@@ -229,8 +229,16 @@ class PhaseDriver:
         for name, config in self.configs().items():
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
-            for layer in tuner_layers(self.root):
-                layer.set_frozen_parts(name, ())
+            self.hold(name, None)
+
+    def hold(self, adapter: str, phase: Phase | None) -> list[nn.Parameter]:
+        """Freeze what `phase` does not train of an adapter (None: nothing). Returns what stopped training by it."""
+        stopped: list[nn.Parameter] = []
+        for layer in tuner_layers(self.root):
+            trains = layer.adapter_layer_names if phase is None else phase.trains
+            frozen = tuple(part for part in layer.adapter_layer_names if part not in trains)
+            stopped += layer.set_frozen_parts(adapter, frozen)
+        return stopped
 
     def _warn_if_only_said_to_be_complete(self, tuner: Any, name: str, config: PhasedConfig) -> None:
         if config.completed_phases and config.init_weights and not tuner.has_trained(self.root, name):
@@ -274,9 +282,7 @@ class PhaseDriver:
             if name in self._phase:
                 tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(configs[name].peft_type)]
                 tuner.check_trained(root, name, configs[name], self._phase[name])
-            for layer in tuner_layers(root):
-                frozen = tuple(part for part in layer.adapter_layer_names if part not in phase.trains)
-                stopped += layer.set_frozen_parts(name, frozen)
+            stopped += self.hold(name, phase)
             self._phase[name] = phase
             schedule = self.schedules[name]
             if len(schedule.phases) > 1:
