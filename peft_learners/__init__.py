@@ -7,6 +7,7 @@ from peft_learners import LearnerConfig, PhaseCallback
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .far import FARConfig, FARModel
 from .learner import LearnerConfig, LearnerModel
 from .phases import PhaseDriver, PhaseStart
 from .schedule import Phase, Schedule, ScheduleError
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from .callback import PhaseCallback
 
 __all__ = [
+    "FARConfig",
+    "FARModel",
     "LearnerConfig",
     "LearnerModel",
     "Phase",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from typing import cast
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -41,6 +42,69 @@ def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) 
             optimizer.state.pop(parameter, None)
 
 
+@dataclass(frozen=True)
+class Resized:
+    """A parameter that keeps its identity and gets values of another shape.
+
+    Attributes:
+        parameter: the parameter.
+        value: its new values.
+        carry: takes the part of an optimizer's state (a tensor of the old shape) that belongs to the new values;
+            None: the optimizer starts afresh.
+    """
+
+    parameter: nn.Parameter
+    value: torch.Tensor
+    carry: Callable[[torch.Tensor], torch.Tensor] | None
+
+
+def resize(changes: Iterable[Resized], optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
+    """Give parameters their new values, and the optimizers that hold state for them what belongs to those.
+
+    A parameter stays the same object, because optimizers, clipping and users' own lists hold on to it.
+    """
+    optimizers = list(optimizers)
+    for change in changes:
+        parameter, before = change.parameter, change.parameter.shape
+        parameter.grad = None
+        # The node that accumulates the gradient remembers the old shape, and lives on with any graph that is still
+        # around (a loss, DDP's reducer). A change of type makes torch forget it.
+        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        parameter.data = parameter.data.new_empty(0, dtype=other)
+        parameter.data = change.value
+        for optimizer in optimizers:
+            state = optimizer.state.pop(parameter, None)
+            carried = _carried(state, before, change.carry) if state and change.carry is not None else None
+            if carried is not None:
+                optimizer.state[parameter] = carried
+
+
+def _carried(
+    state: dict[str, Any], shape: torch.Size, carry: Callable[[torch.Tensor], torch.Tensor]
+) -> dict[str, Any] | None:
+    """The state's part for the new values; None for kinds of state that can't be split (factored, quantised)."""
+    carried: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor) and value.shape == shape and value.is_floating_point():
+            carried[key] = carry(value)
+        elif isinstance(value, torch.Tensor) and value.numel() > 1:
+            return None
+        else:
+            carried[key] = value
+    return carried
+
+
+def live_optimizers() -> list[torch.optim.Optimizer]:
+    """All torch optimizers of this process, so that whoever made one need not hand it over."""
+    found: dict[int, torch.optim.Optimizer] = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), torch.optim.Optimizer):  # type() runs no code of foreign objects
+            raw = raw_optimizer(thing)
+            if raw is not None and hasattr(raw, "state"):
+                found[id(raw)] = raw
+    return list(found.values())
+
+
 def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     """All DDP wrappers in this process that hold `model`, itself or somewhere inside.
 
@@ -53,6 +117,23 @@ def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     # type() rather than isinstance(): it runs no code of foreign objects.
     wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
     return [wrapper for wrapper in wrappers if any(module is target for module in wrapper.modules())]
+
+
+def agreed(model: nn.Module, choices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The choices of the first rank, on all ranks that train `model` in DDP; the same choices where there is no DDP.
+
+    Args:
+        choices: index tensors by name, of the same names and sizes on all ranks. To be called by all ranks.
+    """
+    wrappers = ddp_wrappers(model)
+    if not wrappers or not choices:
+        return choices
+    group = wrappers[-1].process_group
+    device = next(model.parameters()).device
+    flat = torch.cat(list(choices.values())).to(device)
+    torch.distributed.broadcast(flat, src=torch.distributed.get_global_rank(group, 0), group=group)
+    pieces = flat.split([len(choice) for choice in choices.values()])
+    return {name: piece.to(choice.device) for (name, choice), piece in zip(choices.items(), pieces, strict=True)}
 
 
 def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel) -> None:

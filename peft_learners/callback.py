@@ -125,7 +125,7 @@ class PhaseCallback(TrainerCallback):
             driver = PhaseDriver.of(model)
             for name, config in driver.configs().items():
                 if config.phases_complete:
-                    driver.hold(name, config.schedule(None, 1).phases[-1])
+                    driver.hold(name, config.outline().phases[-1])
 
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

@@ -168,8 +168,12 @@ class PhasedConfig(PeftConfig):
         """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
         raise NotImplementedError
 
-    def fixed_in_training(self) -> dict[str, float]:
-        """Fields that scale what is stored: a resumed run may not change them."""
+    def outline(self) -> Schedule:
+        """All phases in order, on steps of no meaning: for schedules whose steps are recorded or no longer matter."""
+        raise NotImplementedError
+
+    def fixed_in_training(self) -> dict[str, Any]:
+        """Fields that decide what the stored values mean: a resumed run may not change them."""
         return {}
 
     @property

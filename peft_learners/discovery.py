@@ -132,7 +132,7 @@ def norm_names(model: nn.Module) -> list[str]:
 
 
 def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
-    """Those of `linears` that belong to an attention.
+    """Those of `linears` (or embeddings: T5's relative positions) that belong to an attention.
 
     They lie below a module whose class says so, or whose name does and which holds several linear layers (MobileBERT
     calls a bottleneck "attention"), and not below a feed-forward part of it.

@@ -13,7 +13,7 @@ adapter gives the same bits in each of its phases, and after it was saved and lo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -151,16 +151,29 @@ def effective_linear(
     delta, dense_factor = dense[0] if dense else (None, 1.0)
     if len(dense) > 1 and delta is not None:
         delta, dense_factor = effective_weight(delta * dense_factor, (), dense[1:]), 1.0
+    return apply_to_rows(
+        lambda rows: _EffectiveLinear.apply(rows, weight, bias, a, b, delta, low_factor, dense_factor), x, weight
+    )
+
+
+def apply_to_rows(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    """`function` of x as (rows, in_features), given back in x's leading shape: (..., out_features).
+
+    Under autocast `function` runs without it, on rows in the type that autocast would cast them to (double precision
+    is left alone, as there). It must cast its weights to the type of its rows.
+
+    Args:
+        weight: the layer's weight, whose type x must have where there is no autocast.
+    """
     rows, device = x.reshape(-1, x.shape[-1]), x.device.type
     if not torch.is_autocast_enabled(device):
         if x.dtype != weight.dtype:
             F.linear(x, weight)  # raises, as the layer without updates does
-        out = _EffectiveLinear.apply(rows, weight, bias, a, b, delta, low_factor, dense_factor)
+        out = function(rows)
     else:
-        # autocast leaves double precision alone
         dtype = x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
         with torch.autocast(device, enabled=False):
-            out = _EffectiveLinear.apply(rows.to(dtype), weight, bias, a, b, delta, low_factor, dense_factor)
+            out = function(rows.to(dtype))
     return out.view(*x.shape[:-1], out.shape[-1])
 
 

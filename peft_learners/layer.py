@@ -127,7 +127,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                             f"(parameter {key!r} of a {type(base).__name__})."
                         )
             for key, value in sums.items():
-                getattr(base, key).data = value
+                base.get_parameter(key).data = value
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -138,11 +138,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         while self.merged_adapters:
             for key, delta in self.get_deltas(self.merged_adapters.pop()).items():
-                getattr(base, key).data = self._sum(base, key, delta, -1)
+                base.get_parameter(key).data = self._sum(base, key, delta, -1)
 
     @staticmethod
     def _sum(base: nn.Module, key: str, delta: Tensor, sign: int) -> Tensor:
-        value = getattr(base, key).data
+        value = base.get_parameter(key).data
         if not value.is_floating_point():
             raise ValueError(
                 f"The {type(base).__name__} to merge into stores {value.dtype} values: no delta can be added to them. "

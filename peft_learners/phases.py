@@ -54,6 +54,11 @@ def injected_model(model: nn.Module) -> nn.Module:
     return cast(nn.Module, tuner.model) if hasattr(type(tuner), "update_and_allocate") else tuner
 
 
+def _tuner_of(config: PhasedConfig) -> Any:
+    """The tuner class that a config belongs to."""
+    return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+
+
 def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
     """All tuner layers of this package in a model."""
     return (module for module in root.modules() if isinstance(module, DeltaLayer))
@@ -176,11 +181,11 @@ class PhaseDriver:
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
                 recorded = config.phase_first_steps
-            tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
+            tuner = _tuner_of(config)
             if recorded:
-                schedule = config.schedule(None, 1).with_first_steps(recorded)
+                schedule = config.outline().with_first_steps(recorded)
             elif config.phases_complete:
-                schedule = config.schedule(None, 1).last_only()
+                schedule = config.outline().last_only()
                 self._warn_if_only_said_to_be_complete(tuner, name, config)
             else:
                 schedule = config.schedule(total_steps, steps_per_epoch)
@@ -229,6 +234,7 @@ class PhaseDriver:
         for name, config in self.configs().items():
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
+            _tuner_of(config).restart(self.root, name, config)
             self.hold(name, None)
 
     def hold(self, adapter: str, phase: Phase | None) -> list[nn.Parameter]:
@@ -279,9 +285,10 @@ class PhaseDriver:
         before = trained_parameters(root)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
+            tuner = _tuner_of(configs[name])
             if name in self._phase:
-                tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING[PeftType(configs[name].peft_type)]
                 tuner.check_trained(root, name, configs[name], self._phase[name])
+            tuner.enter_phase(root, name, configs[name], phase)
             stopped += self.hold(name, phase)
             self._phase[name] = phase
             schedule = self.schedules[name]

@@ -123,6 +123,17 @@ def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
     return max(1, math.floor(epochs * steps_per_epoch + 0.5))
 
 
+def ratio_to_steps(ratio: float, total_steps: int) -> int:
+    """Optimizer steps in a share of all: rounded half up, and at least 1 for any positive ratio.
+
+    Raises:
+        ScheduleError: `ratio` outside [0, 1].
+    """
+    if not 0 <= ratio <= 1:
+        raise ScheduleError(f"A share of the training must lie in [0, 1], got {ratio}.")
+    return 0 if ratio == 0 else max(1, math.floor(ratio * total_steps + 0.5))
+
+
 def lay_out(
     lengths: Sequence[tuple[str, int | None, frozenset[str]]], total_steps: int | None, advice: str = ""
 ) -> Schedule:

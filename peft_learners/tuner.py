@@ -18,6 +18,7 @@ from peft.tuners.tuners_utils import (
     check_target_module_exists,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -40,6 +41,8 @@ class PhasedModel(BaseTuner):
     """
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+    #: Sentence of an error: what `_is_supported` takes.
+    supported: ClassVar[str] = ""
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -99,6 +102,17 @@ class PhasedModel(BaseTuner):
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> None:
         """Called when `phase` ends: warn if it could not train what it was there for."""
+
+    @classmethod
+    def enter_phase(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> None:
+        """Change the adapter's layers for a phase that begins, before its parts are frozen. On all ranks alike.
+
+        Called at a boundary, and when a training starts or resumes in that phase: what was done is not done again.
+        """
+
+    @classmethod
+    def restart(cls, root: nn.Module, adapter: str, config: Any) -> None:
+        """Undo what `enter_phase` did, so that the first phase can begin again."""
 
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
@@ -163,6 +177,40 @@ class PhasedModel(BaseTuner):
             return False
         result = self._matches(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False
+
+    def _is_supported(self, module: nn.Module) -> bool:
+        """Whether the tuner has a layer that can stand in for this module."""
+        return discovery.is_linear(module) or discovery.is_norm(module)
+
+    def _named_targets(self, config: PhasedConfig, model: nn.Module) -> set[str]:
+        """The modules that the user's target_modules name, less the excluded ones."""
+        chosen, modules = set(), dict(discovery.walk(model))
+        for name, module in modules.items():
+            result = self._matches(config, name) if name else None
+            if not result or isinstance(result, _ExcludedModule):
+                continue
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                raise ValueError(
+                    f"Target module {name} lies inside a torch.nn.MultiheadAttention, which reads its weight without "
+                    "calling it, so that an adapter there would have no effect. Leave it out of `target_modules`."
+                )
+            if not self._is_supported(module):
+                kind = type(discovery.base_of(module)).__name__
+                raise ValueError(f"Target module {name} ({kind}) is not supported. {self.supported}")
+            chosen.add(name)
+        given = config.target_modules or ()
+        if not chosen and not isinstance(given, str) and not any(is_named(n, t) for n in modules for t in given):
+            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
+            raise NoMatchingPeftModuleError(
+                f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
+                "leave `target_modules` out to adapt them all."
+            )
+        if chosen and not isinstance(config.target_modules, str):
+            lost = [t for t in config.target_modules or () if not any(is_named(n, t) for n in modules)]
+            if lost:
+                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
+        return chosen
 
     def _minimal_names(self, names: set[str]) -> list[str]:
         """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets."""
@@ -283,6 +331,7 @@ class PhasedModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
+        cls._fit_to_file(model, adapter_name, remapped)
         cls._refuse_foreign(model, adapter_name, remapped)
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
@@ -293,6 +342,10 @@ class PhasedModel(BaseTuner):
 
         handle = model.register_load_state_dict_pre_hook(check_shapes)
         return remapped
+
+    @classmethod
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Bring the adapter into the form that a file holds, if its form changes with its phases."""
 
     @classmethod
     def _refuse_foreign(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
@@ -332,3 +385,8 @@ class PhasedModel(BaseTuner):
             f"The checkpoint does not fit the adapter {adapter_name!r}: {what}. Nothing was loaded. Load it with the "
             "adapter_config.json it was saved with (PeftModel.from_pretrained does), on the same base model."
         )
+
+
+def is_named(module_name: str, name: str) -> bool:
+    """Whether PEFT lets `name` stand for the module: its whole name, or the end of it."""
+    return module_name == name or module_name.endswith(f".{name}")

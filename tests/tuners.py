@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from peft_learners import LearnerConfig
+from peft_learners import FARConfig, LearnerConfig
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,23 @@ def _learner_unprimed(**settings: Any) -> LearnerConfig:
     return LearnerConfig(**{"r": 4, "priming_epochs": 0, "scaling": 2.0, **settings})
 
 
+def _far(**settings: Any) -> FARConfig:
+    settings.pop("r", None)  # a FAR adapter has no rank
+    return FARConfig(**{"retention_ratio": 0.25, "priming_epochs": 1, **settings})
+
+
+def _far_rows(**settings: Any) -> FARConfig:
+    return _far(**{"granularity": "output_node", "selection": "l2", **settings})
+
+
+def _far_discard(**settings: Any) -> FARConfig:
+    return _far(**{"discard_unkept": True, **settings})
+
+
 TUNERS: dict[str, Tuner] = {
     "learner": Tuner(_learner, "learner_", ("priming", "learning")),
     "learner-unprimed": Tuner(_learner_unprimed, "learner_", ("learning",)),
+    "far": Tuner(_far, "far_", ("priming", "reconfigured")),
+    "far-output-node": Tuner(_far_rows, "far_", ("priming", "reconfigured")),
+    "far-discard": Tuner(_far_discard, "far_", ("priming", "reconfigured")),
 }

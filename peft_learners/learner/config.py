@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
 from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
@@ -97,7 +97,7 @@ class LearnerConfig(PhasedConfig):
         """Whether this adapter has a priming phase (complete or not)."""
         return self.priming_steps > 0 if self.priming_steps is not None else self.priming_epochs > 0
 
-    def fixed_in_training(self) -> dict[str, float]:
+    def fixed_in_training(self) -> dict[str, Any]:
         return {"scaling": float(self.scaling), "priming_lr_scale": float(self.priming_lr_scale)}
 
     @property
@@ -114,7 +114,6 @@ class LearnerConfig(PhasedConfig):
         Raises:
             ScheduleError: epochs without a known length, or fewer steps than priming needs.
         """
-        small = frozenset((*LOW_RANK_PARTS, *SMALL_PARTS))
         if self.priming_steps is not None:
             steps = self.priming_steps
             advice = f"Set priming_steps to at most {total_steps}, or train longer."
@@ -132,4 +131,12 @@ class LearnerConfig(PhasedConfig):
                 f"priming_epochs={self.priming_epochs} at {steps_per_epoch} steps per epoch is too long: set "
                 f"priming_epochs to at most {most:.4g}, or train longer."
             )
-        return lay_out([(PRIMING, steps, small | {DENSE_PART}), (LEARNING, None, small)], total_steps, advice)
+        return self._phases(steps, total_steps, advice)
+
+    def outline(self) -> Schedule:
+        return self._phases(int(self.primes))
+
+    @staticmethod
+    def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
+        small = frozenset((*LOW_RANK_PARTS, *SMALL_PARTS))
+        return lay_out([(PRIMING, priming, small | {DENSE_PART}), (LEARNING, None, small)], total_steps, advice)

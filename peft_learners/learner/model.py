@@ -4,7 +4,6 @@ import re
 import warnings
 from typing import Any, Optional
 
-from peft.tuners.tuners_utils import _ExcludedModule
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from .. import discovery
 from ..phases import tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
-from ..tuner import PhasedModel
+from ..tuner import PhasedModel, is_named
 from .config import DENSE_PART, PRIMING, LearnerConfig
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 
@@ -39,6 +38,10 @@ class LearnerModel(PhasedModel):
 
     prefix = "learner_"
     tuner_layer_cls = LearnerLayer
+    supported = (
+        "Learners support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
+        "weight vector."
+    )
 
     # -- choice of modules ------------------------------------------------------------------------------------------
 
@@ -75,38 +78,6 @@ class LearnerModel(PhasedModel):
                 + (f" with {narrowed}." if narrowed else ": the model has none that a Learner can stand in for.")
             )
 
-    def _named_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
-        chosen, modules = set(), dict(discovery.walk(model))
-        for name, module in modules.items():
-            result = self._matches(config, name) if name else None
-            if not result or isinstance(result, _ExcludedModule):
-                continue
-            parent = modules.get(name.rpartition(".")[0])
-            if isinstance(parent, nn.MultiheadAttention):
-                raise ValueError(
-                    f"Target module {name} lies inside a torch.nn.MultiheadAttention, which reads its weight without "
-                    "calling it, so that a Learner there would have no effect. Leave it out of `target_modules`."
-                )
-            if not (discovery.is_linear(module) or discovery.is_norm(module)):
-                raise ValueError(
-                    f"Target module {name} ({type(discovery.base_of(module)).__name__}) is not supported. Learners "
-                    "support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
-                    "weight vector."
-                )
-            chosen.add(name)
-        given = config.target_modules or ()
-        if not chosen and not isinstance(given, str) and not any(_is_named(n, t) for n in modules for t in given):
-            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
-            raise NoMatchingPeftModuleError(
-                f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
-                "leave `target_modules` out to adapt them all."
-            )
-        if chosen and not isinstance(config.target_modules, str):
-            lost = [t for t in config.target_modules or () if not any(_is_named(n, t) for n in modules)]
-            if lost:
-                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
-        return chosen
-
     def _resolve_priming(self, config: LearnerConfig, model: nn.Module, targets: set[str]) -> set[str]:
         modules = {name: module for name, module in discovery.walk(model) if name in targets}
         linears = [name for name, module in modules.items() if discovery.is_linear(module)]
@@ -120,9 +91,9 @@ class LearnerModel(PhasedModel):
                 raise ValueError(self._outside_targets(config, asked, linears))
         else:
             for name in asked:
-                if not any(_is_named(linear, name) for linear in linears):
+                if not any(is_named(linear, name) for linear in linears):
                     raise ValueError(self._outside_targets(config, name, linears))
-            primed = {linear for linear in linears if any(_is_named(linear, name) for name in asked)}
+            primed = {linear for linear in linears if any(is_named(linear, name) for name in asked)}
         for name in sorted(primed):
             if discovery.float_weight(modules[name]) is None:
                 weight = getattr(discovery.base_of(modules[name]), "weight", None)
@@ -209,7 +180,3 @@ class LearnerModel(PhasedModel):
             if adapter in values and not values[adapter].is_meta:
                 found.append((name, values[adapter].detach()))
         return found
-
-
-def _is_named(module_name: str, name: str) -> bool:
-    return module_name == name or module_name.endswith(f".{name}")

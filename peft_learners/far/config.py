@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
+
+PRIMING, RECONFIGURED = "priming", "reconfigured"
+GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random")
+#: Containers of trained values of a FAR layer; both phases train all of them, only their sizes change. The names of
+#: those of biases and norms hold what Trainer exempts from weight decay.
+PARTS = ("far_delta", "far_layernorm_delta", "far_bias_delta")
+
+
+@names_unknown_fields
+@dataclass
+class FARConfig(PhasedConfig):
+    """Configuration of FAR, Freeze And Reconfigure: after a short priming, only the FFN nodes that moved most train.
+
+    Every trained weight W of the backbone gets a delta D, `y = x (W + D)^T + b + db`, and all of them train in the
+    first `priming_ratio` of the steps. Then the nodes of each FFN layer are ranked by how far their weights moved,
+    `score_i = sum |D|` over the weights of node i (its bias does not count), the `retention_ratio` highest go on
+    training, and the deltas of the others are frozen, or, with `discard_unkept`, dropped. Attention, embeddings,
+    norms, biases and the new head train throughout.
+
+    A node is a hidden unit (its row in the first linear layer, gate and up for gated ones, its bias entry, its column
+    in the second), or, with `granularity="output_node"`, an output row of each linear layer with its bias entry.
+
+    Source: Vucetic et al., "Efficient Fine-Tuning of BERT Models on the Edge" (arXiv 2205.01541), as described and
+    re-implemented in arXiv 2208.02070, section 5.
+
+    Raises:
+        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
+        TypeError: an unknown field.
+    """
+
+    retention_ratio: float = field(
+        default=0.10,
+        metadata={"help": "Share of the nodes of each FFN layer that go on training, rounded to nearest."},
+    )
+    priming_ratio: float = field(default=0.01, metadata={"help": "Share of all optimizer steps that prime."})
+    priming_steps: Optional[int] = field(
+        default=None, metadata={"help": "Optimizer steps of priming, in place of priming_ratio."}
+    )
+    priming_epochs: Optional[float] = field(
+        default=None, metadata={"help": "Epochs of priming (fractions allowed), in place of priming_ratio."}
+    )
+    granularity: str = field(
+        default="hidden_unit",
+        metadata={"help": "What a node is: 'hidden_unit' of an FFN, or 'output_node' of each of its linear layers."},
+    )
+    selection: str = field(
+        default="l1",
+        metadata={"help": "How nodes are ranked: by the 'l1' or 'l2' norm of their weights' change, or 'random'."},
+    )
+    seed: int = field(default=0, metadata={"help": "Seed of selection='random'."})
+    discard_unkept: bool = field(
+        default=False,
+        metadata={
+            "help": "Return the nodes that are not kept to their pretrained values: a small adapter. False, as in the "
+            "paper: they keep, frozen, what they learned in priming, and the adapter holds it."
+        },
+    )
+    train_attention: bool = field(default=True, metadata={"help": "Train the attention."})
+    train_embeddings: bool = field(
+        default=True,
+        metadata={
+            "help": "Train the embeddings: tables, what else lies beside them (their norm, ViT's patches and class "
+            "token), and an LM head, tied or not. False: FAR's small variant."
+        },
+    )
+    train_norms: bool = field(default=True, metadata={"help": "Train the norms."})
+    train_biases: bool = field(default=True, metadata={"help": "Train the biases of linear layers."})
+    ffn_modules: Optional[list[list[str]]] = field(
+        default=None,
+        metadata={
+            "help": "Endings of the names of the FFNs' linear layers, the last being the one that leads out, e.g. "
+            "[['fc_in', 'fc_out']]. None: found from the model's structure."
+        },
+    )
+    reconfigured: bool = field(
+        default=False, metadata={"help": "Whether nodes were selected. Written by training; not for the user."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set_peft_type("FAR")
+        for name, example in (("retention_ratio", "0.1"), ("priming_ratio", "0.01")):
+            value = getattr(self, name)
+            require(is_number(value) and 0 <= value <= 1, self, name, "a number from 0 to 1", f"{name}={example}")
+        require(self.granularity in GRANULARITIES, self, "granularity", f"one of {GRANULARITIES}")
+        require(self.selection in SELECTIONS, self, "selection", f"one of {SELECTIONS}")
+        ok = self.priming_steps is None or self.priming_steps == 0 or is_positive_int(self.priming_steps)
+        require(ok, self, "priming_steps", "None or a whole number of at least 0", "priming_steps=50")
+        ok = self.priming_epochs is None or (is_number(self.priming_epochs) and self.priming_epochs >= 0)
+        require(ok, self, "priming_epochs", "None or a number of at least 0", "priming_epochs=0.5")
+        if self.priming_steps is not None and self.priming_epochs is not None:
+            raise ValueError(
+                f"FARConfig: give priming in one unit, got priming_steps={self.priming_steps} and "
+                f"priming_epochs={self.priming_epochs}."
+            )
+        unprimed = [name for name in ("priming_steps", "priming_epochs") if getattr(self, name) == 0]
+        if self.priming_ratio == 0 and self.priming_steps is None and self.priming_epochs is None:
+            unprimed = ["priming_ratio"]
+        if unprimed and self.selection != "random":
+            raise ValueError(
+                f"FARConfig: `{unprimed[0]}` must be above 0 with selection={self.selection!r}, which ranks nodes by "
+                f"what priming moved, got 0. Nodes can do without only with FARConfig({unprimed[0]}=0, "
+                "selection='random')."
+            )
+        require(isinstance(self.seed, int) and not isinstance(self.seed, bool), self, "seed", "a whole number")
+        for name in ("discard_unkept", "train_attention", "train_embeddings", "train_norms", "train_biases"):
+            require(isinstance(getattr(self, name), bool), self, name, "True or False")
+        require(isinstance(self.reconfigured, bool), self, "reconfigured", "True or False")
+        self._check_ffn_modules()
+
+    def _check_ffn_modules(self) -> None:
+        value = self.ffn_modules
+        ok = value is None or (
+            isinstance(value, (list, tuple))
+            and len(value) > 0
+            and all(
+                isinstance(pattern, (list, tuple)) and len(pattern) > 1 and all(isinstance(n, str) for n in pattern)
+                for pattern in value
+            )
+        )
+        right = "None or a list of lists of at least two names"
+        require(ok, self, "ffn_modules", right, "ffn_modules=[['fc_in', 'fc_out']]")
+        if value is not None:
+            self.ffn_modules = [list(pattern) for pattern in value]
+
+    def fixed_in_training(self) -> dict[str, Any]:
+        names = ("retention_ratio", "granularity", "selection", "seed", "discard_unkept")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def phases_complete(self) -> bool:
+        return self.reconfigured
+
+    def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        """Priming, then the reconfigured training.
+
+        Args:
+            total_steps: optimizer steps of the whole training, None if unknown.
+            steps_per_epoch: optimizer steps of one epoch, None if unknown.
+
+        Raises:
+            ScheduleError: a share of steps, or epochs, of unknown number, or fewer steps than priming needs.
+        """
+        if self.priming_steps is not None:
+            steps = self.priming_steps
+            advice = f"Set priming_steps to at most {total_steps}, or train longer."
+        elif self.priming_epochs is not None:
+            if steps_per_epoch is None:
+                raise self._unknown("priming_epochs", "optimizer steps in an epoch")
+            steps = epochs_to_steps(self.priming_epochs, steps_per_epoch)
+            advice = f"priming_epochs={self.priming_epochs} at {steps_per_epoch} steps per epoch is too long."
+        else:
+            if total_steps is None:
+                raise self._unknown("priming_ratio", "optimizer steps of the whole training")
+            steps = ratio_to_steps(self.priming_ratio, total_steps)
+            advice = f"Lower priming_ratio={self.priming_ratio}, or train longer."
+        return self._phases(steps, total_steps, advice)
+
+    def outline(self) -> Schedule:
+        return self._phases(1)
+
+    @staticmethod
+    def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
+        parts = frozenset(PARTS)
+        return lay_out([(PRIMING, priming, parts), (RECONFIGURED, None, parts)], total_steps, advice)
+
+    def _unknown(self, name: str, what: str) -> ScheduleError:
+        return ScheduleError(
+            f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
+            "Give priming in steps: FARConfig(priming_steps=...)."
+        )

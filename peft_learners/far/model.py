@@ -1,0 +1,282 @@
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from typing import Any, Optional
+
+import torch
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from torch import Tensor, nn
+
+from .. import discovery
+from ..allocation import drawn, highest, kept_count
+from ..boundary import agreed, live_optimizers, resize
+from ..feed_forward import feed_forwards, named_feed_forwards, patterns_of
+from ..phases import tuner_layers
+from ..schedule import Phase, Schedule, ScheduleError
+from ..tuner import PhasedModel
+from .config import RECONFIGURED, FARConfig
+from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
+from .plan import Home, homes, kind_of, lay_out_homes
+
+_CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
+
+
+class FARModel(PhasedModel):
+    """Puts a delta on every weight of a model, and after priming cuts the FFNs' down to the nodes that moved most.
+
+    Args:
+        model: the model to adapt.
+        config: a `FARConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification, Trainer
+        >>> from peft import get_peft_model
+        >>> from peft_learners import FARConfig, PhaseCallback
+
+        >>> model = AutoModelForSequenceClassification.from_pretrained("distilbert-base-uncased")
+        >>> model = get_peft_model(model, FARConfig(retention_ratio=0.10, task_type="SEQ_CLS"))
+        >>> Trainer(model, args, train_dataset=data, callbacks=[PhaseCallback()]).train()
+        ```
+    """
+
+    prefix = "far_"
+    tuner_layer_cls = FARLayer
+    supported = (
+        "FAR supports linear layers in floating point, embeddings, norms, convolutions and modules with parameters of "
+        "their own."
+    )
+
+    # -- choice of modules ------------------------------------------------------------------------------------------
+
+    def _resolve_targets(self, config: FARConfig, model: nn.Module) -> set[str]:
+        found, lost = homes(model)
+        given = config.target_modules
+        everything = given is None
+        if given is None:
+            chosen = self._names_among(config, list(found))
+        elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+            chosen = self._names_among(config, [name for name in found if discovery.is_linear(found[name])])
+        else:
+            chosen = self._named_targets(config, model)
+        chosen = self._with_sharers(config, found, chosen, everything)
+        modules = {name: module for name, module in discovery.walk(model) if name in chosen}
+        self._check_modules(modules)
+        pairs = feed_forwards(model)
+        if config.ffn_modules is not None:
+            pairs = named_feed_forwards(model, config.ffn_modules)
+        elif pairs:
+            config.write("ffn_modules", patterns_of(pairs))
+        self._homes = lay_out_homes(model, config, modules, pairs)
+        self._owners: dict[int, FARLayer] = {}
+        if everything:
+            if not any(home.nodes for home in self._homes.values()):
+                raise ValueError(_no_pair(type(model).__name__))
+            if lost:
+                warnings.warn(
+                    f"FAR can't give deltas to {len(lost)} parameters of the {type(model).__name__}, which stay "
+                    f"frozen: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}.",
+                    stacklevel=2,
+                )
+        return set(self._homes)
+
+    def _is_supported(self, module: nn.Module) -> bool:
+        base = discovery.base_of(module)
+        return discovery.is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))
+
+    def _with_sharers(
+        self, config: FARConfig, found: dict[str, nn.Module], chosen: set[str], everything: bool
+    ) -> set[str]:
+        """A weight that modules share has one delta: all of them are adapted, or none."""
+        names: dict[int, list[str]] = {}
+        for name, module in found.items():
+            for parameter in discovery.base_of(module).parameters():
+                names.setdefault(id(parameter), []).append(name)
+        result = set(chosen)
+        for sharers in names.values():
+            missing = set(sharers) - chosen
+            if len(sharers) > 1 and missing and missing != set(sharers):
+                if config.exclude_modules is not None or (everything and config.layers_to_transform is None):
+                    result -= set(sharers)
+                    warnings.warn(
+                        f"{' and '.join(sorted(sharers))} share a weight, and {' and '.join(sorted(missing))} is left "
+                        "out: none of them is adapted.",
+                        stacklevel=2,
+                    )
+                else:
+                    result |= missing
+        return result
+
+    @staticmethod
+    def _check_modules(modules: dict[str, nn.Module]) -> None:
+        for name, module in modules.items():
+            base: Any = discovery.base_of(module)
+            if discovery.is_linear(module) and discovery.float_weight(module) is None:
+                weight = getattr(base, "weight", None)
+                raise ValueError(
+                    f"FAR adds a dense delta to {name}, whose weights are not a floating-point matrix (got "
+                    f"{getattr(weight, 'dtype', type(weight).__name__)}). Load the base model in float, without "
+                    "quantisation, or leave the layer out with exclude_modules."
+                )
+            if isinstance(base, nn.Embedding) and base.max_norm is not None:
+                raise ValueError(
+                    f"The embedding {name} has max_norm={base.max_norm}, which rescales its weights in place while "
+                    "they are read. Leave it out with exclude_modules."
+                )
+
+    # -- injection --------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: FARConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        home = self._homes.get(current_key) or Home(kind_of(target))
+        layer: Any = target
+        if not isinstance(target, FARLayer):
+            layer = _CLASSES[home.kind](target)
+            layer._active_adapter = adapter_name
+            if isinstance(layer, FAREmbedding):
+                layer.batchless = home.batchless
+        layer.update_layer(adapter_name, peft_config, home, self._owners)
+        if layer is not target:
+            self._place(layer, adapter_name, parent, target_name, target)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # PEFT warns of tied weights; here they share one delta
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _cuttable(root: nn.Module, adapter: str) -> Iterator[FARLayer]:
+        """Layers that hold weights of FFN nodes."""
+        for layer in tuner_layers(root):
+            if isinstance(layer, FARLayer) and adapter in layer.far_nodes and adapter in layer.far_delta:
+                yield layer
+
+    @classmethod
+    def check_phases(cls, root: nn.Module, adapter: str, config: FARConfig, schedule: Schedule) -> None:
+        """There must be nodes to select.
+
+        Raises:
+            ScheduleError: no layer of the adapter belongs to an FFN.
+        """
+        if not any(True for _ in cls._cuttable(root, adapter)):
+            raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(type(root).__name__)}")
+
+    @classmethod
+    def enter_phase(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
+        """Select the nodes, unless that was done (a resumed run, a loaded adapter)."""
+        if phase.name != RECONFIGURED or config.reconfigured:
+            return
+        layers = list(cls._cuttable(root, adapter))
+        units: dict[str, list[FARLayer]] = {}
+        for layer in layers:
+            units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
+        selections = agreed(root, cls.select_nodes(config, adapter, units))
+        changes = []
+        for unit, members in units.items():
+            for layer in members:
+                nodes = layer.far_nodes[adapter]
+                rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
+                changes += layer.cut(adapter, rows, config.discard_unkept)
+        resize(changes, live_optimizers())
+        config.write("reconfigured", True)
+
+    @staticmethod
+    def select_nodes(config: FARConfig, adapter: str, units: dict[str, list[FARLayer]]) -> dict[str, Tensor]:
+        """Nodes to keep of each unit, ascending; of nodes that moved equally far, those of lower index."""
+        generator = torch.Generator().manual_seed(config.seed)
+        selections = {}
+        for unit, members in units.items():
+            width = members[0].far_nodes[adapter].width
+            count = kept_count(config.retention_ratio, width)
+            if config.selection == "random":
+                selections[unit] = drawn(width, count, generator)
+                continue
+            power = 1 if config.selection == "l1" else 2
+            scores = torch.stack([layer.movement(adapter, power).cpu() for layer in members]).sum(0)
+            selections[unit] = highest(scores, count)
+        return selections
+
+    @classmethod
+    def restart(cls, root: nn.Module, adapter: str, config: FARConfig) -> None:
+        """All nodes train again, from where they are."""
+        cls._undo_cuts(root, adapter)
+        config.write("reconfigured", False)
+
+    @classmethod
+    def _undo_cuts(cls, root: nn.Module, adapter: str) -> None:
+        changes = [
+            change
+            for layer in cls._cuttable(root, adapter)
+            if layer.is_cut(adapter)
+            for change in layer.undo_cut(adapter)
+        ]
+        if changes:
+            resize(changes, live_optimizers())
+
+    @classmethod
+    def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
+        """Name layers whose weights did not move while others did: they are read without calling the layer."""
+        moved = {
+            name: bool(layer.far_delta[adapter].any())
+            for name, layer in root.named_modules()
+            if isinstance(layer, FARLinear) and adapter in layer.far_delta and not layer.far_delta[adapter].is_meta
+        }
+        idle = [name for name, any_moved in moved.items() if not any_moved]
+        if idle and any(moved.values()) and config.init_weights:
+            warnings.warn(
+                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
+                "that the model reads their weights without calling them, so that a delta there has no effect. Leave "
+                "them out with exclude_modules.",
+                stacklevel=2,
+            )
+
+    @classmethod
+    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
+        config = getattr(root, "peft_config", {}).get(adapter)
+        values = [layer.far_delta[adapter] for layer in cls._cuttable(root, adapter)]
+        return getattr(config, "init_weights", False) and any(bool(v.any()) for v in values if not v.is_meta)
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+        """Bring the adapter into the form that a file holds: before the selection of nodes, or after it.
+
+        No value is lost by it (unless the config says discard), so that a file that does not fit after all leaves the
+        adapter's function as it was.
+        """
+        config: Any = getattr(root, "peft_config", {})[adapter]
+        ends = f".far_kept.{adapter}"
+        cut = any(key.endswith(ends) for key in state_dict)
+        if cut == config.reconfigured:
+            return
+        if cut:
+            changes = []
+            for layer in cls._cuttable(root, adapter):
+                if not layer.is_cut(adapter):
+                    changes += layer.cut(
+                        adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept
+                    )
+            resize(changes, live_optimizers())
+        else:
+            cls._undo_cuts(root, adapter)
+        config.write("reconfigured", cut)
+
+
+def _no_pair(model: str) -> str:
+    return (
+        f"FAR found no feed-forward pair in the {model} (linear layers d -> h and h -> d with an activation between), "
+        "so there are no nodes to select. Name the layers, the last being the one that leads out: "
+        "FARConfig(ffn_modules=[['fc_in', 'fc_out']])."
+    )
