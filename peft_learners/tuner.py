@@ -328,10 +328,10 @@ class PhasedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        cls._fit_to_file(model, adapter_name, state_dict)  # PEFT names the values of the parts that exist
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
-        cls._fit_to_file(model, adapter_name, remapped)
         cls._refuse_foreign(model, adapter_name, remapped)
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything

@@ -25,6 +25,21 @@ class MethodArguments:
     priming_lr_scale: float = field(
         default=1.0, metadata={"help": "Learning rate of the primed weights relative to the rest (learner)."}
     )
+    retention_ratio: float = field(
+        default=0.10, metadata={"help": "Share of each FFN layer's nodes that train after priming (far)."}
+    )
+    priming_ratio: float = field(default=0.01, metadata={"help": "Share of all steps that prime (far)."})
+    granularity: str = field(
+        default="hidden_unit",
+        metadata={"help": "What a node of an FFN is (far).", "choices": ["hidden_unit", "output_node"]},
+    )
+    selection: str = field(
+        default="l1", metadata={"help": "How nodes are ranked (far).", "choices": ["l1", "l2", "random"]}
+    )
+    discard_unkept: bool = field(
+        default=False, metadata={"help": "Return nodes that are not kept to their pretrained values (far)."}
+    )
+    train_embeddings: bool = field(default=True, metadata={"help": "Train the embeddings too (far)."})
     dropout: float = field(
         default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (lora, learner)."}
     )
@@ -56,6 +71,26 @@ def learner(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
+FAR_ARGUMENTS = (
+    "retention_ratio",
+    "priming_ratio",
+    "granularity",
+    "selection",
+    "discard_unkept",
+    "train_embeddings",
+)
+
+
+def far(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """FAR: everything for a short priming, then only the FFN nodes that moved most, and all outside the FFNs."""
+    from peft import get_peft_model
+
+    from peft_learners import FARConfig
+
+    settings = {name: getattr(args, name) for name in FAR_ARGUMENTS}
+    return get_peft_model(model, FARConfig(task_type="SEQ_CLS", **settings))
+
+
 def full(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """All parameters of the model."""
     return model
@@ -81,6 +116,7 @@ class Method:
 
 METHODS: dict[str, Method] = {
     "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
+    "far": Method(far, FAR_ARGUMENTS, phased=True),
     "lora": Method(lora, ("r", "dropout")),
     "full": Method(full),
 }

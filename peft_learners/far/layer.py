@@ -188,12 +188,12 @@ class FARLayer(DeltaLayer):
         return resized
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # Under low_cpu_mem_usage the frozen rest has no data yet, which PEFT expects of parameters only.
-        empty = [rest for rest in (self.far_rest, self.far_bias_rest) if adapter_name in rest]
-        without_data = [(rest, rest.pop(adapter_name)) for rest in empty if rest[adapter_name].is_meta]
+        # Under low_cpu_mem_usage the buffers have no data yet, which PEFT expects of parameters only.
+        buffers = [b for b in (self.far_kept, self.far_rest, self.far_bias_rest) if adapter_name in b]
+        without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for rest, value in without_data:
-            rest[adapter_name] = value
+        for buffer, value in without_data:
+            buffer[adapter_name] = value
 
     def __repr__(self) -> str:
         return "far." + super().__repr__()

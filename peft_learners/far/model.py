@@ -257,8 +257,7 @@ class FARModel(PhasedModel):
         adapter's function as it was.
         """
         config: Any = getattr(root, "peft_config", {})[adapter]
-        ends = f".far_kept.{adapter}"
-        cut = any(key.endswith(ends) for key in state_dict)
+        cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut == config.reconfigured:
             return
         if cut:
