@@ -52,7 +52,8 @@ def test_retention_1_is_full_fine_tuning_step_for_step(arch, granularity):
     for name, parameter in full.named_parameters():
         parameter.requires_grad_(not pooler_only(name, full))
     model = far(base, retention_ratio=1.0, granularity=granularity, task_type=zoo.ZOO[arch].task_type)
-    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=LR, weight_decay=0.0)
+    # At the usual eps Adam blows up the rounding of gradients that vanish (ViT's keys) to steps of their own.
+    optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=LR, eps=1e-4, weight_decay=0.0)
                   for m in (full, model)]  # fmt: skip
     model.base_model.set_schedule(total_steps=6)
     for step in range(1, 7):
@@ -62,7 +63,7 @@ def test_retention_1_is_full_fine_tuning_step_for_step(arch, granularity):
     assert model.peft_config["default"].reconfigured
     values = merged_values(model)
     for name, value in full.state_dict().items():
-        torch.testing.assert_close(values[name], value, rtol=1e-6, atol=1e-8, msg=name)
+        torch.testing.assert_close(values[name], value, rtol=1e-6, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def moved_by_hand(granularity: str) -> tuple[nn.Module, dict[str, dict[int, float]]]:
@@ -273,7 +274,7 @@ def test_weights_that_modules_share_have_one_delta():
     total = sum(p.numel() for p in base.parameters())
     assert base.lm_head.weight is base.transformer.wte.weight
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         model = far(base, task_type="CAUSAL_LM")
     assert model.get_nb_trainable_parameters()[0] == total
     inputs = {k: v for k, v in zoo.inputs_of("llama", model).items()}
