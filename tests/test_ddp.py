@@ -12,7 +12,7 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "runs" / "ddp_tiny.py"
-CASES = ("plain", "unused", "accumulation", "again", "checkpointing")
+CASES = ("far", "far-output-node", "plain", "unused", "accumulation", "again", "checkpointing")
 
 
 def launch(out: Path, *prefix: str) -> dict:
@@ -44,7 +44,8 @@ def test_ranks_are_equal_after_every_step(runs, case):
 def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
     folder, two, one = runs
     assert one["world"] == 1
-    assert two["cases"][case]["first_steps"] == one["cases"][case]["first_steps"] == {"priming": 0, "learning": 3}
+    last = "reconfigured" if "far" in case else "learning"
+    assert two["cases"][case]["first_steps"] == one["cases"][case]["first_steps"] == {"priming": 0, last: 3}
     ours, theirs = (torch.load(folder / kind / f"{case}.pt") for kind in ("two", "one"))
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
@@ -57,5 +58,11 @@ def test_only_gradients_that_still_train_are_reduced(runs, case):
     _, two, _ = runs
     result = two["cases"][case]
     assert result["reduced"] == result["trained"]
-    # 8 attention layers of 16 x 16 float32 values stop being exchanged at step 3
-    assert result["reduced"][2] - result["reduced"][3] == 8 * 16 * 16 * 4
+    # float32 values that stop being exchanged at step 3
+    stopped = {
+        # in 2 layers 24 of 32 hidden units: a row of 16, a column of 16, a bias entry
+        "far": 2 * 24 * (16 + 16 + 1),
+        # 24 of 32 rows of 16 and 12 of 16 rows of 32, with their bias entries
+        "far-output-node": 2 * (24 * 17 + 12 * 33),
+    }.get(case, 8 * 16 * 16)  # a Learner: 8 attention layers of 16 x 16
+    assert result["reduced"][2] - result["reduced"][3] == stopped * 4

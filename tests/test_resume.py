@@ -25,11 +25,16 @@ def run(out: Path, *options: str) -> int:
     return done.returncode
 
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
+#: By tuner: the last phase, and the parts whose state the optimizer has let go of at the end.
+TUNERS = {"learner": ("learning", "learner_dense_delta"), "far": ("reconfigured", None),
+          "far-discard": ("reconfigured", None)}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=list(TUNERS))
+def uninterrupted(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict]:
     out = tmp_path_factory.mktemp("uninterrupted")
-    assert run(out) == 0
-    return torch.load(out / "final.pt")
+    assert run(out, "--tuner", request.param) == 0
+    return request.param, torch.load(out / "final.pt")
 
 
 @pytest.mark.slow
@@ -37,16 +42,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict:
     "kill_after", [2, 5, 7], ids=["priming-mid-epoch", "boundary-mid-epoch", "learning-mid-epoch"]
 )
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, kill_after):
-    assert run(tmp_path, "--kill_after", str(kill_after)) == -9
+    tuner, expected = uninterrupted
+    last, let_go = TUNERS[tuner]
+    assert run(tmp_path, "--tuner", tuner, "--kill_after", str(kill_after)) == -9
     assert not (tmp_path / "final.pt").exists()
-    assert run(tmp_path, "--resume") == 0
+    assert run(tmp_path, "--tuner", tuner, "--resume") == 0
     resumed = torch.load(tmp_path / "final.pt")
-    assert uninterrupted["starts"] == {"priming": 0, "learning": 5}
+    assert expected["starts"] == {"priming": 0, last: 5}
     for part in ("adapter", "optimizer"):
-        assert resumed[part].keys() == uninterrupted[part].keys()
-        for name, value in uninterrupted[part].items():
+        assert resumed[part].keys() == expected[part].keys()
+        for name, value in expected[part].items():
             assert torch.equal(resumed[part][name], value), name
-    assert not [name for name in resumed["optimizer"] if "learner_dense_delta" in name]
+    assert let_go is None or not [name for name in resumed["optimizer"] if let_go in name]
+    moments = {name.rpartition("/")[0]: v for name, v in resumed["optimizer"].items() if name.endswith("exp_avg")}
+    assert all(moments[name].shape == resumed["adapter"][name].shape for name in moments)
 
 
 @pytest.mark.slow

@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 import zoo
-from peft import get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
+from tuners import TUNERS
 
-from peft_learners import LearnerConfig, PhaseCallback
+from peft_learners import FARConfig, LearnerConfig, PhaseCallback
 
 
 class Rows(Dataset):
@@ -29,15 +30,26 @@ class Rows(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 2}
 
 
-def learner(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
-    """A fresh Learner on a zoo model (head and adapter depend on `seed` alone)."""
+def adapted(config: PeftConfig, arch: str = "distilbert", seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
+    """A fresh adapter on a zoo model (head and adapter depend on `seed` alone)."""
     model = zoo.build(arch, seed)
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
     set_seed(seed + 1)
+    return get_peft_model(model, config)
+
+
+def learner(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
+    """A fresh Learner on a zoo model."""
     settings: dict[str, Any] = {"r": 4, "priming_epochs": 1, "task_type": zoo.ZOO[arch].task_type}
-    return get_peft_model(model, LearnerConfig(**{**settings, **config}))
+    return adapted(LearnerConfig(**{**settings, **config}), arch, seed, dropout)
+
+
+def far(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
+    """A fresh FAR adapter on a zoo model; a quarter of the nodes is kept."""
+    settings: dict[str, Any] = {"retention_ratio": 0.25, "priming_epochs": 1, "task_type": zoo.ZOO[arch].task_type}
+    return adapted(FARConfig(**{**settings, **config}), arch, seed, dropout)
 
 
 def arguments(out: Path | str, **settings: Any) -> TrainingArguments:
@@ -68,8 +80,8 @@ def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All values of the adapter and the head, copied."""
     return {
         name: p.detach().clone()
-        for name, p in model.named_parameters()
-        if ".learner_" in name or ".modules_to_save." in name
+        for name, p in model.state_dict().items()
+        if any(f".{tuner.prefix}" in name for tuner in TUNERS.values()) or ".modules_to_save." in name
     }
 
 

@@ -1,4 +1,4 @@
-"""Trains tiny Learners under `torchrun` (or alone, as the reference) and writes what the test compares.
+"""Trains tiny adapters under `torchrun` (or alone, as the reference) and writes what the test compares.
 
 Run by `torchrun --nproc_per_node 2 ddp_tiny.py OUT`, or by `python ddp_tiny.py OUT`.
 """
@@ -6,25 +6,31 @@ Run by `torchrun --nproc_per_node 2 ddp_tiny.py OUT`, or by `python ddp_tiny.py 
 # No postponed annotations: DDP checks those of a communication hook.
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from training import adapter_values, arguments, learner, trainer
+from training import adapter_values, arguments, far, learner, trainer
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
 from peft_learners.boundary import ddp_wrappers
 
 CASES = {
+    "far": {},
+    "far-output-node": {"gradient_accumulation_steps": 2},
     "plain": {},
     "unused": {"ddp_find_unused_parameters": True},
     "accumulation": {"gradient_accumulation_steps": 2},
     "again": {},
     "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 }
+
+
+MODELS = {"far": far, "far-output-node": partial(far, granularity="output_node")}
 
 
 class Watch(TrainerCallback):
@@ -63,7 +69,7 @@ def main(out: Path) -> None:
     world = 1
     for name, settings in CASES.items():
         watch = Watch()
-        model = learner(priming_lr_scale=0.5)
+        model = MODELS.get(name, partial(learner, priming_lr_scale=0.5))()
         args = arguments(out / name, **settings)
         world = args.world_size
         args.per_device_train_batch_size = 8 // world // settings.get("gradient_accumulation_steps", 1)

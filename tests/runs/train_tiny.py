@@ -1,6 +1,6 @@
 """One tiny Trainer run in a process of its own; kills itself after a checkpoint when told to.
 
-Usage: python train_tiny.py OUT [--kill_after STEP] [--resume] [--set key=value ...]
+Usage: python train_tiny.py OUT [--tuner NAME] [--kill_after STEP] [--resume] [--set key=value ...]
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import json
 import os
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from training import adapter_values, arguments, learner, trainer
+from training import adapter_values, arguments, far, learner, trainer
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
@@ -31,16 +32,24 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+MODELS = {
+    "learner": partial(learner, dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5),
+    "far": partial(far, dropout=0.1, priming_ratio=0.55, priming_epochs=None),  # 0.55 * 9 = 4.95, rounded to 5
+    "far-discard": partial(far, dropout=0.1, priming_steps=5, priming_epochs=None, discard_unkept=True),
+}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
+    parser.add_argument("--tuner", choices=list(MODELS), default="learner")
     parser.add_argument("--kill_after", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--set", nargs="*", default=[])
     args = parser.parse_args()
     torch.set_num_threads(1)
     settings = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
-    model = learner(dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5)
+    model = MODELS[args.tuner]()
     # rows in batches of 8: three steps per epoch, the boundary (rounded half up) at step 5, in mid-epoch
     defaults = {"per_device_train_batch_size": 8, "save_strategy": "steps", "save_steps": 1}
     run = trainer(
