@@ -6,6 +6,7 @@ module is written to by `merge` alone.
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any, Optional
 
@@ -14,6 +15,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 BASE_ADAPTER = "__base__"
+
+
+def parameter_at(module: nn.Module, name: str) -> Any:
+    """The parameter of a dotted name. Under FSDP it may be a plain tensor, which `get_parameter` refuses."""
+    return functools.reduce(getattr, name.split("."), module)
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -127,7 +133,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                             f"(parameter {key!r} of a {type(base).__name__})."
                         )
             for key, value in sums.items():
-                base.get_parameter(key).data = value
+                parameter_at(base, key).data = value
             self.merged_adapters.append(name)
 
     def unmerge(self) -> None:
@@ -138,11 +144,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         while self.merged_adapters:
             for key, delta in self.get_deltas(self.merged_adapters.pop()).items():
-                base.get_parameter(key).data = self._sum(base, key, delta, -1)
+                parameter_at(base, key).data = self._sum(base, key, delta, -1)
 
     @staticmethod
     def _sum(base: nn.Module, key: str, delta: Tensor, sign: int) -> Tensor:
-        value = base.get_parameter(key).data
+        value = parameter_at(base, key).data
         if not value.is_floating_point():
             raise ValueError(
                 f"The {type(base).__name__} to merge into stores {value.dtype} values: no delta can be added to them. "

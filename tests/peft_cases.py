@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft_learners import LearnerConfig
+from peft_learners import FARConfig, LearnerConfig
 
 LIN0: dict[str, Any] = {"target_modules": ["lin0"]}
 BOTH: dict[str, Any] = {"target_modules": ["lin0", "lin1"]}
@@ -45,7 +45,30 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     )
     yield "Learner norms", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
     yield "Learner norms alone", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0"]}
+    yield from far_cases()
     yield from families()
+
+
+def far_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    pair: dict[str, Any] = {**BOTH, "ffn_modules": [["lin0", "lin1"]], "retention_ratio": 0.5}
+    mlp = {
+        "lin0": LIN0,
+        "both": BOTH,
+        "regex": {"target_modules": "lin0"},
+        "all-linear": {"target_modules": "all-linear"},
+        "modules_to_save": {**LIN0, "modules_to_save": ["lin1"]},
+        "no biases": {**BOTH, "train_biases": False},
+        "in priming": pair,
+        "reconfigured": {**pair, "reconfigured": True},
+        "reconfigured, discarded": {**pair, "reconfigured": True, "discard_unkept": True},
+        "reconfigured rows": {**pair, "reconfigured": True, "granularity": "output_node"},
+        "reconfigured, second layer": {**pair, "target_modules": ["lin1"], "reconfigured": True},
+    }
+    for name, fields in mlp.items():
+        yield f"FAR {name}", "MLP", FARConfig, fields
+    yield "FAR Conv1D", "EmbConv1D", FARConfig, {"target_modules": ["conv1d", "emb"]}
+    yield "FAR norms", "MLP_LayerNorm", FARConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
+    yield "FAR convolutions", "Conv2d", FARConfig, {"target_modules": ["conv2d", "lin0"]}
 
 
 def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
@@ -65,7 +88,11 @@ def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         if family in ("@seq_cls", "@token_cls", "@qa"):
             fields = {"task_type": task, "r": 4, "completed_phases": ["priming"]}
             yield f"Learner {task} primed", family, LearnerConfig, fields
+        yield f"FAR {task}", family, FARConfig, {"task_type": task}
+        yield f"FAR small {task}", family, FARConfig, {"task_type": task, "train_embeddings": False}
+        yield f"FAR {task} reconfigured", family, FARConfig, {"task_type": task, "reconfigured": True}
     yield "Learner config", "@config", LearnerConfig, {}
+    yield "FAR config", "@config", FARConfig, {}
 
 
 def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
@@ -74,16 +101,24 @@ def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
     yield "Learner same layer", "learner", LearnerConfig, one, {**one, "r": 5}
     yield "Learner other layer", "learner", LearnerConfig, one, {**one, "target_modules": ["lin1"]}
     yield "Learner both primed", "learner", LearnerConfig, {**one, **PRIMED}, {**one, **PRIMED}
+    two: dict[str, Any] = {**LIN0, "init_weights": False}
+    cut = {**two, "ffn_modules": [["lin0", "lin1"]], "retention_ratio": 0.5, "reconfigured": True}
+    yield "FAR same layer", "far", FARConfig, two, two
+    yield "FAR other layer", "far", FARConfig, two, {**two, "target_modules": ["lin1"]}
+    yield "FAR reconfigured", "far", FARConfig, cut, {**cut, "retention_ratio": 0.25}
 
 
 def mixed() -> Iterator[tuple[str, LearnerConfig, LearnerConfig]]:
     """Mixed batches."""
     one = {**LIN0, "init_weights": False}
     yield "Learner mixed", LearnerConfig(**one, r=3), LearnerConfig(**one, r=6)
+    yield "FAR mixed", FARConfig(**one), FARConfig(**one, train_biases=False)
     yield "Learner mixed primed", LearnerConfig(**one, r=3, **PRIMED), LearnerConfig(**one, r=6)
 
 
 def expected(test: str, case: str) -> tuple[str, str] | None:
     if test in NETWORK:
         return "skip", "fetches a config from the Hub; runs where the network allows (unset HF_HUB_OFFLINE)"
+    if test.startswith("test_prepare_for_training") and case.startswith("FAR") and "small" not in case:
+        return "skip", "wants no gradient at the embeddings' output; FAR trains the embeddings (FAR small does not)"
     return None

@@ -277,7 +277,7 @@ def test_weights_that_modules_share_have_one_delta():
         warnings.simplefilter("error", UserWarning)
         model = far(base, task_type="CAUSAL_LM")
     assert model.get_nb_trainable_parameters()[0] == total
-    inputs = {k: v for k, v in zoo.inputs_of("llama", model).items()}
+    inputs = zoo.inputs_of("llama", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
     model.base_model.set_schedule(total_steps=5)
     steps(model, inputs, optimizer, 2)

@@ -17,13 +17,14 @@ from ..boundary import Resized, resize
 from ..discovery import base_of, float_weight, is_norm
 from ..feed_forward import sizes
 from ..functional import effective_linear, norm_with, separate_linear, sum_of
-from ..layer import DeltaLayer
+from ..layer import DeltaLayer, parameter_at
 from ..sparse import cut_linear, others_of, uncut, wants_summed_weight
 from .config import PARTS, FARConfig
 from .plan import Home, Nodes
 
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class FARLayer(DeltaLayer):
@@ -63,10 +64,10 @@ class FARLayer(DeltaLayer):
         if home.nodes is not None and "far_delta" in home.parameters:
             self.far_nodes[adapter] = home.nodes
         for part, names in home.parameters.items():
-            holders = [owners.setdefault(id(base.get_parameter(name)), self) for name in names]
+            holders = [owners.setdefault(id(parameter_at(base, name)), self) for name in names]
             if all(holder is self for holder in holders):
                 self._create(part, adapter, config)
-            elif len(names) == 1:
+            elif len(names) == 1 == len(holders[0].far_names[adapter].get(part, ())):
                 self.far_source[adapter][part] = holders[0]
             else:
                 raise ValueError(
@@ -90,9 +91,7 @@ class FARLayer(DeltaLayer):
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         """Shape of the delta in a container."""
-        base = base_of(self)
-        names = self.far_names[adapter][part]
-        return tuple(base.get_parameter(names[0]).shape)
+        return tuple(parameter_at(base_of(self), self.far_names[adapter][part][0]).shape)
 
     def holder(self, part: str, adapter: str) -> FARLayer:
         """The layer that holds the delta: this one, or the one it shares the parameter with."""
@@ -335,7 +334,8 @@ class FAREmbedding(FARLayer):
 class FARModule(FARLayer):
     """Any module at its parameters plus their deltas: norms, convolutions, embeddings of other kinds, composites.
 
-    A container holds one flat delta for all parameters of its kind: (sum of their sizes,).
+    A container holds one delta for all parameters of its kind: in the shape of the one, or flat for several,
+    (sum of their sizes,).
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -353,12 +353,16 @@ class FARModule(FARLayer):
             return getattr(self.base_layer, name)  # models reach into composites (ViT's patch embeddings)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
-        base = base_of(self)
-        return (sum(base.get_parameter(name).numel() for name in self.far_names[adapter][part]),)
+        base, names = base_of(self), self.far_names[adapter][part]
+        if len(names) == 1:
+            return super()._shape(part, adapter)
+        return (sum(parameter_at(base, name).numel() for name in names),)
 
     def _by_parameter(self, part: str, adapter: str, value: Tensor) -> dict[str, Tensor]:
         base, names = base_of(self), self.far_names[adapter][part]
-        shapes = [base.get_parameter(name).shape for name in names]
+        if len(names) == 1:
+            return super()._by_parameter(part, adapter, value)
+        shapes = [parameter_at(base, name).shape for name in names]
         pieces = value.reshape(-1).split([shape.numel() for shape in shapes])
         return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
 
@@ -369,17 +373,18 @@ class FARModule(FARLayer):
         return super().forward(*args, adapter_names=adapter_names, **kwargs)
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base = self.get_base_layer()
+        base: Any = self.get_base_layer()
         values: dict[str, Tensor] = {}
         for adapter in adapters:
             for part in self.far_names[adapter]:
                 delta = self.full_delta(part, adapter)
                 assert delta is not None
                 for name, piece in self._by_parameter(part, adapter, delta).items():
-                    values[name] = (values[name] if name in values else base.get_parameter(name)) + piece
+                    values[name] = (values[name] if name in values else parameter_at(base, name)) + piece
         if self.is_norm:
-            own: Any = base
-            bias = values.get("bias", getattr(own, "bias", None))
-            return norm_with(base, x, values.get("weight", own.weight), bias, *args, **kwargs)
-        cast = {name: value.to(base.get_parameter(name).dtype) for name, value in values.items()}
+            bias = values.get("bias", getattr(base, "bias", None))
+            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
+        cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
+        if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
+            return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
         return torch.func.functional_call(self.base_layer, cast, (x, *args), kwargs)

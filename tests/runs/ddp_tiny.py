@@ -57,7 +57,7 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
         self.reduced.append(self.now)
-        flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+        flat = torch.cat([v.detach().flatten().double() for v in model.state_dict().values()])  # indices too
         if dist.is_initialized():
             other = [torch.empty_like(flat) for _ in range(dist.get_world_size())]
             dist.all_gather(other, flat)

@@ -1,0 +1,137 @@
+"""The cut linear layer against a dense float64 reference, and what its autograd function keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_learners import allocation
+from peft_learners.sparse import cut_linear, order_of, others_of, uncut
+
+IN, OUT = 10, 6
+
+
+def parts(axis: int, kept: list[int], discard: bool, bias: bool, dtype: torch.dtype = torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    full = torch.randn(OUT, IN, generator=generator).to(dtype)
+    shift = torch.randn(OUT, generator=generator).to(dtype) if bias else None
+    index = torch.tensor(kept, dtype=torch.long)
+    other = others_of(index, (OUT, IN)[axis])
+    values = full.index_select(axis, index).requires_grad_()
+    rest = None if discard else full.index_select(axis, other)
+    bias_values = bias_rest = None
+    if shift is not None:
+        bias_values = (shift[index] if axis == 0 else shift.clone()).requires_grad_()
+        bias_rest = shift[other] if axis == 0 and not discard else None
+    if discard:
+        full = full.index_fill(axis, other, 0)
+        shift = shift.index_fill(0, other, 0) if shift is not None and axis == 0 else shift
+    return full, shift, values, rest, bias_values, bias_rest, index
+
+
+@pytest.mark.parametrize("kept_share", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("discard", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_values_and_gradients_agree_with_the_dense_layer(axis, discard, bias, kept_share):
+    length = (OUT, IN)[axis]
+    kept = sorted(
+        torch.randperm(length, generator=torch.Generator().manual_seed(1))[: int(kept_share * length)].tolist()
+    )
+    full, shift, values, rest, bias_values, bias_rest, index = parts(axis, kept, discard, bias)
+    weight, own_bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double() if bias else None
+    x = torch.randn(2, 3, IN).double().requires_grad_()
+    reference = x.detach().clone().requires_grad_()
+    delta = full.clone().requires_grad_()
+    delta_bias = shift.clone().requires_grad_() if shift is not None else None
+    expected = F.linear(reference, weight + delta, own_bias + delta_bias if own_bias is not None else None)
+    out = cut_linear(x, weight, own_bias, values, rest, bias_values, bias_rest, index, axis)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    expected.backward(gradient)
+    torch.testing.assert_close(x.grad, reference.grad, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(values.grad, delta.grad.index_select(axis, index), rtol=1e-12, atol=1e-12)
+    if bias:
+        wanted = delta_bias.grad[index] if axis == 0 else delta_bias.grad
+        torch.testing.assert_close(bias_values.grad, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_gradcheck_says_so_too():
+    for axis in (0, 1):
+        full, shift, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], False, True)
+        weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
+        x = torch.randn(4, IN).double().requires_grad_()
+        assert torch.autograd.gradcheck(
+            lambda x, v, b, w=weight, o=bias, r=rest, br=bias_rest, i=index, a=axis: cut_linear(
+                x, w, o, v, r, b, br, i, a
+            ),
+            (x, values, bias_values),
+        )
+
+
+@pytest.mark.parametrize("axis,stored", [(0, 5 * IN), (1, 5 * 2)])
+def test_kept_for_backward_are_the_rows_or_the_kept_columns_of_x_alone(axis, stored):
+    """5 rows: all 10 columns are needed for kept rows of the gradient, 2 of them for kept columns."""
+    _, _, values, rest, bias_values, bias_rest, index = parts(axis, [0, 5], False, True, torch.float32)
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(5, IN)
+    known = {t.untyped_storage().data_ptr() for t in (weight, bias, values, rest, bias_values, index)}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.untyped_storage().data_ptr() not in known:
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, index, axis)
+    assert sum(kept.values()) == stored * 4
+    out.sum().backward()
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_under_autocast_the_sum_is_formed_in_full_precision(axis):
+    _, _, values, rest, bias_values, bias_rest, index = parts(axis, [0, 2], False, True, torch.float32)
+    weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(5, IN)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, index, axis)
+    full = weight + uncut(values, rest, index, (OUT, IN)[axis], axis)
+    shift = uncut(bias_values, bias_rest, index, OUT, 0) if axis == 0 else bias_values
+    assert out.dtype == torch.bfloat16
+    assert torch.equal(out, F.linear(x.bfloat16(), full.bfloat16(), (bias + shift).bfloat16()))
+    out.float().sum().backward()
+    assert values.grad.dtype == torch.float32
+
+
+@given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
+@settings(deadline=None, max_examples=50)
+def test_order_puts_every_node_back_in_its_place(case):
+    nodes, kept_set = case
+    kept = torch.tensor(sorted(kept_set), dtype=torch.long)
+    other = others_of(kept, nodes)
+    assert torch.cat([kept, other])[order_of(kept, nodes)].tolist() == list(range(nodes))
+
+
+@pytest.mark.parametrize(
+    "ratio,nodes,count",
+    [(0.1, 3072, 307), (0.1, 768, 77), (0.1, 1536, 154), (0.5, 5, 3), (0.0, 7, 0), (1.0, 7, 7), (0.01, 10, 0)],
+)
+def test_counts_are_rounded_to_the_nearest_halves_up(ratio, nodes, count):
+    assert allocation.kept_count(ratio, nodes) == count
+
+
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
+@settings(deadline=None, max_examples=80)
+def test_highest_scores_are_kept_and_of_equals_the_lower_index(scores, data):
+    count = data.draw(st.integers(0, len(scores)))
+    kept = allocation.highest(torch.tensor(scores, dtype=torch.float64), count).tolist()
+    by_hand = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
+    assert kept == by_hand
+
+
+def test_scores_that_are_not_finite_are_refused():
+    with pytest.raises(ValueError, match="not finite"):
+        allocation.highest(torch.tensor([1.0, float("nan")]), 1)
