@@ -33,7 +33,7 @@ class PhaseCallback(TrainerCallback):
     def __init__(self) -> None:
         self._driver: PhaseDriver | None = None
         self._batch_size: int | None = None
-        self._entry: dict[str, list[str]] = {}
+        self._fresh: list[str] = []
         self._in_training = False
 
     def on_init_end(
@@ -55,10 +55,8 @@ class PhaseCallback(TrainerCallback):
         restarted = self._in_training and args.auto_find_batch_size and state.train_batch_size != self._batch_size
         if restarted:
             # auto_find_batch_size begins the same training again with a smaller batch.
-            for name, completed in self._entry.items():
-                if name in configs:
-                    configs[name].write("completed_phases", list(completed))
-        self._entry = {name: list(config.completed_phases) for name, config in configs.items()}
+            driver.restart([name for name in self._fresh if name in configs])
+        self._fresh = [name for name, config in configs.items() if not config.phases_complete]
         self._batch_size, self._in_training = state.train_batch_size, True
 
         if not configs:

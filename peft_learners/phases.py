@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -228,10 +228,16 @@ class PhaseDriver:
         self.schedules, self._phase, self.global_step = {}, {}, 0
         self._optimizer = self._wrapper = None
 
-    def restart(self) -> None:
-        """Begin all phases again with the next training: nothing is frozen, no phase is complete."""
+    def restart(self, names: Collection[str] | None = None) -> None:
+        """Begin all phases again with the next training: nothing is frozen, no phase is complete.
+
+        Args:
+            names: adapters; None: all that are active and trained.
+        """
         self.schedules, self._phase = {}, {}
         for name, config in self.configs().items():
+            if names is not None and name not in names:
+                continue
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
             _tuner_of(config).restart(self.root, name, config)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -173,8 +174,13 @@ class PhasedModel(BaseTuner):
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         if key in self._targets:
             return True
-        if peft_config.target_modules == DUMMY_TARGET_MODULES or peft_config.target_modules is None:
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return False
+        if peft_config.target_modules is None:  # all that structure says; PEFT wants to hear what was excluded
+            excluded = peft_config.exclude_modules or ()
+            if isinstance(excluded, str):
+                return _ExcludedModule() if re.fullmatch(excluded, key) else False
+            return _ExcludedModule() if any(is_named(key, name) for name in excluded) else False
         result = self._matches(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False
 

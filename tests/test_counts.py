@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from peft_learners import LearnerConfig
+from peft_learners import FARConfig, LearnerConfig
 
 ATTENTION = 6 * 4 * 768 * 768  # 14,155,776
 BIASES = 6 * (4 * 768 + 3072 + 768)  # 18,432 + 23,040
@@ -38,3 +38,39 @@ def test_learner_64_trains_20_million_in_priming_and_5_96_after(task_type):
 def test_learner_without_priming(r, trained):
     model = get_peft_model(distilbert(), LearnerConfig(r=r, priming_epochs=0))
     assert model.get_nb_trainable_parameters()[0] == trained == low_rank(r) + BIASES + NORMS + HEAD
+
+
+ALL, EMBEDDINGS = 66_955_010, 23_835_648
+KEPT, KEPT_OUTPUTS = 307, 77  # 10 % of 3,072 and of 768, rounded to nearest
+FROZEN = {
+    # per block and frozen hidden unit: a row of lin1, a column of lin2, lin1's bias entry
+    "hidden_unit": 6 * (3072 - KEPT) * (768 + 768 + 1),
+    # frozen rows of lin1 and of lin2, each with its bias entry
+    "output_node": 6 * ((3072 - KEPT) * (768 + 1) + (768 - KEPT_OUTPUTS) * (3072 + 1)),
+}
+
+
+@pytest.mark.parametrize("granularity,trained", [("hidden_unit", 41_456_180), ("output_node", 41_456_642)])
+def test_far_10_trains_everything_in_priming_and_41_45_million_after(granularity, trained):
+    config = FARConfig(retention_ratio=0.10, granularity=granularity, selection="random", task_type="SEQ_CLS")
+    model = get_peft_model(distilbert(), config)
+    assert model.get_nb_trainable_parameters()[0] == ALL == sum(p.numel() for p in distilbert().parameters())
+    model.base_model.set_schedule(total_steps=1000)
+    (start,) = model.base_model.update_and_allocate(10)  # 1 % of 1,000 steps
+    assert (start.trained_before, start.trained_after) == (ALL, trained)
+    assert model.get_nb_trainable_parameters()[0] == trained == ALL - FROZEN[granularity]
+
+
+def test_small_far_10_leaves_the_embeddings_out():
+    model = get_peft_model(distilbert(), FARConfig(train_embeddings=False, selection="random"))
+    assert model.get_nb_trainable_parameters()[0] == ALL - EMBEDDINGS
+    model.base_model.set_schedule(total_steps=100)
+    model.base_model.update_and_allocate(1)
+    assert model.get_nb_trainable_parameters()[0] == 41_456_180 - EMBEDDINGS
+
+
+def test_far_10_selects_by_movement_on_real_weights_too():
+    model = get_peft_model(DistilBertForSequenceClassification(DistilBertConfig()), FARConfig(priming_steps=1))
+    model.base_model.set_schedule(total_steps=3)
+    model.base_model.update_and_allocate(1)
+    assert model.get_nb_trainable_parameters()[0] == 41_456_180

@@ -62,7 +62,7 @@ def test_values_and_gradients_agree_with_the_dense_layer(axis, discard, bias, ke
 
 def test_gradcheck_says_so_too():
     for axis in (0, 1):
-        full, shift, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], False, True)
+        _, _, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], False, True)
         weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
         x = torch.randn(4, IN).double().requires_grad_()
         assert torch.autograd.gradcheck(
