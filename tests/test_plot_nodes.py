@@ -60,14 +60,17 @@ def test_output_nodes_are_read_of_each_layer(tmp_path):
         assert (width, len(indices)) == ((32, 8) if layer in INPUTS else (16, 4))
 
 
-@pytest.mark.parametrize("arch,rows", [("gpt2", 2), ("llama", 2), ("t5", 4), ("albert", 1), ("mobilebert", 4)])
-def test_other_architectures(tmp_path, arch, rows):
-    # Llama: gate, up and down are one row; T5: two layers of encoder and decoder; MobileBERT: two FFNs per layer.
+@pytest.mark.parametrize(
+    "arch,rows,hidden",
+    [("gpt2", 2, 4 * 16), ("llama", 2, 32), ("t5", 2 + 2, 32), ("albert", 1, 32), ("mobilebert", 2 * 2, 32)],
+)
+def test_other_architectures(tmp_path, arch, rows, hidden):
+    # Llama: gate, up and down are one row; T5 has encoder and decoder, ALBERT one block, MobileBERT two FFNs a block.
     model = saved(tmp_path, arch)
     kept = plot_nodes.read_kept(tmp_path)
     assert len(kept) == rows
     for layer, (indices, width) in kept.items():
-        assert (width, indices) == (32 if arch != "albert" else width, held(model, layer))
+        assert (width, indices) == (hidden, held(model, layer))
 
 
 def test_discarded_nodes_need_a_width(tmp_path):

@@ -1,0 +1,382 @@
+"""Write the model card (README.md) of a saved Learner or FAR adapter.
+
+    python scripts/model_card.py ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
+
+What the card says comes from the adapter's files and, where given, from a results file of `train_glue.py`; a file of
+another run is refused. An earlier README.md in the folder is replaced.
+"""
+
+import argparse
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Optional, Union
+
+import glue_data
+import run_record
+from glue_methods import METHODS
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftConfig
+from safetensors import safe_open
+
+from peft_learners import FARConfig, LearnerConfig
+
+Config = Union[LearnerConfig, FARConfig]
+CONFIGS: dict[str, type[Config]] = {"learner": LearnerConfig, "far": FARConfig}
+ABOUT = {
+    "learner": (
+        "Learners put a low-rank module on every linear layer, and in a first phase, *priming*, train the attention's "
+        "own weights too. Then those freeze, and the low-rank modules, biases, norms and the head go on training "
+        "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
+    ),
+    "far": (
+        "FAR, *Freeze And Reconfigure*, trains all weights for a short *priming*, and ranks the nodes of each "
+        "feed-forward network by how far it moved them. Then only the nodes that moved most go on training, beside "
+        "attention, embeddings, norms, biases and the head "
+        "([Vucetic et al., 2022](https://arxiv.org/abs/2205.01541))."
+    ),
+}
+AUTO_CLASSES = {
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+}
+#: Fields that training writes, or that are no settings of the method.
+NO_SETTINGS = {f.name for f in fields(PeftConfig)} | {"completed_phases", "phase_first_steps", "reconfigured"}
+#: Fields that are completed from the model's structure.
+FOUND = ("target_modules", "priming_modules", "modules_to_save", "ffn_modules")
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter, as far as a card tells of it.
+
+    Attributes:
+        folder: where it lies.
+        method: learner or far.
+        config: its config.
+        shapes: shapes of its values by name.
+        base: name of its base model.
+    """
+
+    folder: Path
+    method: str
+    config: Config
+    shapes: dict[str, tuple[int, ...]]
+    base: str
+
+    @property
+    def folder_name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        """The folder's name; `train_glue.py` calls all of them "adapter", in a folder of the run's name."""
+        return self.folder_name if self.folder_name != "adapter" else self.folder.resolve().parent.name
+
+
+def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
+    """The adapter in a folder.
+
+    Args:
+        folder: of the adapter.
+        base_model: name of its base model, in place of the one in its config.
+
+    Raises:
+        ValueError: the folder holds no adapter of this package, or the base model is unknown.
+    """
+    config = run_record.read_json(folder / "adapter_config.json")
+    weights = folder / "adapter_model.safetensors"
+    kind = str((config or {}).get("peft_type"))
+    if config is None or not weights.is_file() or kind.lower() not in CONFIGS:
+        what = "no adapter_config.json" if config is None else f"an adapter of type {kind}"
+        what = "no adapter_model.safetensors" if kind.lower() in CONFIGS else what
+        raise ValueError(f"{folder} must be the folder of a saved Learner or FAR adapter, but it holds {what}.")
+    name = base_model or config.get("base_model_name_or_path")
+    if not name:
+        raise ValueError(f"The config in {folder} names no base model: give it with --base_model.")
+    with safe_open(weights, framework="pt") as file:
+        names = list(file.keys())
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    read: Any = CONFIGS[kind.lower()].from_pretrained(str(folder))
+    return Adapter(folder, kind.lower(), read, shapes, base_model or base_label(name))
+
+
+def base_label(name: str) -> str:
+    """The base model's name for the card: of a folder (here or elsewhere) its last part."""
+    return Path(name).name if is_folder(name) else name
+
+
+def is_folder(name: str) -> bool:
+    return Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+
+
+def read_results(file: Path, adapter: Adapter) -> dict[str, Any]:
+    """What `train_glue.py` recorded about the run that made the adapter.
+
+    Raises:
+        ValueError: the file holds no finished run, or one of another adapter.
+    """
+    results = run_record.read_json(file)
+    if results is None or not results.get("finished") or results.get("schema_version") != run_record.SCHEMA_VERSION:
+        raise ValueError(f"{file} must be the results file of a finished run of train_glue.py.")
+    given, settings = results["config"], adapter.config.to_dict()
+    # By the method's own arguments: other names (seed) mean something else in the two.
+    shared = [name for name in METHODS[adapter.method].arguments if name in settings and name in given]
+    here = {"method": adapter.method, **{name: settings[name] for name in shared}}
+    there = {"method": results["method"], **{name: given[name] for name in shared}}
+    if changed := run_record.differences(there, here):
+        raise ValueError(f"{file} is of another adapter than {adapter.folder} ({'; '.join(changed)}).")
+    if results["model"].rpartition("/")[2].lower() != adapter.base.rpartition("/")[2].lower():
+        raise ValueError(f"{file} is of a run on {results['model']}, the adapter's base model is {adapter.base}.")
+    return results
+
+
+# -- what the card says --------------------------------------------------------------------------------------------
+
+
+def task_name(results: Mapping[str, Any]) -> str:
+    """The task as people write it: CoLA, STS-B."""
+    return glue_data.find_task(results["task"]).folder
+
+
+def metrics_of(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
+    """`(dev split, metric, value)` of the run's end."""
+    splits = {suffix: split for suffix, split, _ in glue_data.find_task(results["task"]).dev_splits}
+    rows = []
+    for key, value in results["final"].items():
+        name = key.removeprefix("eval_")
+        suffix = next((s for s in splits if s and name.startswith(f"{s}_")), "")
+        name = name.removeprefix(f"{suffix}_")
+        if name != "loss" and isinstance(value, (int, float)):
+            rows.append((splits.get(suffix, "validation"), name, float(value)))
+    return rows
+
+
+def card_data(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> ModelCardData:
+    """The card's header."""
+    evaluations = None
+    if results is not None:
+        task = glue_data.find_task(results["task"])
+        evaluations = [
+            EvalResult(
+                task_type="text-classification",
+                dataset_type=glue_data.HUB_DATASET,
+                dataset_name=f"GLUE {task.folder}",
+                dataset_config=task.name,
+                dataset_split=split,
+                metric_type=metric,
+                metric_value=value,
+            )
+            for split, metric, value in metrics_of(results)
+        ]
+    return ModelCardData(
+        base_model=adapter.base,
+        library_name="peft",
+        pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
+        tags=["peft", "peft-learners", adapter.method],
+        datasets=[glue_data.HUB_DATASET] if results is not None else None,
+        model_name=adapter.title if results is not None else None,
+        eval_results=evaluations,
+    )
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def settings_text(adapter: Adapter) -> str:
+    """The settings that differ from the defaults, and below them the main ones that don't."""
+    config, rows, usual = adapter.config, [], []
+    for entry in fields(config):
+        value, default = getattr(config, entry.name), getattr(type(config)(), entry.name)
+        if value == default and entry.name in METHODS[adapter.method].arguments:
+            usual.append(f"`{entry.name}={value!r}`")
+        if entry.name in NO_SETTINGS or value == default:
+            continue
+        value = sorted(value) if isinstance(value, (set, list)) and entry.name != "ffn_modules" else value
+        found = " (unless given, found from the model's structure)" if entry.name in FOUND else ""
+        rows.append([f"`{entry.name}`", f"`{value!r}`{found}"])
+    text = table([f"field of `{type(config).__name__}`", "value"], rows) + "\n\n" if rows else ""
+    among = f", among them {', '.join(usual)}" if usual else ""
+    return f"{text}All {'others' if rows else 'fields'} have their defaults{among}."
+
+
+def phase_rows(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> list[list[str]]:
+    """Name, optimizer steps and trained parameters of each phase, from the results or, without them, the file."""
+    if results is not None:
+        return [[p["name"], f"{p['steps']:,}", f"{p['trained_parameters']:,}"] for p in results["phases"]]
+    phases = [phase.name for phase in adapter.config.outline().phases]
+    firsts = adapter.config.phase_first_steps or {}
+    counts = trained_by_file(adapter)
+    rows = []
+    for phase, after in zip(phases, [*phases[1:], None], strict=True):
+        known = phase in firsts and after in firsts
+        steps = f"{firsts[phase]:,} to {firsts[after]:,}" if known and after else f"from {firsts.get(phase, '?')}"
+        count = counts.get(phase)
+        rows.append([phase, steps, f"{count:,}" if count is not None else "not in the file"])
+    return rows
+
+
+def trained_by_file(adapter: Adapter) -> dict[str, int]:
+    """Trained parameters by phase, as far as the adapter's file tells: of phases that it was saved in or after."""
+    sizes: dict[str, int] = {}
+    for key, shape in adapter.shapes.items():
+        size = 1
+        for length in shape:
+            size *= length
+        kind = next(
+            (k for k in ("far_kept", "far_rest", "far_bias_rest", "learner_dense_delta") if f".{k}" in key), ""
+        )
+        sizes[kind] = sizes.get(kind, 0) + size
+    phases = [phase.name for phase in adapter.config.outline().phases]
+    trained, dense = sizes.get("", 0), sizes.get("learner_dense_delta", 0)
+    rest = sizes.get("far_rest", 0) + sizes.get("far_bias_rest", 0)
+    if adapter.method == "learner":
+        return {phase: trained + (dense if phase == "priming" else 0) for phase in phases}
+    if isinstance(adapter.config, FARConfig) and not adapter.config.reconfigured:
+        return {phases[0]: trained}
+    kept = {phases[-1]: trained}
+    return kept if getattr(adapter.config, "discard_unkept", False) else {**kept, phases[0]: trained + rest}
+
+
+def training_text(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> str:
+    head = ["phase", "optimizer steps", "trained parameters"]
+    size = run_record.saved_bytes(adapter.folder)
+    text = [table(head, phase_rows(adapter, results)), "", f"The file of weights has {size / 1e6:.2f} MB."]
+    if not adapter.config.phases_complete:
+        text.append("It was saved before its last phase began: as it is, it is not what the method makes.")
+    if results is not None:
+        config = results["config"]
+        rows = results["rows"].get("train")
+        text.append(
+            f"Trained on {rows:,} rows of GLUE's {task_name(results)}: {config['num_train_epochs']:g} epochs, "
+            f"batches of {config['total_batch_size']}, {config['optim']}, learning rate {config['learning_rate']:g} "
+            f"({config['lr_scheduler_type']}), seed {config['seed']}."
+        )
+    return "\n".join(text)
+
+
+def head_size(adapter: Adapter) -> Optional[int]:
+    """Number of classes of a head for classification; None if no such head is in the file."""
+    endings = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
+    sizes = {shape[0] for key, shape in adapter.shapes.items() if key.endswith(endings) and len(shape) == 2}
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def loading_code(adapter: Adapter) -> str:
+    """Code that loads the adapter, for a process whose folder holds it (or with its Hub id in place of its name)."""
+    name = AUTO_CLASSES.get(str(adapter.config.task_type), "AutoModel")
+    mapping = adapter.config.auto_mapping
+    if adapter.config.task_type is None and mapping:  # written by PEFT where no task type tells the class
+        name = mapping["base_model_class"]
+    labels = head_size(adapter) if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
+    more = f", num_labels={labels}" if labels else ""
+    return "\n".join(
+        (
+            "import peft_learners  # first: it makes the adapter's type known to PEFT",
+            "from peft import PeftModel",
+            f"from transformers import {name}",
+            "",
+            f'base = {name}.from_pretrained("{adapter.base}"{more})',
+            f'model = PeftModel.from_pretrained(base, "{adapter.folder_name}")  # this folder, or its id on the Hub',
+            "merged = model.merge_and_unload()  # a plain transformers model, if you want one",
+        )
+    )
+
+
+def results_text(results: Mapping[str, Any]) -> str:
+    """The metrics at the run's end, and on what."""
+    rows = [
+        [split, f"{results['rows'].get(_rows_key(results, split), 0):,}", metric, f"{100 * value:.1f}"]
+        for split, metric, value in metrics_of(results)
+    ]
+    labels = ", ".join(f"{i}: {name}" for i, name in enumerate(glue_data.find_task(results["task"]).labels))
+    classes = f" Classes: {labels}." if labels else " One output, the score."
+    return f"{table(['split', 'rows', 'metric', 'value x 100'], rows)}\n\nAt the end of the run.{classes}"
+
+
+def _rows_key(results: Mapping[str, Any], split: str) -> str:
+    suffixes = {name: suffix for suffix, name, _ in glue_data.find_task(results["task"]).dev_splits}
+    return f"dev_{suffixes.get(split, '')}".rstrip("_")
+
+
+def limits_text(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> str:
+    """What the card must not be read as."""
+    if results is None:
+        return (
+            "No results came with this adapter: this card says nothing about how well it does anything, on its own "
+            "task or on others."
+        )
+    config = results["config"]
+    lines = [
+        f"- **No comparison of methods.** It is one run with one seed ({config['seed']}): it says nothing about the "
+        "spread over seeds, nor how others would do at settings of their own.",
+        f"- **One task.** The values are those of {task_name(results)}'s dev set. They say nothing about other "
+        "data, and they are not values of GLUE's test set.",
+        "- **No measurement of speed or memory.**",
+    ]
+    if config.get("load_best_model_at_end"):
+        lines.append(
+            "- **Chosen on the dev set**: the best of several evaluations was kept, so its value is too good."
+        )
+    for name, part in (("max_train_samples", "training"), ("max_eval_samples", "dev")):
+        if config.get(name):
+            lines.append(f"- **Cut data**: only the first {config[name]:,} rows of the {part} set were used.")
+    return "\n".join(lines)
+
+
+def card(adapter: Adapter, results: Optional[Mapping[str, Any]] = None, picture: Optional[str] = None) -> ModelCard:
+    """The whole card.
+
+    Args:
+        adapter: what it is of.
+        results: of the run that made it.
+        picture: name of a picture in the adapter's folder.
+    """
+    task = f" for GLUE's {task_name(results)}" if results is not None else ""
+    # Sections by heading; None are left out.
+    sections: dict[str, Optional[str]] = {
+        "Use": f"With the package peft-learners installed:\n\n```python\n{loading_code(adapter)}\n```",
+        "Results": results_text(results) if results is not None else None,
+        "Training": training_text(adapter, results),
+        "Settings": settings_text(adapter),
+        "Picture": f"![Picture of the adapter]({picture})" if picture is not None else None,
+        "What this is not": limits_text(adapter, results),
+        "Versions": ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v) if results else None,
+    }
+    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text is not None)
+    kind = "A Learner adapter" if adapter.method == "learner" else "A FAR adapter"
+    intro = f"{kind} of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT. {ABOUT[adapter.method]}"
+    header = card_data(adapter, results).to_yaml()
+    return ModelCard(f"---\n{header}\n---\n\n# {adapter.title}\n\n{intro}\n\n{body}\n")
+
+
+def main(argv: Optional[list[str]] = None) -> None:
+    parser = argparse.ArgumentParser(description="Write the README.md of a Learner or FAR adapter's folder.")
+    parser.add_argument("adapter", type=Path, metavar="ADAPTER_FOLDER", help="folder of a saved adapter")
+    parser.add_argument("--results", type=Path, help="results file of the run of train_glue.py that made it")
+    parser.add_argument("--picture", type=Path, help="a picture, copied into the folder and shown")
+    parser.add_argument("--base_model", help="the base model's Hub id (default: as in the adapter's config)")
+    args = parser.parse_args(argv)
+    adapter = read_adapter(args.adapter, args.base_model)
+    results = read_results(args.results, adapter) if args.results else None
+    if args.picture and args.picture.resolve() != (args.adapter / args.picture.name).resolve():
+        shutil.copyfile(args.picture, args.adapter / args.picture.name)
+    written = args.adapter / "README.md"
+    card(adapter, results, args.picture.name if args.picture else None).save(written)
+    if args.base_model is None and is_folder(str(adapter.config.base_model_name_or_path)):
+        print(
+            f"The adapter was trained on a local folder; the card calls the base model {adapter.base!r}. If it is on "
+            "the Hub, give its id: --base_model OWNER/NAME.",
+            file=sys.stderr,
+        )
+    print(f"-> {written}")
+
+
+if __name__ == "__main__":
+    main()

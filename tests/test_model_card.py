@@ -1,0 +1,220 @@
+"""`scripts/model_card.py`: the card parses, says what the files say, and its code loads the adapter."""
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from huggingface_hub import ModelCard
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForSequenceClassification
+
+from peft_learners import FARConfig, LearnerConfig
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import model_card
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIGS = {
+    "far": lambda **more: FARConfig(**{"priming_steps": 1, "retention_ratio": 0.25, "task_type": "SEQ_CLS", **more}),
+    "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_steps": 1, "task_type": "SEQ_CLS", **more}),
+}
+METHODS = list(CONFIGS)
+RECORD = json.loads((ROOT / "results/glue/mrpc-learner-r64-minilm-seed0.json").read_text())
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    """The current folder: it holds the base model, tiny-bert, which has no head."""
+    monkeypatch.chdir(tmp_path)
+    zoo.build("bert").bert.save_pretrained("tiny-bert")
+    return tmp_path
+
+
+def saved(method: str, *, steps: int = 1, classes: int = 2, **settings) -> torch.nn.Module:
+    """An adapter with noise in all its weights, in `my-adapter` beside its base model."""
+    base = AutoModelForSequenceClassification.from_pretrained(Path("tiny-bert").resolve(), num_labels=classes)
+    model = get_peft_model(base, CONFIGS[method](**settings))
+    model.base_model.set_schedule(total_steps=5)
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    for step in range(1, steps + 1):
+        model.base_model.update_and_allocate(step)
+    model.save_pretrained("my-adapter")
+    return model.eval()
+
+
+def results(method: str, **config) -> dict:
+    """A record as `train_glue.py` writes it, of the tiny adapters above."""
+    own = {"far": {"retention_ratio": 0.25}, "learner": {"r": 4}}[method]
+    arguments = model_card.METHODS[method].arguments
+    kept = {k: v for k, v in RECORD["config"].items() if k not in ("r", "priming_epochs", "priming_lr_scale")}
+    defaults = {k: v for k, v in CONFIGS[method]().to_dict().items() if k in arguments}
+    return {**RECORD, "method": method, "model": "tiny-bert", "config": {**kept, **defaults, **own, **config}}
+
+
+def write(value: dict) -> str:
+    Path("results.json").write_text(json.dumps(value))
+    return "results.json"
+
+
+def card_of(*arguments: str) -> ModelCard:
+    model_card.main(["my-adapter", *arguments])
+    return ModelCard.load("my-adapter/README.md")
+
+
+@pytest.mark.parametrize("classes", [2, 5])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_code_of_the_card_gives_the_same_logits(method, classes):
+    model = saved(method, classes=classes)
+    (code,) = re.findall(r"```python\n(.*?)```", card_of().content, re.S)
+    assert code.startswith("import peft_learners")
+    names: dict = {}
+    exec(code, names)  # merges last, so that what is looked at is both loaded and merged
+    inputs = {k: v for k, v in zoo.inputs_of("bert", model).items() if k != "labels"}
+    with torch.no_grad():
+        expected = model(**inputs).logits
+        assert expected.shape == (zoo.ROWS, classes)
+        torch.testing.assert_close(names["merged"](**inputs).logits, expected, rtol=1e-5, atol=1e-6)
+        exec(code.partition("merged =")[0], names)
+        assert torch.equal(names["model"](**inputs).logits, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_header(method):
+    saved(method)
+    data = card_of().data
+    assert (data.base_model, data.library_name, data.pipeline_tag) == ("tiny-bert", "peft", "text-classification")
+    assert data.tags == ["peft", "peft-learners", method] and data.eval_results is None
+    assert card_of("--base_model", "somebody/tiny-bert").data.base_model == "somebody/tiny-bert"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_results_are_in_header_and_body(method, folder):
+    saved(method)
+    card = card_of("--results", write(results(method)))
+    found = {r.metric_type: r.metric_value for r in card.data.eval_results}
+    assert found == {"accuracy": RECORD["final"]["eval_accuracy"], "f1": RECORD["final"]["eval_f1"]}
+    (dataset,) = {(r.dataset_type, r.dataset_config, r.dataset_split, r.task_type) for r in card.data.eval_results}
+    assert dataset == ("nyu-mll/glue", "mrpc", "validation", "text-classification")
+    assert card.data.model_name == "my-adapter"
+    # 75.0 / 83.6 in the README
+    assert "| validation | 408 | accuracy | 75.0 |" in card.content
+    assert "| validation | 408 | f1 | 83.6 |" in card.content
+    assert "0: not_equivalent, 1: equivalent" in card.content
+    assert "one seed (0)" in card.content and str(folder) not in card.content
+
+
+def test_trained_parameters_from_the_file():
+    d, h, layers, kept = 16, 32, 2, 8
+    model = saved("far")
+    total = sum(p.numel() for p in zoo.build("bert").parameters())
+    after = total - layers * (h - kept) * (d + 1 + d)
+    assert after == model.get_nb_trainable_parameters()[0]
+    text = card_of().content
+    assert f"| priming | 0 to 1 | {total:,} |" in text and f"| reconfigured | from 1 | {after:,} |" in text
+    saved("far", discard_unkept=True)
+    text = card_of().content
+    assert "| priming | 0 to 1 | not in the file |" in text and f"| reconfigured | from 1 | {after:,} |" in text
+    with pytest.warns(UserWarning, match="never driven"):
+        saved("far", steps=0)
+    text = card_of().content
+    assert f"| priming | 0 to 1 | {total:,} |" in text and "saved before its last phase began" in text
+
+
+def test_trained_parameters_of_a_learner_from_the_file():
+    d, layers = 16, 2
+    after = saved("learner").get_nb_trainable_parameters()[0]
+    text = card_of().content
+    # four linear layers of the attention, d x d each
+    assert f"| priming | 0 to 1 | {after + layers * 4 * d * d:,} |" in text
+    assert f"| learning | from 1 | {after:,} |" in text
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_settings_that_differ_from_the_defaults(method):
+    saved(method, save_dtype="bfloat16")
+    text = card_of().content
+    own = {"far": "`retention_ratio` | `0.25`", "learner": "`r` | `4`"}[method]
+    for row in (own, "`priming_steps` | `1`", "`save_dtype` | `'bfloat16'`"):
+        assert f"| {row} |" in text
+    assert "have their defaults, among them" in text
+    for name in ("init_weights", "task_type", "completed_phases", "inference_mode", "reconfigured", "scaling"):
+        assert f"`{name}`" not in text
+
+
+def test_what_the_results_were_cut_to_is_said():
+    saved("far")
+    text = card_of("--results", write(results("far", max_train_samples=1000))).content
+    assert "only the first 1,000 rows of the training set" in text
+
+
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"method": "lora"}, "method: 'lora' there, 'far' here"),
+        ({"config": {**RECORD["config"], "retention_ratio": 0.1}}, "retention_ratio: 0.1 there, 0.25 here"),
+        ({"model": "another"}, "a run on another, the adapter's base model is tiny-bert"),
+        ({"finished": False}, "must be the results file of a finished run"),
+    ],
+)
+def test_results_of_another_run_are_refused(change, said):
+    saved("far")
+    before = Path("my-adapter/README.md").read_text()
+    with pytest.raises(ValueError, match=re.escape(said)):
+        card_of("--results", write({**results("far"), **change}))
+    assert Path("my-adapter/README.md").read_text() == before
+
+
+def test_metrics_of_two_dev_splits():
+    final = {"eval_matched_loss": 1.0, "eval_matched_accuracy": 0.5, "eval_mismatched_accuracy": 0.25}
+    found = model_card.metrics_of({"task": "mnli", "final": final})
+    assert found == [("validation_matched", "accuracy", 0.5), ("validation_mismatched", "accuracy", 0.25)]
+    saved("far")
+    record = {**results("far"), "task": "mnli", "final": final, "rows": {"train": 9, "dev_matched": 4}}
+    assert "| validation_matched | 4 | accuracy | 50.0 |" in card_of("--results", write(record)).content
+
+
+def test_picture_is_copied_and_shown():
+    saved("far")
+    Path("nodes.png").write_bytes(b"picture")
+    for picture in ("nodes.png", "my-adapter/nodes.png"):  # the second is there already
+        assert "![Picture of the adapter](nodes.png)" in card_of("--picture", picture).content
+        assert Path("my-adapter/nodes.png").read_bytes() == b"picture"
+
+
+def test_a_folder_named_by_train_glue_takes_the_name_of_the_run():
+    saved("far")
+    Path("runs").mkdir()
+    Path("my-adapter").rename("runs/adapter")
+    model_card.main(["runs/adapter"])
+    text = Path("runs/adapter/README.md").read_text()
+    assert "# runs\n" in text and 'from_pretrained(base, "adapter")' in text
+
+
+def test_other_folders_are_refused():
+    Path("my-adapter").mkdir()
+    with pytest.raises(ValueError, match="must be the folder of a saved Learner or FAR adapter, but it holds no adap"):
+        card_of()
+    get_peft_model(zoo.build("bert"), LoraConfig(target_modules=["query"])).save_pretrained("my-adapter")
+    with pytest.raises(ValueError, match="but it holds an adapter of type LORA"):
+        card_of()
+    saved("far")
+    Path("my-adapter/adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"but it holds no adapter_model\.safetensors"):
+        card_of()
+
+
+def test_without_a_task_type_the_class_is_the_models_own():
+    model = get_peft_model(zoo.build("vit"), LearnerConfig(r=4, priming_epochs=0))
+    model.save_pretrained("my-adapter")
+    with pytest.raises(ValueError, match="names no base model: give it with --base_model"):
+        card_of()
+    card = card_of("--base_model", "somebody/vit")
+    assert 'ViTForImageClassification.from_pretrained("somebody/vit")' in card.content
+    assert card.data.pipeline_tag is None
