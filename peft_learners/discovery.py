@@ -171,3 +171,26 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
     # fp8 storage counts as floating point for torch but can't hold a trained sum.
     return weight if plain and weight is not None and weight.element_size() >= 2 else None
+
+
+_FROZEN = "_peft_learners_frozen"
+
+
+def frozen_parameters(model: nn.Module) -> set[str]:
+    """Names of the parameters that the model itself keeps frozen (Whisper's and Pegasus's sinusoidal positions).
+
+    PEFT freezes everything at the first injection, and leaves it so when it unloads. So the names are kept with the
+    model from its first adapter on, and a model that is frozen altogether is taken for one that was unloaded.
+    """
+    known = model.__dict__.get(_FROZEN)
+    if known is None:
+        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+        adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
+        known = set() if adapted or not any(flags.values()) else {name for name, flag in flags.items() if not flag}
+        model.__dict__[_FROZEN] = known
+    return known
+
+
+def forget_frozen(model: nn.Module) -> None:
+    """Leave no mark on a model whose adapters were taken out."""
+    model.__dict__.pop(_FROZEN, None)

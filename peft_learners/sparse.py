@@ -72,8 +72,8 @@ def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axi
 class _CutLinear(torch.autograd.Function):
     """`x (W + D)^T + b + db` with D cut along `axis`; x is (T, d).
 
-    `stored` is what the gradient of `values` needs: x itself (axis 0), or its kept columns (axis 1). With axis 0 the
-    bias delta is cut as D is, with axis 1 `bias_values` is all of it.
+    `stored` is what the gradient of `values` needs: None for x itself (axis 0), or its kept columns (axis 1). With
+    axis 0 the bias delta is cut as D is, with axis 1 `bias_values` is all of it.
 
     Gradients, with g (T, h) the gradient of y:
         dx = g (W + D);  axis 0:  dvalues = g[:, kept]^T x,  dbias = sum of g[:, kept]'s rows
@@ -85,7 +85,7 @@ class _CutLinear(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        stored: Tensor,
+        stored: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         values: Tensor,
@@ -102,9 +102,9 @@ class _CutLinear(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, stored, weight, _, values, rest, bias_values, _, kept, ctx.axis = inputs
+        x, stored, weight, _, values, rest, bias_values, _, kept, ctx.axis = inputs
         ctx.bias_dtype = bias_values.dtype if bias_values is not None else None
-        ctx.save_for_backward(stored, weight, values, rest, kept)
+        ctx.save_for_backward(x if stored is None else stored, weight, values, rest, kept)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,7 +145,7 @@ def cut_linear(
     """
 
     def run(rows: Tensor) -> Tensor:
-        stored = rows if axis == 0 else rows.detach().index_select(1, kept)
+        stored = None if axis == 0 else rows.detach().index_select(1, kept)
         return _CutLinear.apply(rows, stored, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
 
     return apply_to_rows(run, x, weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -310,6 +310,7 @@ class PhasedModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         PhaseDriver.forget(model)
+        discovery.forget_frozen(model)
         return model
 
     @classmethod
@@ -334,24 +335,38 @@ class PhasedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        cls._fit_to_file(model, adapter_name, state_dict)  # PEFT names the values of the parts that exist
-        remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-        )
-        cls._refuse_foreign(model, adapter_name, remapped)
+        # First, since PEFT names the values of the parts that exist.
+        undo = cls._fit_to_file(model, adapter_name, state_dict)
+        try:
+            remapped = super()._remap_adapter_state_dict_for_load(
+                model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+            )
+            cls._refuse_foreign(model, adapter_name, remapped)
+        except ValueError:
+            undo()
+            raise
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
         def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
             handle.remove()
-            cls._refuse_shapes(model, adapter_name, values)
+            try:
+                cls._refuse_shapes(model, adapter_name, values)
+            except ValueError:
+                undo()
+                raise
 
         handle = model.register_load_state_dict_pre_hook(check_shapes)
         return remapped
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
-        """Bring the adapter into the form that a file holds, if its form changes with its phases."""
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Callable[[], None]:
+        """Bring the adapter into the form that a file holds, if its form changes with its phases.
+
+        Returns:
+            The way back, for a file that does not fit after all.
+        """
+        return lambda: None
 
     @classmethod
     def _refuse_foreign(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

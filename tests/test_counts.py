@@ -72,5 +72,7 @@ def test_small_far_10_leaves_the_embeddings_out():
 def test_far_10_selects_by_movement_on_real_weights_too():
     model = get_peft_model(DistilBertForSequenceClassification(DistilBertConfig()), FARConfig(priming_steps=1))
     model.base_model.set_schedule(total_steps=3)
+    for layer in model.base_model.model.distilbert.transformer.layer:
+        torch.nn.init.normal_(layer.ffn.lin1.far_delta["default"])
     model.base_model.update_and_allocate(1)
     assert model.get_nb_trainable_parameters()[0] == 41_456_180

@@ -37,7 +37,7 @@ FROZEN = 2 * 24 * (16 + 16 + 1)
         ({"priming_steps": 0}, "`priming_steps` must be above 0"),
         ({"granularity": "row"}, r"`granularity` must be one of \('hidden_unit', 'output_node'\), got 'row'"),
         ({"selection": "l3"}, "`selection` must be one of"),
-        ({"seed": 0.5}, "`seed` must be a whole number"),
+        ({"seed": 0.5}, "`seed` must be a whole number from 0"),
         ({"discard_unkept": 1}, "`discard_unkept` must be True or False"),
         ({"train_norms": None}, "`train_norms` must be True or False"),
         ({"ffn_modules": ["lin1", "lin2"]}, r"`ffn_modules` must be None or a list of lists.*\[\['fc_in'"),
@@ -79,16 +79,29 @@ def test_trainer_crosses_the_boundary_and_counts_fall(tmp_path: Path):
 @pytest.mark.parametrize(
     "settings,boundary",
     [
-        ({"priming_ratio": 0.01}, 1),  # 1 % of 6 steps is less than one: at least one
+        ({"priming_ratio": 0.01}, 1),  # 1 % of 6 steps is less than one: at least one; no warm-up then
         ({"priming_ratio": 0.5}, 3),
         ({"priming_steps": 4}, 4),
         ({"priming_epochs": 1.5}, 3),  # 2 steps per epoch
     ],
 )
 def test_priming_in_shares_steps_and_epochs(tmp_path: Path, settings, boundary):
-    run = trainer(far(**{"priming_epochs": None, **settings}), arguments(tmp_path))
+    args = arguments(tmp_path, warmup_steps=0)
+    run = trainer(far(**{"priming_epochs": None, **settings}), args)
     run.train()
     assert [step for _, step, _ in starts(run)] == [0, boundary]
+
+
+def test_priming_at_a_learning_rate_of_zero_is_refused(tmp_path: Path):
+    """The first step of a linear warm-up has a learning rate of 0."""
+    with pytest.raises(ScheduleError, match="moved no FFN weight.*first step of a warm-up.*priming_steps"):
+        trainer(far(priming_ratio=0.01, priming_epochs=None), arguments(tmp_path, warmup_steps=1)).train()
+
+
+@pytest.mark.parametrize("settings", [{"priming_steps": 6}, {"priming_ratio": 1.0}], ids=["steps", "ratio"])
+def test_priming_as_long_as_training_is_refused(tmp_path: Path, settings):
+    with pytest.raises(ScheduleError, match="priming needs 6 of the training's 6 optimizer steps"):
+        trainer(far(priming_epochs=None, **settings), arguments(tmp_path)).train()
 
 
 def test_priming_longer_than_training_is_refused(tmp_path: Path):

@@ -109,7 +109,8 @@ class FARConfig(PhasedConfig):
                 f"what priming moved, got 0. Nodes can do without only with FARConfig({unprimed[0]}=0, "
                 "selection='random')."
             )
-        require(isinstance(self.seed, int) and not isinstance(self.seed, bool), self, "seed", "a whole number")
+        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**63
+        require(ok, self, "seed", "a whole number from 0 to 2**63 - 1", "seed=0")
         for name in ("discard_unkept", "train_attention", "train_embeddings", "train_norms", "train_biases"):
             require(isinstance(getattr(self, name), bool), self, name, "True or False")
         require(isinstance(self.reconfigured, bool), self, "reconfigured", "True or False")
@@ -150,7 +151,7 @@ class FARConfig(PhasedConfig):
         """
         if self.priming_steps is not None:
             steps = self.priming_steps
-            advice = f"Set priming_steps to at most {total_steps}, or train longer."
+            advice = f"Set priming_steps to at most {(total_steps or 1) - 1}, or train longer."
         elif self.priming_epochs is not None:
             if steps_per_epoch is None:
                 raise self._unknown("priming_epochs", "optimizer steps in an epoch")
@@ -161,6 +162,11 @@ class FARConfig(PhasedConfig):
                 raise self._unknown("priming_ratio", "optimizer steps of the whole training")
             steps = ratio_to_steps(self.priming_ratio, total_steps)
             advice = f"Lower priming_ratio={self.priming_ratio}, or train longer."
+        if total_steps is not None and steps == total_steps:
+            raise ScheduleError(
+                f"priming needs {steps} of the training's {total_steps} optimizer steps, which leaves none for the "
+                f"nodes that are kept. {advice}"
+            )
         return self._phases(steps, total_steps, advice)
 
     def outline(self) -> Schedule:

@@ -24,6 +24,10 @@ from .plan import Home, Nodes
 
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
+_BATCHLESS = (
+    "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
+    "once per adapter, or leave them out when training (T5: FARConfig(exclude_modules=['relative_attention_bias']))."
+)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -113,6 +117,32 @@ class FARLayer(DeltaLayer):
         axis = nodes.axis if part == "far_delta" else 0
         return uncut(value, rest, self.far_kept[adapter], self._length(adapter), axis)
 
+    # Some models read a weight without calling the layer (DeBERTa's relative positions, MobileBERT's LM head,
+    # WavLM's attention). They get what the layer computes with.
+
+    @property
+    def weight(self) -> Tensor:
+        """The base layer's weight plus the active deltas."""
+        return self._effective("weight")
+
+    @property
+    def bias(self) -> Tensor:
+        """The base layer's bias plus the active deltas."""
+        return self._effective("bias")
+
+    def _effective(self, name: str) -> Tensor:
+        base: Any = self.get_base_layer()
+        value = getattr(base, name)
+        if value is None or self.disable_adapters or self.merged:
+            return value
+        for adapter in self.active_adapters:
+            for part, names in self.far_names.get(adapter, {}).items():
+                if name in names:
+                    delta = self.full_delta(part, adapter)
+                    assert delta is not None
+                    value = value + self._by_parameter(part, adapter, delta)[name]
+        return value.to(getattr(base, name).dtype)
+
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         deltas: dict[str, Tensor] = {}
         for part in self.far_names[adapter]:
@@ -193,6 +223,22 @@ class FARLayer(DeltaLayer):
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffer, value in without_data:
             buffer[adapter_name] = value
+
+    def form(self, adapter: str) -> Callable[[], list[Resized]]:
+        """A way back to the form (cut or not) and the values that the adapter has now. Copies nothing."""
+        parameters = [(p, p.data) for p in (c[adapter] for c in (self.far_delta, self.far_bias_delta) if adapter in c)]
+        all_buffers = (self.far_kept, self.far_rest, self.far_bias_rest)
+        buffers = [(b, b[adapter] if adapter in b else None) for b in all_buffers]
+
+        def restore() -> list[Resized]:
+            for buffer, value in buffers:
+                if value is not None:
+                    buffer[adapter] = value
+                elif adapter in buffer:
+                    del buffer[adapter]
+            return [Resized(parameter, value, None) for parameter, value in parameters]
+
+        return restore
 
     def __repr__(self) -> str:
         return "far." + super().__repr__()
@@ -295,7 +341,19 @@ class FARLinear(FARLayer):
         return out.to(dtype)
 
 
-class FAREmbedding(FARLayer):
+class _Transparent(FARLayer):
+    """A layer whose base's public attributes can be read through it (`padding_idx`, ViT's patch embeddings)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self.base_layer, name)
+
+
+class FAREmbedding(_Transparent):
     """`W[x] + D[x]`; `x: (...)` whole numbers, `W, D: (num_embeddings, embedding_dim)`."""
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -318,10 +376,7 @@ class FAREmbedding(FARLayer):
 
     def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
         if self.batchless:
-            raise ValueError(
-                "A mixed batch can't give each row its own relative positions, which the model computes once for the "
-                "whole batch. Leave them out when training: FARConfig(exclude_modules=['relative_attention_bias'])."
-            )
+            raise ValueError(_BATCHLESS.format("relative positions"))
         if not (x.dim() > 1 and len(x) == 1):
             super()._check_mixed(x, adapter_names)
 
@@ -331,7 +386,7 @@ class FAREmbedding(FARLayer):
         return super()._forward_mixed(x, adapter_names, *args, **kwargs)
 
 
-class FARModule(FARLayer):
+class FARModule(_Transparent):
     """Any module at its parameters plus their deltas: norms, convolutions, embeddings of other kinds, composites.
 
     A container holds one delta for all parameters of its kind: in the shape of the one, or flat for several,
@@ -343,14 +398,6 @@ class FARModule(FARLayer):
         first = next(p for p in base_of(base_layer).parameters())
         self.in_features, self.out_features = int(first[0].numel()), int(first.shape[0])
         self.is_norm = is_norm(base_layer)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer":
-                raise
-            return getattr(self.base_layer, name)  # models reach into composites (ViT's patch embeddings)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         base, names = base_of(self), self.far_names[adapter][part]
@@ -367,13 +414,25 @@ class FARModule(FARLayer):
         return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
 
     def forward(self, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any) -> Any:
+        if not args and not kwargs:  # Swin's relative positions
+            return self._forward_without_input(adapter_names)
         if not args:  # composites may be called by keywords only
             bound = inspect.signature(self.get_base_layer().forward).bind(**kwargs)
             args, kwargs = bound.args, bound.kwargs
         return super().forward(*args, adapter_names=adapter_names, **kwargs)
 
-    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
+    def _forward_without_input(self, adapter_names: Optional[list[str]]) -> Any:
+        if adapter_names is not None:
+            raise ValueError(_BATCHLESS.format(type(self.get_base_layer()).__name__))
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        active = [] if self.disable_adapters or self.merged else self.active_adapters
+        values = self._values_with([name for name in active if self.has_adapter(name)])
+        return torch.func.functional_call(self.base_layer, values, ())
+
+    def _values_with(self, adapters: list[str]) -> dict[str, Tensor]:
+        """Values of the base module's trained parameters with these adapters added."""
+        base = self.get_base_layer()
         values: dict[str, Tensor] = {}
         for adapter in adapters:
             for part in self.far_names[adapter]:
@@ -381,6 +440,11 @@ class FARModule(FARLayer):
                 assert delta is not None
                 for name, piece in self._by_parameter(part, adapter, delta).items():
                     values[name] = (values[name] if name in values else parameter_at(base, name)) + piece
+        return values
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.get_base_layer()
+        values = self._values_with(adapters)
         if self.is_norm:
             bias = values.get("bias", getattr(base, "bias", None))
             return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)

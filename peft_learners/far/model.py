@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Optional
 
 import torch
@@ -73,8 +73,8 @@ class FARModel(PhasedModel):
         self._owners: dict[int, FARLayer] = {}
         if everything:
             if not any(home.nodes for home in self._homes.values()):
-                raise ValueError(_no_pair(type(model).__name__))
-            if lost:
+                raise ValueError(_no_pair(model, config))
+            if lost and not config.inference_mode:
                 warnings.warn(
                     f"FAR can't give deltas to {len(lost)} parameters of the {type(model).__name__}, which stay "
                     f"frozen: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}.",
@@ -170,7 +170,7 @@ class FARModel(PhasedModel):
             ScheduleError: no layer of the adapter belongs to an FFN.
         """
         if not any(True for _ in cls._cuttable(root, adapter)):
-            raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(type(root).__name__)}")
+            raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(root, config)}")
 
     @classmethod
     def enter_phase(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
@@ -195,7 +195,7 @@ class FARModel(PhasedModel):
     def select_nodes(config: FARConfig, adapter: str, units: dict[str, list[FARLayer]]) -> dict[str, Tensor]:
         """Nodes to keep of each unit, ascending; of nodes that moved equally far, those of lower index."""
         generator = torch.Generator().manual_seed(config.seed)
-        selections = {}
+        selections, moved = {}, config.selection == "random" or not config.init_weights
         for unit, members in units.items():
             width = members[0].far_nodes[adapter].width
             count = kept_count(config.retention_ratio, width)
@@ -204,7 +204,14 @@ class FARModel(PhasedModel):
                 continue
             power = 1 if config.selection == "l1" else 2
             scores = torch.stack([layer.movement(adapter, power).cpu() for layer in members]).sum(0)
+            moved = moved or bool(scores.any())
             selections[unit] = highest(scores, count)
+        if not moved:
+            raise ScheduleError(
+                f"Priming moved no FFN weight of the adapter {adapter!r}, so nodes can't be ranked. Was the learning "
+                "rate 0, as in the first step of a warm-up? Prime for longer, FARConfig(priming_steps=...), or do "
+                "without a ranking: FARConfig(selection='random')."
+            )
         return selections
 
     @classmethod
@@ -226,56 +233,65 @@ class FARModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
-        """Name layers whose weights did not move while others did: they are read without calling the layer."""
+        """Name layers whose weights did not move while others did."""
         moved = {
             name: bool(layer.far_delta[adapter].any())
             for name, layer in root.named_modules()
-            if isinstance(layer, FARLinear) and adapter in layer.far_delta and not layer.far_delta[adapter].is_meta
+            if isinstance(layer, FARLayer) and adapter in layer.far_delta and not layer.far_delta[adapter].is_meta
         }
         idle = [name for name, any_moved in moved.items() if not any_moved]
         if idle and any(moved.values()) and config.init_weights:
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
-                "that the model reads their weights without calling them, so that a delta there has no effect. Leave "
-                "them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}): the "
+                "model does not seem to use them in this task. Leave them out with exclude_modules.",
                 stacklevel=2,
             )
 
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
         config = getattr(root, "peft_config", {}).get(adapter)
-        values = [layer.far_delta[adapter] for layer in cls._cuttable(root, adapter)]
+        layers = list(cls._cuttable(root, adapter))
+        values = [layer.far_delta[adapter] for layer in layers]
+        values += [layer.far_rest[adapter] for layer in layers if adapter in layer.far_rest]
         return getattr(config, "init_weights", False) and any(bool(v.any()) for v in values if not v.is_meta)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
-        """Bring the adapter into the form that a file holds: before the selection of nodes, or after it.
-
-        No value is lost by it (unless the config says discard), so that a file that does not fit after all leaves the
-        adapter's function as it was.
-        """
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Callable[[], None]:
         config: Any = getattr(root, "peft_config", {})[adapter]
         cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut == config.reconfigured:
-            return
+            return lambda: None
+        layers = list(cls._cuttable(root, adapter))
+        forms = [layer.form(adapter) for layer in layers]
         if cut:
             changes = []
-            for layer in cls._cuttable(root, adapter):
-                if not layer.is_cut(adapter):
-                    changes += layer.cut(
-                        adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept
-                    )
+            for layer in layers:
+                changes += layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept)
             resize(changes, live_optimizers())
         else:
             cls._undo_cuts(root, adapter)
         config.write("reconfigured", cut)
 
+        def undo() -> None:
+            resize([change for restore in forms for change in restore()], live_optimizers())
+            config.write("reconfigured", not cut)
 
-def _no_pair(model: str) -> str:
+        return undo
+
+
+def _no_pair(model: nn.Module, config: FARConfig) -> str:
+    kind, pairs = type(model).__name__, feed_forwards(model)
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "modules_to_save")
+    narrowed = {name: getattr(config, name) for name in names if getattr(config, name)}
+    if pairs and narrowed:
+        return (
+            f"none of the {len(pairs)} feed-forward pairs of the {kind} (first: {' and '.join(pairs[0].names)}) is "
+            f"among the modules that {narrowed} leave in, so FAR has no nodes to select."
+        )
     return (
-        f"FAR found no feed-forward pair in the {model} (linear layers d -> h and h -> d with an activation between), "
+        f"FAR found no feed-forward pair in the {kind} (linear layers d -> h and h -> d with an activation between), "
         "so there are no nodes to select. Name the layers, the last being the one that leads out: "
-        "FARConfig(ffn_modules=[['fc_in', 'fc_out']])."
+        "FARConfig(ffn_modules=[['fc_in', 'fc_out']]). Only linear layers have nodes (fused experts have none)."
     )

@@ -115,7 +115,7 @@ def lay_out_homes(
     attention |= {n for n, m in chosen.items() if isinstance(discovery.base_of(m), nn.MultiheadAttention)}
     lm_head = discovery.output_embeddings(model)
     shared = {id(p) for name in tables if name not in attention for p in discovery.base_of(chosen[name]).parameters()}
-    nodes = _nodes(config, chosen, pairs)
+    nodes, frozen = _nodes(config, chosen, pairs), discovery.frozen_parameters(model)
     result: dict[str, Home] = {}
     for name, module in chosen.items():
         base = discovery.base_of(module)
@@ -138,7 +138,7 @@ def lay_out_homes(
                 train, part = config.train_biases, "far_bias_delta"
             else:
                 train, part = True, "far_delta"
-            if train and parameter.is_floating_point():
+            if train and parameter.is_floating_point() and f"{name}.{parameter_name}" not in frozen:
                 parameters[part] = (*parameters.get(part, ()), parameter_name)
         if parameters:
             result[name] = Home(
