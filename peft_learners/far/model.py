@@ -250,9 +250,8 @@ class FARModel(PhasedModel):
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
         config = getattr(root, "peft_config", {}).get(adapter)
-        layers = list(cls._cuttable(root, adapter))
-        values = [layer.far_delta[adapter] for layer in layers]
-        values += [layer.far_rest[adapter] for layer in layers if adapter in layer.far_rest]
+        layers = [layer for layer in tuner_layers(root) if isinstance(layer, FARLayer)]
+        values = [d[adapter] for layer in layers for d in (layer.far_delta, layer.far_rest) if adapter in d]
         return getattr(config, "init_weights", False) and any(bool(v.any()) for v in values if not v.is_meta)
 
     # -- loading ----------------------------------------------------------------------------------------------------

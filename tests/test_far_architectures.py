@@ -1,0 +1,159 @@
+"""FAR on architectures with something odd: weights read without calling their layer, tied to layers of another kind,
+kept frozen by the model itself, modules called without arguments, weight norm."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as tf
+import zoo
+from peft import PeftModel, get_peft_model
+from test_contract import logits_of
+from torch import nn
+from training import arguments, far, trainer
+
+from peft_learners import FARConfig
+
+SMALL = {**zoo.SMALL, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+LLAMA = {**zoo.SMALL, "num_key_value_heads": 2, "head_dim": 8}
+SEQ2SEQ = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
+           "encoder_attention_heads": 2, "decoder_attention_heads": 2, "vocab_size": 64, "pad_token_id": 0,
+           "bos_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0, "dropout": 0.0}  # fmt: skip
+
+
+def rows() -> torch.Tensor:
+    return torch.randint(3, 60, (3, 17), generator=torch.Generator().manual_seed(1))
+
+
+def tokens(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"input_ids": rows(), "labels": rows()}
+
+
+def speech(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"input_features": torch.randn(3, 80, 16), "labels": rows()}
+
+
+def images(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {"pixel_values": torch.randn(3, 3, 16, 16), "labels": torch.tensor([0, 1, 1])}
+
+
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable]] = {
+    # rel_embeddings.weight is read
+    "deberta-v2": (lambda: tf.DebertaV2ForMaskedLM(tf.DebertaV2Config(
+        **SMALL, relative_attention=True, max_relative_positions=8, pos_att_type=["p2c", "c2p"])), tokens),
+    # the LM head's weights and bias are read, one of them tied to the embeddings
+    "mobilebert": (lambda: tf.MobileBertForMaskedLM(tf.MobileBertConfig(
+        **SMALL, embedding_size=8, true_hidden_size=16, intra_bottleneck_size=16)), tokens),
+    # the embeddings are scaled (a subclass of nn.Embedding) and tied to the LM head
+    "gemma": (lambda: tf.GemmaForCausalLM(tf.GemmaConfig(**LLAMA, pad_token_id=0)), tokens),
+    "bart": (lambda: tf.BartForConditionalGeneration(tf.BartConfig(**SEQ2SEQ, scale_embedding=True)), tokens),
+    # sinusoidal positions, frozen by the model
+    "pegasus": (lambda: tf.PegasusForConditionalGeneration(tf.PegasusConfig(**SEQ2SEQ)), tokens),
+    "whisper": (lambda: tf.WhisperForConditionalGeneration(tf.WhisperConfig(
+        **SEQ2SEQ, num_mel_bins=80, max_source_positions=8)), speech),
+    # relative positions are a module without arguments
+    "swin": (lambda: tf.SwinForImageClassification(tf.SwinConfig(
+        image_size=16, patch_size=2, embed_dim=8, depths=[1, 1], num_heads=[2, 2], window_size=2, drop_path_rate=0.0,
+    )), images),
+    "bert-mlm": (lambda: tf.BertForMaskedLM(tf.BertConfig(**SMALL)), tokens),
+}  # fmt: skip
+#: Parameters that the model itself keeps frozen.
+FROZEN = {"pegasus": 2 * 1024 * 16, "whisper": 8 * 16}
+
+
+@pytest.mark.parametrize("arch", list(CASES))
+def test_trains_what_full_fine_tuning_trains_and_merges_to_it(arch, tmp_path: Path):
+    build, make_inputs = CASES[arch]
+    torch.manual_seed(0)
+    base = build().eval()
+    inputs = make_inputs(base)
+    trained = sum(p.numel() for p in base.parameters() if p.requires_grad)
+    assert sum(p.numel() for p in base.parameters()) - trained == FROZEN.get(arch, 0)
+    reference = copy.deepcopy(base)
+    reference(**inputs).loss.backward()
+    untouched = copy.deepcopy(base)
+    model = get_peft_model(base, FARConfig(retention_ratio=0.25, priming_steps=2))
+    assert model.get_nb_trainable_parameters()[0] == trained
+    model(**inputs).loss.backward()
+    for module_name, layer in model.base_model.model.named_modules():
+        for part in getattr(layer, "far_names", {}).get("default", {}):
+            if part in layer.far_source["default"]:
+                continue
+            gradient = layer._by_parameter(part, "default", getattr(layer, part)["default"].grad)
+            for name, value in gradient.items():
+                expected = reference.get_parameter(f"{module_name}.{name}").grad
+                expected = torch.zeros_like(value) if expected is None else expected
+                torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=f"{module_name}.{name}")
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.base_model.set_schedule(total_steps=5)
+    for step in range(1, 5):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.base_model.update_and_allocate(step)
+    logits = logits_of(model, inputs)
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(copy.deepcopy(untouched), tmp_path)
+    assert torch.equal(logits_of(again, inputs), logits)
+    again.add_adapter("other", FARConfig(init_weights=False))  # the frozen parameters are known for it too
+    assert torch.equal(logits_of(copy.deepcopy(again), inputs), logits)
+    merged = model.merge_and_unload()
+    torch.testing.assert_close(logits_of(merged, inputs), logits, rtol=1e-4, atol=1e-4)
+    assert not [name for name in vars(merged) if "learners" in name]
+
+
+def test_weight_normed_convolutions_survive_a_copy():
+    config = tf.Wav2Vec2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=32,
+        conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8, num_conv_pos_embedding_groups=2,
+    )  # fmt: skip
+    model = get_peft_model(tf.Wav2Vec2ForSequenceClassification(config), FARConfig(init_weights=False)).eval()
+    inputs = {"input_values": torch.randn(2, 800)}
+    assert torch.equal(logits_of(copy.deepcopy(model), inputs), logits_of(model, inputs))
+
+
+def test_a_model_that_was_unloaded_is_not_taken_for_a_frozen_one():
+    back = get_peft_model(zoo.build("distilbert"), FARConfig()).unload()
+    assert not any(p.requires_grad for name, p in back.named_parameters() if "classifier" not in name)
+    total = sum(p.numel() for p in back.parameters())
+    assert get_peft_model(back, FARConfig()).get_nb_trainable_parameters()[0] == total
+
+
+def test_a_file_of_another_ratio_is_refused_and_the_adapter_stays_uncut(tmp_path: Path):
+    cut = far(retention_ratio=0.25)
+    trainer(cut, arguments(tmp_path)).train()
+    cut.save_pretrained(tmp_path / "cut")
+    for discard in (False, True):
+        model = far(retention_ratio=0.5, init_weights=False, discard_unkept=discard)
+        before = {n: v.clone() for n, v in model.state_dict().items()}
+        with pytest.raises(ValueError, match="does not fit the adapter.*Nothing was loaded"):
+            model.load_adapter(tmp_path / "cut", "default")
+        assert not model.peft_config["default"].reconfigured
+        after = model.state_dict()
+        assert after.keys() == before.keys() and all(torch.equal(after[n], v) for n, v in before.items())
+
+
+@pytest.mark.parametrize("discard", [False, True])
+def test_an_adapter_that_kept_nothing_goes_on_in_silence(tmp_path: Path, discard):
+    model = far(retention_ratio=0.0, discard_unkept=discard)
+    trainer(model, arguments(tmp_path)).train()
+    model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "adapter", is_trainable=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*has nothing of it.*")
+        trainer(again, arguments(tmp_path)).train()
+
+
+def test_a_sharer_that_is_left_out_leaves_all_out_and_says_so():
+    config = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0)
+    base = tf.GPT2LMHeadModel(config)
+    total, table = sum(p.numel() for p in base.parameters()), base.lm_head.weight.numel()
+    with pytest.warns(UserWarning, match=r"lm_head and transformer\.wte share a weight, and lm_head is left out"):
+        model = get_peft_model(base, FARConfig(exclude_modules=["lm_head"]))
+    assert model.get_nb_trainable_parameters()[0] == total - table
