@@ -24,6 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import discovery
+from .checkpoint import refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .layer import BASE_ADAPTER, DeltaLayer
 from .phases import PhaseDriver, PhaseStart, warn_if_never_driven
@@ -341,7 +342,7 @@ class PhasedModel(BaseTuner):
             remapped = super()._remap_adapter_state_dict_for_load(
                 model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
             )
-            cls._refuse_foreign(model, adapter_name, remapped)
+            refuse_foreign(model, cls.prefix, adapter_name, remapped)
         except ValueError:
             undo()
             raise
@@ -351,7 +352,7 @@ class PhasedModel(BaseTuner):
         def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
             handle.remove()
             try:
-                cls._refuse_shapes(model, adapter_name, values)
+                refuse_shapes(model, adapter_name, values)
             except ValueError:
                 undo()
                 raise
@@ -367,45 +368,6 @@ class PhasedModel(BaseTuner):
             The way back, for a file that does not fit after all.
         """
         return lambda: None
-
-    @classmethod
-    def _refuse_foreign(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-        """Check a whole checkpoint before any of it is loaded, so that a foreign one leaves the model as it was."""
-        marker = f".{adapter_name}"
-        own = {
-            key: value
-            for key, value in model.state_dict().items()
-            if f".{cls.prefix}" in key and (key.endswith(marker) or f"{marker}." in key)
-        }
-        found = {key: value for key, value in state_dict.items() if f".{cls.prefix}" in key}
-        missing = sorted(set(own) - set(found))
-        unknown = sorted(set(found) - set(own))
-        if not (missing or unknown):
-            return
-        parts = []
-        if missing:
-            parts.append(f"{len(missing)} of {len(own)} values are missing (first: {missing[0]})")
-        if unknown:
-            parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")
-        raise ValueError(cls._misfit(adapter_name, "; ".join(parts)))
-
-    @classmethod
-    def _refuse_shapes(cls, model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
-        own = model.state_dict()
-        shapes = [
-            f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
-            for key, value in state_dict.items()
-            if key in own and own[key].shape != value.shape
-        ]
-        if shapes:
-            raise ValueError(cls._misfit(adapter_name, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
-
-    @staticmethod
-    def _misfit(adapter_name: str, what: str) -> str:
-        return (
-            f"The checkpoint does not fit the adapter {adapter_name!r}: {what}. Nothing was loaded. Load it with the "
-            "adapter_config.json it was saved with (PeftModel.from_pretrained does), on the same base model."
-        )
 
 
 def is_named(module_name: str, name: str) -> bool:

@@ -4,8 +4,9 @@ from ..registry import ensure_peft_type, register
 
 ensure_peft_type("FAR")  # before the config, which sets it
 
+from .base import FARLayer  # noqa: E402
 from .config import FARConfig  # noqa: E402
-from .layer import FAREmbedding, FARLayer, FARLinear, FARModule  # noqa: E402
+from .layer import FAREmbedding, FARLinear, FARModule  # noqa: E402
 from .model import FARModel  # noqa: E402
 
 __all__ = ["FARConfig", "FAREmbedding", "FARLayer", "FARLinear", "FARModel", "FARModule"]

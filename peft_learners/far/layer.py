@@ -3,249 +3,25 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
 from typing import Any, Optional
 
 import torch
 import torch.nn.functional as F
-from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..allocation import kept_count
-from ..boundary import Resized, resize
 from ..discovery import base_of, float_weight, is_norm
 from ..feed_forward import sizes
 from ..functional import effective_linear, norm_with, separate_linear, sum_of
-from ..layer import DeltaLayer, parameter_at
-from ..sparse import cut_linear, others_of, uncut, wants_summed_weight
-from .config import PARTS, FARConfig
-from .plan import Home, Nodes
+from ..layer import parameter_at
+from ..sparse import cut_linear, wants_summed_weight
+from .base import FARLayer
 
-#: Standard deviation of every delta under `init_weights=False`.
-TEST_STD = 0.05
 _BATCHLESS = (
     "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
     "once per adapter, or leave them out when training (T5: FARConfig(exclude_modules=['relative_attention_bias']))."
 )
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-
-
-class FARLayer(DeltaLayer):
-    """Common to FAR layers: creation of parameters, and deltas that several layers share.
-
-    Where base modules share a parameter, the first of their layers holds its delta, and the others refer to it.
-    """
-
-    adapter_layer_names = PARTS
-    other_param_names = ("far_kept", "far_rest", "far_bias_rest", "far_nodes", "far_source", "far_names")
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.far_delta = nn.ParameterDict({})
-        self.far_layernorm_delta = nn.ParameterDict({})
-        self.far_bias_delta = nn.ParameterDict({})
-        self.far_kept = BufferDict(persistent=True)
-        self.far_rest = BufferDict(persistent=True)
-        self.far_bias_rest = BufferDict(persistent=True)
-        self.far_nodes: dict[str, Nodes] = {}
-        self.far_names: dict[str, dict[str, tuple[str, ...]]] = {}
-        # Kept in a dict, a layer is no submodule of another one.
-        self.far_source: dict[str, dict[str, FARLayer]] = {}
-
-    def has_adapter(self, adapter: str) -> bool:
-        return adapter in self.far_names
-
-    def update_layer(self, adapter: str, config: FARConfig, home: Home, owners: dict[int, FARLayer]) -> None:
-        """Create the parameters of a new adapter.
-
-        Args:
-            home: what of the module is trained.
-            owners: layers that hold the delta of a base parameter, by the parameter's id; completed here.
-        """
-        base = base_of(self)
-        self.far_names[adapter], self.far_source[adapter] = dict(home.parameters), {}
-        if home.nodes is not None and "far_delta" in home.parameters:
-            self.far_nodes[adapter] = home.nodes
-        for part, names in home.parameters.items():
-            holders = [owners.setdefault(id(parameter_at(base, name)), self) for name in names]
-            if all(holder is self for holder in holders):
-                self._create(part, adapter, config)
-            elif len(names) == 1 == len(holders[0].far_names[adapter].get(part, ())):
-                self.far_source[adapter][part] = holders[0]
-            else:
-                raise ValueError(
-                    f"A {type(base).__name__} shares some of its parameters ({', '.join(names)}) with another module. "
-                    "FAR can't give it deltas: leave it out with exclude_modules."
-                )
-        if config.reconfigured and adapter in self.far_nodes and "far_delta" not in self.far_source[adapter]:
-            kept = torch.arange(self.kept_rows(adapter, config))
-            if not config.init_weights:
-                count, total = len(kept), self._length(adapter)
-                kept = torch.randperm(total)[:count].sort().values
-            resize(self.cut(adapter, kept, config.discard_unkept))
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
-    def _create(self, part: str, adapter: str, config: FARConfig) -> None:
-        value = torch.zeros(self._shape(part, adapter))
-        if not config.init_weights:
-            nn.init.normal_(value, std=TEST_STD)
-        getattr(self, part)[adapter] = nn.Parameter(value)
-
-    def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
-        """Shape of the delta in a container."""
-        return tuple(parameter_at(base_of(self), self.far_names[adapter][part][0]).shape)
-
-    def holder(self, part: str, adapter: str) -> FARLayer:
-        """The layer that holds the delta: this one, or the one it shares the parameter with."""
-        return self.far_source[adapter].get(part, self)
-
-    def full_delta(self, part: str, adapter: str) -> Tensor | None:
-        """The delta in a container in full, differentiable; None if this parameter is not trained."""
-        if part not in self.far_names[adapter]:
-            return None
-        return self.holder(part, adapter)._own_full_delta(part, adapter)
-
-    def _own_full_delta(self, part: str, adapter: str) -> Tensor:
-        value: Tensor = getattr(self, part)[adapter]
-        nodes = self.far_nodes.get(adapter)
-        if adapter not in self.far_kept or nodes is None or (part != "far_delta" and nodes.axis == 1):
-            return value
-        rests = self.far_rest if part == "far_delta" else self.far_bias_rest
-        rest = rests[adapter] if adapter in rests else None
-        axis = nodes.axis if part == "far_delta" else 0
-        return uncut(value, rest, self.far_kept[adapter], self._length(adapter), axis)
-
-    # Some models read a weight without calling the layer (DeBERTa's relative positions, MobileBERT's LM head,
-    # WavLM's attention). They get what the layer computes with.
-
-    @property
-    def weight(self) -> Tensor:
-        """The base layer's weight plus the active deltas."""
-        return self._effective("weight")
-
-    @property
-    def bias(self) -> Tensor:
-        """The base layer's bias plus the active deltas."""
-        return self._effective("bias")
-
-    def _effective(self, name: str) -> Tensor:
-        base: Any = self.get_base_layer()
-        value = getattr(base, name)
-        if value is None or self.disable_adapters or self.merged:
-            return value
-        for adapter in self.active_adapters:
-            for part, names in self.far_names.get(adapter, {}).items():
-                if name in names:
-                    delta = self.full_delta(part, adapter)
-                    assert delta is not None
-                    value = value + self._by_parameter(part, adapter, delta)[name]
-        return value.to(getattr(base, name).dtype)
-
-    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        deltas: dict[str, Tensor] = {}
-        for part in self.far_names[adapter]:
-            if part not in self.far_source[adapter]:  # merged where it is held
-                value = self.full_delta(part, adapter)
-                assert value is not None
-                deltas.update(self._by_parameter(part, adapter, value.detach()))
-        return deltas
-
-    def _by_parameter(self, part: str, adapter: str, value: Tensor) -> dict[str, Tensor]:
-        """A container's delta as `{name of the module's parameter: its delta}`."""
-        return {self.far_names[adapter][part][0]: value}
-
-    # -- nodes ------------------------------------------------------------------------------------------------------
-
-    def _length(self, adapter: str) -> int:
-        nodes = self.far_nodes[adapter]
-        return nodes.width * nodes.copies
-
-    def kept_rows(self, adapter: str, config: FARConfig) -> int:
-        """Rows (or columns) that stay trained once nodes are selected."""
-        nodes = self.far_nodes[adapter]
-        return kept_count(config.retention_ratio, nodes.width) * nodes.copies
-
-    def is_cut(self, adapter: str) -> bool:
-        return adapter in self.far_kept
-
-    def movement(self, adapter: str, power: int) -> Tensor:
-        """`sum |D|^power` over each node's weights: (width,), summed in float64."""
-        nodes = self.far_nodes[adapter]
-        delta = self.far_delta[adapter].detach()
-        score = delta.abs().pow(power).sum(1 - nodes.axis, dtype=torch.float64)
-        return score.view(nodes.copies, nodes.width).sum(0)
-
-    def cut(self, adapter: str, kept: Tensor, discard: bool) -> list[Resized]:
-        """Keep `kept` of the rows or columns as trained values, and freeze or drop the others.
-
-        Args:
-            kept: ascending indices, (k,) int64.
-            discard: whether the others' deltas are dropped.
-
-        Returns:
-            The parameters that are to be resized (by `boundary.resize`), with their new values.
-        """
-        nodes, resized = self.far_nodes[adapter], []
-        delta = self.far_delta[adapter]
-        other = others_of(kept.cpu(), self._length(adapter)).to(delta.device)
-        kept = kept.to(delta.device)
-        parts = [("far_delta", self.far_rest, nodes.axis)]
-        if nodes.axis == 0 and adapter in self.far_bias_delta:
-            parts.append(("far_bias_delta", self.far_bias_rest, 0))
-        for part, rests, axis in parts:
-            parameter = getattr(self, part)[adapter]
-            value = parameter.detach()
-            if not discard:
-                rests[adapter] = value.index_select(axis, other)
-            resized.append(Resized(parameter, value.index_select(axis, kept), _selector(axis, kept)))
-        self.far_kept[adapter] = kept
-        return resized
-
-    def undo_cut(self, adapter: str) -> list[Resized]:
-        """The opposite of `cut`: all rows and columns train again, from where they are. Returns what `cut` does."""
-        resized = []
-        for part in ("far_delta", "far_bias_delta"):
-            if adapter in getattr(self, part):
-                parameter, full = getattr(self, part)[adapter], self._own_full_delta(part, adapter).detach()
-                if full.shape != parameter.shape:
-                    resized.append(Resized(parameter, full, None))
-        for buffers in (self.far_kept, self.far_rest, self.far_bias_rest):
-            if adapter in buffers:
-                del buffers[adapter]
-        return resized
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # Under low_cpu_mem_usage the buffers have no data yet, which PEFT expects of parameters only.
-        buffers = [b for b in (self.far_kept, self.far_rest, self.far_bias_rest) if adapter_name in b]
-        without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for buffer, value in without_data:
-            buffer[adapter_name] = value
-
-    def form(self, adapter: str) -> Callable[[], list[Resized]]:
-        """A way back to the form (cut or not) and the values that the adapter has now. Copies nothing."""
-        parameters = [(p, p.data) for p in (c[adapter] for c in (self.far_delta, self.far_bias_delta) if adapter in c)]
-        all_buffers = (self.far_kept, self.far_rest, self.far_bias_rest)
-        buffers = [(b, b[adapter] if adapter in b else None) for b in all_buffers]
-
-        def restore() -> list[Resized]:
-            for buffer, value in buffers:
-                if value is not None:
-                    buffer[adapter] = value
-                elif adapter in buffer:
-                    del buffer[adapter]
-            return [Resized(parameter, value, None) for parameter, value in parameters]
-
-        return restore
-
-    def __repr__(self) -> str:
-        return "far." + super().__repr__()
-
-
-def _selector(axis: int, kept: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda value: value.index_select(axis, kept.to(value.device))
 
 
 class FARLinear(FARLayer):

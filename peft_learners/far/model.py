@@ -15,8 +15,9 @@ from ..feed_forward import feed_forwards, named_feed_forwards, patterns_of
 from ..phases import tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel
+from .base import FARLayer
 from .config import RECONFIGURED, FARConfig
-from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
+from .layer import FAREmbedding, FARLinear, FARModule
 from .plan import Home, homes, kind_of, lay_out_homes
 
 _CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
