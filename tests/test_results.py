@@ -12,10 +12,17 @@ ROOT = Path(__file__).resolve().parents[1]
 METRICS = {"mrpc": ("eval_accuracy", "eval_f1"), "cola": ("eval_matthews_correlation",),
            "stsb": ("eval_pearson", "eval_spearmanr")}  # fmt: skip
 
+PLAIN_FAR = {"retention_ratio": 0.1, "priming_ratio": 0.01, "selection": "l1", "granularity": "hidden_unit",
+             "discard_unkept": False, "train_embeddings": True}  # fmt: skip
+VARIANTS = {"": {}, "random nodes": {"selection": "random"}, "unkept discarded": {"discard_unkept": True},
+            "output nodes": {"granularity": "output_node"}}  # fmt: skip
+BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
+         "the same, `discard_unkept`": "far_after_discard", "after, by output node": "far_after_output_node"}  # fmt: skip
+
 
 def rows() -> list[tuple[str, str, str, str]]:
     """`(task, method, values, file)` of the table in README."""
-    table = re.findall(r"^\| (\w+) \| (\w+) \| ([\d. /]+) \| \[.*?\]\((results/glue/.*?\.json)\) \|$",
+    table = re.findall(r"^\| (\w+) \| (\w+(?: \([^)]*\))?) \| ([\d. /]+) \| \[.*?\]\((results/glue/.*?\.json)\) \|$",
                        (ROOT / "README.md").read_text(), re.M)  # fmt: skip
     assert table
     return table
@@ -24,7 +31,11 @@ def rows() -> list[tuple[str, str, str, str]]:
 @pytest.mark.parametrize("task,method,values,file", rows(), ids=lambda value: str(value)[-40:])
 def test_readme_and_results_agree(task, method, values, file):
     result = json.loads((ROOT / file).read_text())
-    assert result["finished"] and (result["task"], result["method"]) == (task.lower(), method)
+    name, _, variant = method.partition(" (")
+    assert result["finished"] and (result["task"], result["method"]) == (task.lower(), name)
+    if name == "far":
+        told = VARIANTS[variant.rstrip(")")]
+        assert {key: result["config"][key] for key in PLAIN_FAR} == {**PLAIN_FAR, **told}
     assert values == " / ".join(f"{100 * result['final'][metric]:.1f}" for metric in METRICS[result["task"]])
 
 
@@ -35,3 +46,18 @@ def test_every_results_file_is_in_the_readme():
 def test_results_hold_no_path_of_a_machine():
     for path in (ROOT / "results").rglob("*.json"):
         assert not re.search(r'"/(?!\s)', path.read_text()), path
+
+
+@pytest.mark.parametrize("label,variant", BENCH.items())
+def test_the_benchmark_table_is_that_of_its_files(label, variant):
+    off, on = (
+        json.loads((ROOT / f"results/bench/far-minilm-16x128-cpu{name}.json").read_text())["variants"][variant]
+        for name in ("-no-dropout", "")
+    )
+    file = off.get("adapter_file_bytes")
+    cells = [
+        f"{off['time_ratios']['step']['median']:.2f}", f"{off['bytes_ratios']['stored']:.2f}",
+        f"{on['bytes_ratios']['stored']:.2f}", f"{off['bytes_ratios']['total']:.2f}",
+        f"{file / 1e6:.1f} MB" if file else "",
+    ]  # fmt: skip
+    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
