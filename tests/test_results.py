@@ -17,7 +17,8 @@ PLAIN_FAR = {"retention_ratio": 0.1, "priming_ratio": 0.01, "selection": "l1", "
 VARIANTS = {"": {}, "random nodes": {"selection": "random"}, "unkept discarded": {"discard_unkept": True},
             "output nodes": {"granularity": "output_node"}}  # fmt: skip
 BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
-         "the same, `discard_unkept`": "far_after_discard", "after, by output node": "far_after_output_node"}  # fmt: skip
+         "the same, `discard_unkept`": "far_after_discard",
+         "after, by output node": "far_after_output_node"}  # fmt: skip
 
 
 def rows() -> list[tuple[str, str, str, str]]:
