@@ -173,6 +173,19 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if plain and weight is not None and weight.element_size() >= 2 else None
 
 
+def readable_weight(module: nn.Module) -> torch.Tensor | None:
+    """The weight of a linear layer as (out_features, in_features), if the layer does nothing but multiply by it.
+
+    None for layers that must be called: quantised, of another class, hooked (offloaded), or wrapped.
+    """
+    if type(module) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        return None
+    if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+        return None
+    weight = float_weight(module)
+    return weight.t() if weight is not None and isinstance(module, Conv1D) else weight
+
+
 _FROZEN = "_peft_learners_frozen"
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..discovery import base_of, float_weight, is_norm
+from ..discovery import base_of, is_norm, readable_weight
 from ..feed_forward import sizes
 from ..functional import effective_linear, norm_with, separate_linear, sum_of
 from ..layer import parameter_at
@@ -60,7 +60,7 @@ class FARLinear(FARLayer):
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
-        weight = self._readable_weight()
+        weight = readable_weight(self.base_layer)
         if weight is None or args or kwargs:
             return self._forward_plain(x, adapters, *args, **kwargs)
         summed = wants_summed_weight(x.numel() // max(1, self.in_features))
@@ -93,16 +93,6 @@ class FARLinear(FARLayer):
         bias_rest = self.far_bias_rest[adapter] if adapter in self.far_bias_rest else None
         values, kept = holder.far_delta[adapter], holder.far_kept[adapter]
         return cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
-
-    def _readable_weight(self) -> Tensor | None:
-        """The weight as (out_features, in_features) if it can be added to; None sends the call down the plain path."""
-        base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
-            return None
-        if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks or float_weight(base) is None:
-            return None
-        weight: Any = base.weight
-        return weight.t() if self.fan_in_fan_out else weight
 
     def _forward_plain(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The same sum through `base_layer(x)`: for weights that are hooked, wrapped, or of another type."""

@@ -12,7 +12,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..discovery import base_of, float_weight
+from ..discovery import base_of, readable_weight
 from ..functional import effective_weight, linear_with_updates, norm_with, sum_of
 from ..layer import DeltaLayer
 from .config import DENSE_PART, PRIMING, LearnerConfig
@@ -119,15 +119,10 @@ class LearnerLinear(LearnerLayer):
 
     def _readable_weight(self, adapters: list[str]) -> Tensor | None:
         """The weight as (out_features, in_features) if it can be added to; None sends the call down the plain path."""
-        base = self.base_layer
-        if type(base) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        weight = readable_weight(self.base_layer)
+        if weight is None or any(self.learner_P1[name].dtype != weight.dtype for name in adapters):
             return None
-        if hasattr(base, "_hf_hook") or base._forward_hooks or base._forward_pre_hooks:
-            return None
-        weight: Any = base.weight
-        if any(self.learner_P1[name].dtype != weight.dtype for name in adapters) or float_weight(base) is None:
-            return None
-        return weight.t() if self.fan_in_fan_out else weight
+        return weight
 
     def _forward_plain(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The same sum through `base_layer(x)`: for weights of another type, quantised, hooked or wrapped."""
