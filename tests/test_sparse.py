@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_learners import allocation
 from peft_learners.sparse import cut_linear, order_of, others_of, uncut
 
 IN, OUT = 10, 6
@@ -113,25 +112,3 @@ def test_order_puts_every_node_back_in_its_place(case):
     kept = torch.tensor(sorted(kept_set), dtype=torch.long)
     other = others_of(kept, nodes)
     assert torch.cat([kept, other])[order_of(kept, nodes)].tolist() == list(range(nodes))
-
-
-@pytest.mark.parametrize(
-    "ratio,nodes,count",
-    [(0.1, 3072, 307), (0.1, 768, 77), (0.1, 1536, 154), (0.5, 5, 3), (0.0, 7, 0), (1.0, 7, 7), (0.01, 10, 0)],
-)
-def test_counts_are_rounded_to_the_nearest_halves_up(ratio, nodes, count):
-    assert allocation.kept_count(ratio, nodes) == count
-
-
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
-@settings(deadline=None, max_examples=80)
-def test_highest_scores_are_kept_and_of_equals_the_lower_index(scores, data):
-    count = data.draw(st.integers(0, len(scores)))
-    kept = allocation.highest(torch.tensor(scores, dtype=torch.float64), count).tolist()
-    by_hand = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
-    assert kept == by_hand
-
-
-def test_scores_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="not finite"):
-        allocation.highest(torch.tensor([1.0, float("nan")]), 1)
