@@ -2,44 +2,56 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import nn
 
+Shapes = dict[str, tuple[int, ...]]
 
-def refuse_foreign(model: nn.Module, prefix: str, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Compare the names of an adapter's values in a file with those in the model.
+
+def own_shapes(model: nn.Module, prefix: str, adapter: str) -> Shapes:
+    """`{name as in a file: shape}` of an adapter's values (names in a file are without the adapter's).
 
     Args:
         prefix: of the tuner's parts.
-        state_dict: the file's values, under the model's names.
+    """
+    marker = f".{adapter}"
+    return {
+        key.replace(marker, "") if key.endswith(marker) else key.replace(f"{marker}.", "."): tuple(value.shape)
+        for key, value in model.state_dict().items()
+        if f".{prefix}" in key and (key.endswith(marker) or f"{marker}." in key)
+    }
+
+
+def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state_dict: Mapping[str, Any]) -> None:
+    """Compare the names of an adapter's values in a file with those it should hold.
 
     Raises:
         ValueError: values are missing, or have no place.
     """
-    marker = f".{adapter}"
-    own = {key for key in model.state_dict() if f".{prefix}" in key and (key.endswith(marker) or f"{marker}." in key)}
     found = {key for key in state_dict if f".{prefix}" in key}
-    missing, unknown = sorted(own - found), sorted(found - own)
+    missing, unknown = sorted(set(expected) - found), sorted(found - set(expected))
     parts = []
     if missing:
-        parts.append(f"{len(missing)} of {len(own)} values are missing (first: {missing[0]})")
+        parts.append(f"{len(missing)} of {len(expected)} values are missing (first: {missing[0]})")
     if unknown:
         parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")
     if parts:
         raise ValueError(_misfit(adapter, "; ".join(parts)))
 
 
-def refuse_shapes(model: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
-    """Compare the shapes of values in a file with those in the model.
+def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
+    """Compare the shapes of values in a file with those they should have.
 
     Raises:
         ValueError: some differ.
     """
-    own = model.state_dict()
     shapes = [
-        f"{key}: {tuple(value.shape)} in the file, {tuple(own[key].shape)} in the model"
+        f"{key}: {tuple(value.shape)} in the file, {expected[key]} in the model"
         for key, value in state_dict.items()
-        if key in own and own[key].shape != value.shape
+        if key in expected and expected[key] != tuple(value.shape)
     ]
     if shapes:
         raise ValueError(_misfit(adapter, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))

@@ -186,24 +186,22 @@ def readable_weight(module: nn.Module) -> torch.Tensor | None:
     return weight.t() if weight is not None and isinstance(module, Conv1D) else weight
 
 
-_FROZEN = "_peft_learners_frozen"
+def is_sinusoidal(module: nn.Module) -> bool:
+    """A table of fixed sine and cosine positions (Whisper's encoder, Pegasus, Marian), which no one trains.
 
-
-def frozen_parameters(model: nn.Module) -> set[str]:
-    """Names of the parameters that the model itself keeps frozen (Whisper's and Pegasus's sinusoidal positions).
-
-    PEFT freezes everything at the first injection, and leaves it so when it unloads. So the names are kept with the
-    model from its first adapter on, and a model that is frozen altogether is taken for one that was unloaded.
+    Read from the values, since flags are gone once PEFT has frozen a model: each row holds d/2 pairs of a sine and a
+    cosine of one angle, whose squares sum to 1.
     """
-    known = model.__dict__.get(_FROZEN)
-    if known is None:
-        flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-        adapted = any(isinstance(module, BaseTunerLayer) for module in model.modules())
-        known = set() if adapted or not any(flags.values()) else {name for name, flag in flags.items() if not flag}
-        model.__dict__[_FROZEN] = known
-    return known
+    base = base_of(module)
+    if not isinstance(base, nn.Embedding) or base.weight.is_meta or base.embedding_dim < 2:
+        return False
+    rows = base.weight.detach().float().square().sum(1)
+    return len(rows) > 1 and bool(((rows / (base.embedding_dim // 2) - 1).abs() < 0.02).all())
 
 
-def forget_frozen(model: nn.Module) -> None:
-    """Leave no mark on a model whose adapters were taken out."""
-    model.__dict__.pop(_FROZEN, None)
+def frozen_on_purpose(model: nn.Module) -> list[str]:
+    """Names of parameters that someone froze before the first adapter, in a model that otherwise trains."""
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        return []
+    flags = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    return [name for name, trains in flags.items() if not trains] if any(flags.values()) else []

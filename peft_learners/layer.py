@@ -35,6 +35,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
+        #: Set by the tuner while the model computes a batch whose rows have different adapters.
+        self.in_mixed_batch = False
 
     # -- for the subclass -------------------------------------------------------------------------------------------
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import discovery
-from .checkpoint import refuse_foreign, refuse_shapes
+from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .layer import BASE_ADAPTER, DeltaLayer
 from .phases import PhaseDriver, PhaseStart, warn_if_never_driven
@@ -280,9 +280,14 @@ class PhasedModel(BaseTuner):
             )
             for module in modules
         ]
+        layers = [module for module in modules if isinstance(module, DeltaLayer)]
+        for layer in layers:
+            layer.in_mixed_batch = True
         try:
             yield
         finally:
+            for layer in layers:
+                layer.in_mixed_batch = False
             for handle in handles:
                 handle.remove()
 
@@ -311,7 +316,6 @@ class PhasedModel(BaseTuner):
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         PhaseDriver.forget(model)
-        discovery.forget_frozen(model)
         return model
 
     @classmethod
@@ -336,38 +340,33 @@ class PhasedModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        # First, since PEFT names the values of the parts that exist.
-        undo = cls._fit_to_file(model, adapter_name, state_dict)
-        try:
-            remapped = super()._remap_adapter_state_dict_for_load(
-                model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
-            )
-            refuse_foreign(model, cls.prefix, adapter_name, remapped)
-        except ValueError:
-            undo()
-            raise
+        expected = cls._shapes_in_form_of(model, adapter_name, state_dict)
+        refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
+        if expected != own_shapes(model, cls.prefix, adapter_name):
+            refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
+            cls._fit_to_file(model, adapter_name, state_dict)
+        remapped = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
         def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
             handle.remove()
-            try:
-                refuse_shapes(model, adapter_name, values)
-            except ValueError:
-                undo()
-                raise
+            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            refuse_shapes(shapes, adapter_name, values)
 
         handle = model.register_load_state_dict_pre_hook(check_shapes)
         return remapped
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Callable[[], None]:
-        """Bring the adapter into the form that a file holds, if its form changes with its phases.
+    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Shapes:
+        """What a file should hold for this adapter, in the form that this file has (see `_fit_to_file`)."""
+        return own_shapes(root, cls.prefix, adapter)
 
-        Returns:
-            The way back, for a file that does not fit after all.
-        """
-        return lambda: None
+    @classmethod
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
+        """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits."""
 
 
 def is_named(module_name: str, name: str) -> bool:

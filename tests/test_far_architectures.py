@@ -118,11 +118,78 @@ def test_weight_normed_convolutions_survive_a_copy():
     assert torch.equal(logits_of(copy.deepcopy(model), inputs), logits_of(model, inputs))
 
 
-def test_a_model_that_was_unloaded_is_not_taken_for_a_frozen_one():
-    back = get_peft_model(zoo.build("distilbert"), FARConfig()).unload()
-    assert not any(p.requires_grad for name, p in back.named_parameters() if "classifier" not in name)
-    total = sum(p.numel() for p in back.parameters())
+def test_what_an_adapter_holds_does_not_depend_on_the_flags_of_the_moment(tmp_path: Path):
+    """As with PEFT's tuners the user's flags are ignored, which is told. PEFT leaves a model frozen when it unloads."""
+    base = zoo.build("distilbert")
+    total = sum(p.numel() for p in base.parameters())
+    base.distilbert.embeddings.requires_grad_(False)
+    with pytest.warns(UserWarning, match="first: distilbert.embeddings.word_embeddings.weight.*exclude_modules"):
+        model = get_peft_model(base, FARConfig(init_weights=False))
+    assert model.get_nb_trainable_parameters()[0] == total
+    model.save_pretrained(tmp_path)
+    inputs = zoo.inputs_of("distilbert", model)
+    for frozen in (False, True):
+        other = zoo.build("distilbert").requires_grad_(not frozen)
+        assert torch.equal(logits_of(PeftModel.from_pretrained(other, tmp_path), inputs), logits_of(model, inputs))
+    back = model.unload()
     assert get_peft_model(back, FARConfig()).get_nb_trainable_parameters()[0] == total
+
+
+def two_adapters(arch: str) -> tuple[nn.Module, dict, dict[str, torch.Tensor]]:
+    build, make_inputs = CASES[arch]
+    torch.manual_seed(0)
+    model = get_peft_model(build().eval(), FARConfig(init_weights=False))
+    model.add_adapter("other", FARConfig(init_weights=False))
+    inputs, logits = make_inputs(model), {}
+    for name in ("other", "default"):
+        model.set_adapter(name)
+        logits[name] = logits_of(model, inputs)
+    return model, inputs, logits
+
+
+@pytest.mark.parametrize("arch", ["mobilebert", "deberta-v2", "gemma"])
+def test_weights_that_are_read_follow_disabling_and_merging(arch):
+    build, _ = CASES[arch]
+    torch.manual_seed(0)
+    base = build().eval()
+    model, inputs, logits = two_adapters(arch)
+    expected = logits_of(base, inputs)
+    with model.disable_adapter():
+        assert torch.equal(logits_of(model, inputs), expected)
+    model.merge_adapter()
+    torch.testing.assert_close(logits_of(model, inputs), logits["default"], rtol=1e-4, atol=1e-4)
+    with model.disable_adapter():  # PEFT unmerges here
+        torch.testing.assert_close(logits_of(model, inputs), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits_of(model, inputs), logits["default"], rtol=1e-4, atol=1e-4)
+    model.set_adapter("other")
+    torch.testing.assert_close(logits_of(model, inputs), logits["other"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("arch", ["mobilebert", "deberta-v2"])
+def test_weights_that_are_read_are_refused_in_mixed_batches(arch):
+    model, inputs, _ = two_adapters(arch)
+    with pytest.raises(ValueError, match="can't give each row its own"):
+        model(**inputs, adapter_names=["default", "other", "__base__"])
+
+
+def test_torch_own_encoder_layers():
+    """Their fast path, in eval mode, reads weights without calling the layers."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x)
+
+    torch.manual_seed(0)
+    model, x = get_peft_model(Net(), FARConfig(init_weights=False)), torch.randn(2, 5, 16)
+    trained = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval()(x), trained, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-5, atol=1e-5)
 
 
 def test_a_file_of_another_ratio_is_refused_and_the_adapter_stays_uncut(tmp_path: Path):
@@ -131,10 +198,15 @@ def test_a_file_of_another_ratio_is_refused_and_the_adapter_stays_uncut(tmp_path
     cut.save_pretrained(tmp_path / "cut")
     for discard in (False, True):
         model = far(retention_ratio=0.5, init_weights=False, discard_unkept=discard)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        model(**zoo.inputs_of("distilbert", model)).loss.backward()
+        optimizer.step()
+        moments = len(optimizer.state)
         before = {n: v.clone() for n, v in model.state_dict().items()}
         with pytest.raises(ValueError, match="does not fit the adapter.*Nothing was loaded"):
             model.load_adapter(tmp_path / "cut", "default")
         assert not model.peft_config["default"].reconfigured
+        assert len(optimizer.state) == moments > 0
         after = model.state_dict()
         assert after.keys() == before.keys() and all(torch.equal(after[n], v) for n, v in before.items())
 

@@ -19,6 +19,10 @@ from .plan import Home, Nodes
 
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
+BATCHLESS = (
+    "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
+    "once per adapter, or leave them out when training (T5: FARConfig(exclude_modules=['relative_attention_bias']))."
+)
 
 
 class FARLayer(DeltaLayer):
@@ -28,7 +32,15 @@ class FARLayer(DeltaLayer):
     """
 
     adapter_layer_names = PARTS
-    other_param_names = ("far_kept", "far_rest", "far_bias_rest", "far_nodes", "far_source", "far_names")
+    other_param_names = (
+        "far_kept",
+        "far_rest",
+        "far_bias_rest",
+        "far_nodes",
+        "far_names",
+        "far_source",
+        "far_sharers",
+    )
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -42,6 +54,8 @@ class FARLayer(DeltaLayer):
         self.far_names: dict[str, dict[str, tuple[str, ...]]] = {}
         # Kept in a dict, a layer is no submodule of another one.
         self.far_source: dict[str, dict[str, FARLayer]] = {}
+        self.far_sharers: dict[str, list[FARLayer]] = {}
+        self._is_called = False
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.far_names
@@ -63,6 +77,7 @@ class FARLayer(DeltaLayer):
                 self._create(part, adapter, config)
             elif len(names) == 1 == len(holders[0].far_names[adapter].get(part, ())):
                 self.far_source[adapter][part] = holders[0]
+                holders[0].far_sharers.setdefault(adapter, []).append(self)
             else:
                 raise ValueError(
                     f"A {type(base).__name__} shares some of its parameters ({', '.join(names)}) with another module. "
@@ -121,17 +136,40 @@ class FARLayer(DeltaLayer):
         return self._effective("bias")
 
     def _effective(self, name: str) -> Tensor:
+        if self.disable_adapters and self.merged:
+            self.unmerge()  # as forward does, which a layer that is only read never sees
         base: Any = self.get_base_layer()
         value = getattr(base, name)
-        if value is None or self.disable_adapters or self.merged:
+        # The linear layers of an FFN are called; T5 reads their weights for the type alone, many times.
+        if value is None or self.disable_adapters or self.merged or self.far_nodes:
             return value
-        for adapter in self.active_adapters:
-            for part, names in self.far_names.get(adapter, {}).items():
-                if name in names:
-                    delta = self.full_delta(part, adapter)
-                    assert delta is not None
-                    value = value + self._by_parameter(part, adapter, delta)[name]
+        active = [adapter for adapter in self.active_adapters if adapter in self.far_names]
+        parts = [
+            (adapter, part) for adapter in active for part, names in self.far_names[adapter].items() if name in names
+        ]
+        if self.in_mixed_batch and parts:
+            if self._is_called:
+                return value  # a look at its type
+            raise ValueError(BATCHLESS.format(f"{name} of a {type(base).__name__}, which is read and not called"))
+        for adapter, part in parts:
+            delta = self.full_delta(part, adapter)
+            assert delta is not None
+            value = value + self._by_parameter(part, adapter, delta)[name]
         return value.to(getattr(base, name).dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_called:
+            self._is_called = True
+        return super().forward(*args, **kwargs)
+
+    def unmerge(self) -> None:
+        """Subtract the merged deltas again, here and in the layers that share a parameter with this one."""
+        sharing = [other for others in self.far_sharers.values() for other in others]
+        sharing += [holder for holders in self.far_source.values() for holder in holders.values()]
+        super().unmerge()
+        for other in sharing:
+            if other.merged:
+                other.unmerge()
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         deltas: dict[str, Tensor] = {}
@@ -214,21 +252,20 @@ class FARLayer(DeltaLayer):
         for buffer, value in without_data:
             buffer[adapter_name] = value
 
-    def form(self, adapter: str) -> Callable[[], list[Resized]]:
-        """A way back to the form (cut or not) and the values that the adapter has now. Copies nothing."""
-        parameters = [(p, p.data) for p in (c[adapter] for c in (self.far_delta, self.far_bias_delta) if adapter in c)]
-        all_buffers = (self.far_kept, self.far_rest, self.far_bias_rest)
-        buffers = [(b, b[adapter] if adapter in b else None) for b in all_buffers]
-
-        def restore() -> list[Resized]:
-            for buffer, value in buffers:
-                if value is not None:
-                    buffer[adapter] = value
-                elif adapter in buffer:
-                    del buffer[adapter]
-            return [Resized(parameter, value, None) for parameter, value in parameters]
-
-        return restore
+    def shapes(self, adapter: str, config: FARConfig, cut: bool) -> dict[str, tuple[int, ...]]:
+        """Shapes of the values of this layer that the cut concerns, before it or after it."""
+        nodes, kept, length = self.far_nodes[adapter], self.kept_rows(adapter, config), self._length(adapter)
+        parts = [("far_delta", "far_rest", nodes.axis)]
+        if adapter in self.far_bias_delta:
+            parts.append(("far_bias_delta", "far_bias_rest", 0))
+        shapes: dict[str, tuple[int, ...]] = {"far_kept": (kept,)} if cut else {}
+        for part, rest, axis in parts:
+            full = list(self._shape(part, adapter))
+            split = cut and (part == "far_delta" or nodes.axis == 0)
+            shapes[part] = (*full[:axis], kept, *full[axis + 1 :]) if split else tuple(full)
+            if split and not config.discard_unkept:
+                shapes[rest] = (*full[:axis], length - kept, *full[axis + 1 :])
+        return shapes
 
     def __repr__(self) -> str:
         return "far." + super().__repr__()

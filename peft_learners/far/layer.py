@@ -15,12 +15,8 @@ from ..feed_forward import sizes
 from ..functional import effective_linear, norm_with, separate_linear, sum_of
 from ..layer import parameter_at
 from ..sparse import cut_linear, wants_summed_weight
-from .base import FARLayer
+from .base import BATCHLESS, FARLayer
 
-_BATCHLESS = (
-    "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
-    "once per adapter, or leave them out when training (T5: FARConfig(exclude_modules=['relative_attention_bias']))."
-)
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -114,8 +110,13 @@ class _Transparent(FARLayer):
         try:
             return super().__getattr__(name)
         except AttributeError:
+            if name == "_qkv_same_embed_dim" and isinstance(self.get_base_layer(), nn.MultiheadAttention):
+                return False  # keeps torch's encoder layer from its fast path, which reads weights without calling
             if name == "base_layer" or name.startswith("_"):
                 raise
+            adapted = self.__dict__.get("far_names", {})  # not there yet while a copy is made
+            if any(name in names for parts in adapted.values() for names in parts.values()):
+                return self._effective(name)
             return getattr(self.base_layer, name)
 
 
@@ -142,7 +143,7 @@ class FAREmbedding(_Transparent):
 
     def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
         if self.batchless:
-            raise ValueError(_BATCHLESS.format("relative positions"))
+            raise ValueError(BATCHLESS.format("relative positions"))
         if not (x.dim() > 1 and len(x) == 1):
             super()._check_mixed(x, adapter_names)
 
@@ -189,7 +190,7 @@ class FARModule(_Transparent):
 
     def _forward_without_input(self, adapter_names: Optional[list[str]]) -> Any:
         if adapter_names is not None:
-            raise ValueError(_BATCHLESS.format(type(self.get_base_layer()).__name__))
+            raise ValueError(BATCHLESS.format(type(self.get_base_layer()).__name__))
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self.active_adapters

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Optional
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from .. import discovery
 from ..allocation import drawn, highest, kept_count
 from ..boundary import agreed, live_optimizers, resize
+from ..checkpoint import Shapes
 from ..feed_forward import feed_forwards, named_feed_forwards, patterns_of
 from ..phases import tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
@@ -75,6 +76,8 @@ class FARModel(PhasedModel):
         if everything:
             if not any(home.nodes for home in self._homes.values()):
                 raise ValueError(_no_pair(model, config))
+            if not config.inference_mode:
+                self._warn_of_frozen(model)
             if lost and not config.inference_mode:
                 warnings.warn(
                     f"FAR can't give deltas to {len(lost)} parameters of the {type(model).__name__}, which stay "
@@ -82,6 +85,15 @@ class FARModel(PhasedModel):
                     stacklevel=2,
                 )
         return set(self._homes)
+
+    def _warn_of_frozen(self, model: nn.Module) -> None:
+        frozen = [name for name in discovery.frozen_on_purpose(model) if name.rpartition(".")[0] in self._homes]
+        if frozen:
+            warnings.warn(
+                f"{len(frozen)} parameters (first: {frozen[0]}) were frozen before FAR was added. FAR gives them "
+                "trained deltas all the same, as PEFT's tuners do. Leave them out with exclude_modules.",
+                stacklevel=2,
+            )
 
     def _is_supported(self, module: nn.Module) -> bool:
         base = discovery.base_of(module)
@@ -258,27 +270,30 @@ class FARModel(PhasedModel):
     # -- loading ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Callable[[], None]:
+    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
+        shapes = super()._shapes_in_form_of(root, adapter, state_dict)
         config: Any = getattr(root, "peft_config", {})[adapter]
         cut = any(key.endswith(".far_kept") for key in state_dict)
-        if cut == config.reconfigured:
-            return lambda: None
-        layers = list(cls._cuttable(root, adapter))
-        forms = [layer.form(adapter) for layer in layers]
-        if cut:
+        if cut != config.reconfigured:
+            for name, layer in root.named_modules():
+                if isinstance(layer, FARLayer) and adapter in layer.far_nodes and adapter in layer.far_delta:
+                    for part in ("far_delta", "far_bias_delta", "far_kept", "far_rest", "far_bias_rest"):
+                        shapes.pop(f"{name}.{part}", None)
+                    in_form = layer.shapes(adapter, config, cut)
+                    shapes.update({f"{name}.{part}": shape for part, shape in in_form.items()})
+        return shapes
+
+    @classmethod
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+        config: Any = getattr(root, "peft_config", {})[adapter]
+        if config.reconfigured:
+            cls._undo_cuts(root, adapter)
+        else:
             changes = []
-            for layer in layers:
+            for layer in cls._cuttable(root, adapter):
                 changes += layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept)
             resize(changes, live_optimizers())
-        else:
-            cls._undo_cuts(root, adapter)
-        config.write("reconfigured", cut)
-
-        def undo() -> None:
-            resize([change for restore in forms for change in restore()], live_optimizers())
-            config.write("reconfigured", not cut)
-
-        return undo
+        config.write("reconfigured", not config.reconfigured)
 
 
 def _no_pair(model: nn.Module, config: FARConfig) -> str:

@@ -68,9 +68,12 @@ def homes(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
         base = discovery.base_of(module)
         own = [p for p in base.parameters(recurse=False) if p.is_floating_point()]
         linear_inside = any(discovery.is_linear(child) for child in base.modules() if child is not base)
+        if discovery.is_sinusoidal(module):
+            continue
         if discovery.is_linear(module) or (own and (not linear_inside or isinstance(base, nn.MultiheadAttention))):
             found[name] = module
     held = {id(p) for module in found.values() for p in discovery.base_of(module).parameters()}
+    held |= {id(p) for _, m in discovery.walk(model) if discovery.is_sinusoidal(m) for p in m.parameters()}
     lost = [
         f"{name}.{own}" if name else own
         for name, module in discovery.walk(model)
@@ -115,7 +118,7 @@ def lay_out_homes(
     attention |= {n for n, m in chosen.items() if isinstance(discovery.base_of(m), nn.MultiheadAttention)}
     lm_head = discovery.output_embeddings(model)
     shared = {id(p) for name in tables if name not in attention for p in discovery.base_of(chosen[name]).parameters()}
-    nodes, frozen = _nodes(config, chosen, pairs), discovery.frozen_parameters(model)
+    nodes = _nodes(config, chosen, pairs)
     result: dict[str, Home] = {}
     for name, module in chosen.items():
         base = discovery.base_of(module)
@@ -138,7 +141,7 @@ def lay_out_homes(
                 train, part = config.train_biases, "far_bias_delta"
             else:
                 train, part = True, "far_delta"
-            if train and parameter.is_floating_point() and f"{name}.{parameter_name}" not in frozen:
+            if train and parameter.is_floating_point():
                 parameters[part] = (*parameters.get(part, ()), parameter_name)
         if parameters:
             result[name] = Home(
