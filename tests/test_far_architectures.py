@@ -119,7 +119,7 @@ def test_weight_normed_convolutions_survive_a_copy():
 
 
 def test_what_an_adapter_holds_does_not_depend_on_the_flags_of_the_moment(tmp_path: Path):
-    """As with PEFT's tuners the user's flags are ignored, which is told. PEFT leaves a model frozen when it unloads."""
+    """As with PEFT's tuners the user's flags are ignored, which is told. PEFT leaves a model frozen at unloading."""
     base = zoo.build("distilbert")
     total = sum(p.numel() for p in base.parameters())
     base.distilbert.embeddings.requires_grad_(False)
