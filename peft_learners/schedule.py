@@ -1,7 +1,7 @@
 """Phases and steps: pure integers, no torch.
 
-A method is a list of phases. This module turns epochs into optimizer steps once, says in which phase a step lies, and
-what changes at a boundary. Everything else (layers, optimizers, processes) lives elsewhere and asks here.
+A method is a list of phases. This module turns epochs into optimizer steps once, and says in which phase a step lies.
+Everything else (layers, optimizers, processes) lives elsewhere and asks here.
 
 Steps are counted as *finished optimizer steps*: `global_step` 0 is before the first step, and a phase with
 `first_step == k` owns the steps that start when k steps are finished. A boundary therefore lies between two steps.
@@ -32,14 +32,6 @@ class Phase:
     name: str
     first_step: int
     trains: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Change:
-    """What a boundary does to the trained set: names of adapter parts."""
-
-    frozen: frozenset[str]
-    unfrozen: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -100,12 +92,6 @@ class Schedule:
             )
         ordered = sorted(first_steps.items(), key=lambda item: item[1])
         return Schedule(tuple(Phase(name, step, known[name].trains) for name, step in ordered))
-
-
-def change(before: Phase | None, after: Phase) -> Change:
-    """What changes when `after` follows `before` (None: at the start of training)."""
-    old = before.trains if before is not None else frozenset()
-    return Change(frozen=frozenset(old - after.trains), unfrozen=frozenset(after.trains - old))
 
 
 def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:

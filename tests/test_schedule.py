@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from peft_learners import LearnerConfig
-from peft_learners.schedule import Change, Phase, Schedule, ScheduleError, change, epochs_to_steps, lay_out
+from peft_learners.schedule import Phase, Schedule, ScheduleError, epochs_to_steps, lay_out
 
 A, B = frozenset({"p", "q"}), frozenset({"p"})
 
@@ -33,12 +33,6 @@ def test_a_phase_owns_the_steps_that_begin_at_or_after_its_first():
     schedule = two(3)
     assert [schedule.phase_at(step).name for step in range(5)] == ["one", "one", "one", "two", "two"]
     assert [schedule.completed(step) for step in (2, 3)] == [[], ["one"]]
-
-
-def test_what_changes_at_a_boundary():
-    one, second = two(3).phases
-    assert change(one, second) == Change(frozen=frozenset({"q"}), unfrozen=frozenset())
-    assert change(None, one) == Change(frozen=frozenset(), unfrozen=A)
 
 
 @pytest.mark.parametrize(

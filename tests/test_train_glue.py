@@ -27,12 +27,6 @@ GOOD, BAD = ["softly", "gladly", "warmly"], ["blue", "seven", "under"]
 TSV_FILES = {"mnli": ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")}
 
 
-def phased() -> None:
-    package = pytest.importorskip("peft_learners")
-    if not hasattr(package, "PhaseCallback"):
-        pytest.skip("peft_learners has no PhaseCallback")
-
-
 @pytest.fixture(autouse=True)
 def offline(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -285,8 +279,6 @@ def test_defaults_are_the_recipe_and_flags_win(tmp_path):
 
 @pytest.mark.parametrize("method", list(glue_methods.METHODS))
 def test_run_and_record(method, arguments, tmp_path, capsys):
-    if glue_methods.METHODS[method].phased:
-        phased()
     results = train_glue.main(arguments(method=method))
     text = (tmp_path / "run" / "results.json").read_text()
     assert json.loads(text) == json.loads(json.dumps(results))
@@ -328,8 +320,6 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
 
 @pytest.mark.parametrize("method", list(glue_methods.METHODS))
 def test_saved_folder_reproduces_the_final_loss(method, arguments, model_dir, data_dir, tmp_path):
-    if glue_methods.METHODS[method].phased:
-        phased()
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -426,8 +416,6 @@ def test_folder_without_tokenizer_is_named(arguments, model_dir, tmp_path):
 @pytest.mark.parametrize("method", list(glue_methods.METHODS))
 @pytest.mark.parametrize("broken", ["no state", "cut state", "cut optimizer", "cut weights", "nothing broken"])
 def test_resume_from_the_last_whole_checkpoint(method, broken, arguments, tmp_path, capsys):
-    if glue_methods.METHODS[method].phased:
-        phased()
     whole = train_glue.main(arguments(method=method, num_train_epochs=3))
     run = tmp_path / "run"
     (run / "results.json").unlink()
@@ -457,8 +445,6 @@ def test_no_checkpoint(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", list(glue_methods.METHODS))
 def test_killed_run_goes_on(method, arguments, tmp_path):
-    if glue_methods.METHODS[method].phased:
-        phased()
     settings = {"method": method, "num_train_epochs": 12, "per_device_train_batch_size": 4, "priming_epochs": 1.5}
     command = [sys.executable, str(SCRIPTS / "train_glue.py")]
     killed = subprocess.Popen([*command, *arguments(**settings)], env=environment(), stderr=subprocess.DEVNULL)
@@ -490,8 +476,6 @@ LAUNCHERS = {
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
 @pytest.mark.parametrize("method", list(glue_methods.METHODS))
 def test_launchers(method, launcher, arguments, tmp_path):
-    if glue_methods.METHODS[method].phased:
-        phased()
     processes, module = LAUNCHERS[launcher]
     command = [sys.executable, "-m", *module, str(SCRIPTS / "train_glue.py")]
     command += arguments(method=method, per_device_train_batch_size=16 // processes)

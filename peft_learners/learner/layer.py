@@ -150,17 +150,19 @@ class LearnerLinear(LearnerLayer):
         return delta.t() if self.fan_in_fan_out else delta
 
     def merged_values(self, adapter: str) -> dict[str, Tensor]:
-        values = super().merged_values(adapter)
         base: Any = self.get_base_layer()
-        if base.weight.dtype == self.learner_P1[adapter].dtype:
-            # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
-            dense = []
-            if adapter in self.learner_dense_delta:
-                dense = [(self.learner_dense_delta[adapter].detach(), self.learner_lr_scale[adapter])]
-            p1, p2, factor = self._low_rank(adapter)
-            weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
-            full = effective_weight(weight, [(p1.detach(), p2.detach(), factor)], dense)
-            values["weight"] = full.t().contiguous() if self.fan_in_fan_out else full
+        if base.weight.dtype != self.learner_P1[adapter].dtype:
+            return super().merged_values(adapter)
+        # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
+        dense = []
+        if adapter in self.learner_dense_delta:
+            dense = [(self.learner_dense_delta[adapter].detach(), self.learner_lr_scale[adapter])]
+        p1, p2, factor = self._low_rank(adapter)
+        weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
+        full = effective_weight(weight, [(p1.detach(), p2.detach(), factor)], dense)
+        values = {"weight": full.t().contiguous() if self.fan_in_fan_out else full}
+        if adapter in self.learner_bias_delta:
+            values["bias"] = self._sum(base, "bias", self.learner_bias_delta[adapter].detach(), 1)
         return values
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
