@@ -15,6 +15,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 BASE_ADAPTER = "__base__"
+#: Standard deviation of every delta under `init_weights=False`.
+TEST_STD = 0.05
 
 
 def parameter_at(module: nn.Module, name: str) -> Any:

@@ -266,6 +266,9 @@ def test_a_factored_optimizer_starts_afresh_on_the_cut_weights():
     for step in range(1, 5):
         steps(model, inputs, optimizer, 1)
         model.base_model.update_and_allocate(step)
+    delta = ffn(model, 0)[0].far_delta["default"]
+    assert delta.shape == (8, 16) and optimizer.state[delta]["exp_avg_sq_row"].shape == (8,)
+    assert optimizer.state[delta]["step"] == 2  # steps 3 and 4
 
 
 def test_weights_that_modules_share_have_one_delta():

@@ -220,6 +220,8 @@ def test_an_adapter_that_kept_nothing_goes_on_in_silence(tmp_path: Path, discard
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*has nothing of it.*")
         trainer(again, arguments(tmp_path)).train()
+    assert again.peft_config["default"].reconfigured
+    assert again.base_model.model.distilbert.transformer.layer[0].ffn.lin1.far_delta["default"].shape == (0, 16)
 
 
 def test_a_sharer_that_is_left_out_leaves_all_out_and_says_so():

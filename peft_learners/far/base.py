@@ -12,13 +12,11 @@ from torch import Tensor, nn
 from ..allocation import kept_count
 from ..boundary import Resized, resize
 from ..discovery import base_of
-from ..layer import DeltaLayer, parameter_at
+from ..layer import TEST_STD, DeltaLayer, parameter_at
 from ..sparse import others_of, uncut
 from .config import PARTS, FARConfig
 from .plan import Home, Nodes
 
-#: Standard deviation of every delta under `init_weights=False`.
-TEST_STD = 0.05
 BATCHLESS = (
     "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
     "once per adapter, or leave them out when training (T5: FARConfig(exclude_modules=['relative_attention_bias']))."

@@ -14,11 +14,8 @@ from transformers.pytorch_utils import Conv1D
 
 from ..discovery import base_of, readable_weight
 from ..functional import effective_weight, linear_with_updates, norm_with, sum_of
-from ..layer import DeltaLayer
+from ..layer import TEST_STD, DeltaLayer
 from .config import DENSE_PART, PRIMING, LearnerConfig
-
-#: Standard deviation of every delta under `init_weights=False`.
-TEST_STD = 0.05
 
 
 class LearnerLayer(DeltaLayer):
