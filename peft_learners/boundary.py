@@ -5,10 +5,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+
+T = TypeVar("T")
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -94,15 +96,16 @@ def _carried(
     return carried
 
 
+def _living(kind: type[T]) -> list[T]:
+    """All objects of a class in this process."""
+    # type() rather than isinstance(): it runs no code of foreign objects.
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+
+
 def live_optimizers() -> list[torch.optim.Optimizer]:
     """All torch optimizers of this process, so that whoever made one need not hand it over."""
-    found: dict[int, torch.optim.Optimizer] = {}
-    for thing in gc.get_objects():
-        if issubclass(type(thing), torch.optim.Optimizer):  # type() runs no code of foreign objects
-            raw = raw_optimizer(thing)
-            if raw is not None and hasattr(raw, "state"):
-                found[id(raw)] = raw
-    return list(found.values())
+    raw = (raw_optimizer(optimizer) for optimizer in _living(torch.optim.Optimizer))
+    return list({id(found): found for found in raw if found is not None and hasattr(found, "state")}.values())
 
 
 def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
@@ -113,9 +116,7 @@ def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
     """
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return []
-    target, ddp = unwrapped(model), nn.parallel.DistributedDataParallel
-    # type() rather than isinstance(): it runs no code of foreign objects.
-    wrappers = [thing for thing in gc.get_objects() if issubclass(type(thing), ddp)]
+    target, wrappers = unwrapped(model), _living(nn.parallel.DistributedDataParallel)
     return [wrapper for wrapper in wrappers if any(module is target for module in wrapper.modules())]
 
 

@@ -17,11 +17,11 @@ def own_shapes(model: nn.Module, prefix: str, adapter: str) -> Shapes:
     Args:
         prefix: of the tuner's parts.
     """
-    marker = f".{adapter}"
+    ending = f".{adapter}"  # the adapter may be called as some module is
     return {
-        key.replace(marker, "") if key.endswith(marker) else key.replace(f"{marker}.", "."): tuple(value.shape)
+        key.removesuffix(ending): tuple(value.shape)
         for key, value in model.state_dict().items()
-        if f".{prefix}" in key and (key.endswith(marker) or f"{marker}." in key)
+        if f".{prefix}" in key and key.endswith(ending)
     }
 
 

@@ -50,7 +50,8 @@ def feed_forwards(model: nn.Module) -> list[FeedForward]:
     """
     modules = dict(walk(model))
     linears = linear_names(model)
-    usable, attention = set(linears), set(attention_names(model, linears))
+    attention = set(attention_names(model, linears))
+    outside = dict.fromkeys(name for name in linears if name not in attention)  # in order
     lists = [name for name, module in modules.items() if isinstance(module, nn.ModuleList)]
     found: list[FeedForward] = []
     pending: list[str] = []
@@ -60,9 +61,10 @@ def feed_forwards(model: nn.Module) -> list[FeedForward]:
             continue
         here = max((entry for entry in lists if name.startswith(f"{entry}.")), key=len, default="")
         block = name[: len(here) + 1 + name[len(here) + 1 :].find(".")] if here else ""
-        if is_norm(module) or name in attention or name not in usable or block != scope:
+        usable = name in outside
+        if not usable or block != scope:
             pending, scope = [], block
-        if is_norm(module) or name in attention or name not in usable:
+        if not usable:
             continue
         into, out = sizes(module)
         if pending:
@@ -75,7 +77,7 @@ def feed_forwards(model: nn.Module) -> list[FeedForward]:
                 pending.append(name)
                 continue
         pending = [name]
-    return _with_late_gates(found, modules, [n for n in linears if n not in attention])
+    return _with_late_gates(found, modules, list(outside))
 
 
 def _with_late_gates(found: list[FeedForward], modules: dict[str, nn.Module], linears: list[str]) -> list[FeedForward]:

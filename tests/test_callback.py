@@ -10,7 +10,7 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from training import Rows, adapter_values, arguments, dense_parameters, learner, trainer
+from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, dense_parameters, learner, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
@@ -172,8 +172,7 @@ def test_load_best_model_at_end_from_priming_says_so_and_corrects_the_record(tmp
     run = trainer(
         model,
         arguments(
-            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-            load_best_model_at_end=True, metric_for_best_model="worse", greater_is_better=False,
+            tmp_path, **KEEP_BEST, metric_for_best_model="worse", greater_is_better=False,
         ),
         compute_metrics=lambda prediction: {"worse": next(scores)},
     )  # fmt: skip
@@ -192,8 +191,7 @@ def test_load_best_model_at_end_from_the_last_phase(tmp_path: Path):
     run = trainer(
         model,
         arguments(
-            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-            load_best_model_at_end=True, metric_for_best_model="better", greater_is_better=True,
+            tmp_path, **KEEP_BEST, metric_for_best_model="better", greater_is_better=True,
         ),
         compute_metrics=lambda prediction: {"better": next(scores)},
     )  # fmt: skip
@@ -209,8 +207,7 @@ def test_early_stopping_in_priming_is_told(tmp_path: Path):
     run = trainer(
         model,
         arguments(
-            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-            load_best_model_at_end=True, metric_for_best_model="flat", greater_is_better=True,
+            tmp_path, **KEEP_BEST, metric_for_best_model="flat", greater_is_better=True,
         ),
         compute_metrics=lambda prediction: {"flat": 0.5},
         callbacks=[PhaseCallback(), EarlyStoppingCallback(early_stopping_patience=2)],
@@ -223,14 +220,8 @@ def test_early_stopping_in_priming_is_told(tmp_path: Path):
 def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
     """Out of memory after the boundary: Trainer starts over with a smaller batch, and so do the phases."""
 
-    class Tight(Trainer):
-        def training_step(self, *args, **kwargs):
-            if self._train_batch_size > 8 and self.state.global_step == 3:
-                raise RuntimeError("CUDA out of memory.")
-            return super().training_step(*args, **kwargs)
-
     model = learner()
-    run = Tight(
+    run = TightTrainer(
         model,
         arguments(tmp_path, auto_find_batch_size=True, per_device_train_batch_size=16),
         train_dataset=Rows(24),

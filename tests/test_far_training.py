@@ -14,7 +14,7 @@ import zoo
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from test_contract import logits_of
-from training import Rows, adapter_values, arguments, far, trainer
+from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, far, trainer
 from transformers import Trainer
 
 from peft_learners import FARConfig, PhaseCallback, ScheduleError
@@ -125,8 +125,7 @@ def test_load_best_model_from_priming_undoes_the_selection(tmp_path: Path):
     run = trainer(
         model,
         arguments(
-            tmp_path, eval_strategy="steps", eval_steps=1, save_strategy="steps", save_steps=1,
-            load_best_model_at_end=True, metric_for_best_model="worse", greater_is_better=False,
+            tmp_path, **KEEP_BEST, metric_for_best_model="worse", greater_is_better=False,
         ),
         compute_metrics=lambda prediction: {"worse": next(scores)},
     )  # fmt: skip
@@ -143,14 +142,8 @@ def test_load_best_model_from_priming_undoes_the_selection(tmp_path: Path):
 
 
 def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
-    class Tight(Trainer):
-        def training_step(self, *args, **kwargs):
-            if self._train_batch_size > 8 and self.state.global_step == 3:
-                raise RuntimeError("CUDA out of memory.")
-            return super().training_step(*args, **kwargs)
-
     settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 16}
-    run = Tight(far(), arguments(tmp_path, **settings), train_dataset=Rows(24), callbacks=[PhaseCallback()])
+    run = TightTrainer(far(), arguments(tmp_path, **settings), train_dataset=Rows(24), callbacks=[PhaseCallback()])
     run.train()
     assert [phase for phase, _, _ in starts(run)] == ["priming", "reconfigured"]
     assert run.state.global_step == 3 * -(-24 // run._train_batch_size)

@@ -92,6 +92,18 @@ def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_p
     assert torch.equal(logits_of(model, inputs), logits)
 
 
+@pytest.mark.parametrize("adapter", ["layer", "attention"])
+def test_an_adapter_may_be_called_as_a_module_is(trained, tmp_path: Path, adapter):
+    _, path, inputs, logits = trained
+    model = learner()
+    model.load_adapter(path, adapter)
+    model.set_adapter(adapter)
+    assert torch.equal(logits_of(model, inputs), logits)
+    model.load_adapter(path, "default")
+    model.set_adapter("default")
+    assert torch.equal(logits_of(model, inputs), logits)
+
+
 def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):
     _, path, _, _ = trained
     model = learner(r=8)

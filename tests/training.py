@@ -76,6 +76,25 @@ def trainer(model: torch.nn.Module, args: TrainingArguments, *, rows: int = 24, 
     return Trainer(model, args, train_dataset=Rows(rows), eval_dataset=Rows(8, seed=9), **kwargs)
 
 
+#: A checkpoint and an evaluation after each step, and the best one taken at the end.
+KEEP_BEST: dict[str, Any] = {
+    "eval_strategy": "steps",
+    "eval_steps": 1,
+    "save_strategy": "steps",
+    "save_steps": 1,
+    "load_best_model_at_end": True,
+}
+
+
+class TightTrainer(Trainer):
+    """Out of memory at step 3, as long as a batch has more than 8 rows."""
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if self._train_batch_size > 8 and self.state.global_step == 3:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(*args, **kwargs)
+
+
 def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """All values of the adapter and the head, copied."""
     return {

@@ -81,7 +81,7 @@ class FARLayer(DeltaLayer):
                     f"A {type(base).__name__} shares some of its parameters ({', '.join(names)}) with another module. "
                     "FAR can't give it deltas: leave it out with exclude_modules."
                 )
-        if config.reconfigured and adapter in self.far_nodes and "far_delta" not in self.far_source[adapter]:
+        if config.reconfigured and self.holds_nodes(adapter):
             kept = torch.arange(self.kept_rows(adapter, config))
             if not config.init_weights:
                 count, total = len(kept), self._length(adapter)
@@ -192,6 +192,10 @@ class FARLayer(DeltaLayer):
         """Rows (or columns) that stay trained once nodes are selected."""
         nodes = self.far_nodes[adapter]
         return kept_count(config.retention_ratio, nodes.width) * nodes.copies
+
+    def holds_nodes(self, adapter: str) -> bool:
+        """Whether the deltas of FFN nodes lie here (and not in a layer that shares its weight with this one)."""
+        return adapter in self.far_nodes and adapter in self.far_delta
 
     def is_cut(self, adapter: str) -> bool:
         return adapter in self.far_kept

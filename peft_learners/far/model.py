@@ -172,7 +172,7 @@ class FARModel(PhasedModel):
     def _cuttable(root: nn.Module, adapter: str) -> Iterator[FARLayer]:
         """Layers that hold weights of FFN nodes."""
         for layer in tuner_layers(root):
-            if isinstance(layer, FARLayer) and adapter in layer.far_nodes and adapter in layer.far_delta:
+            if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
                 yield layer
 
     @classmethod
@@ -190,9 +190,8 @@ class FARModel(PhasedModel):
         """Select the nodes, unless that was done (a resumed run, a loaded adapter)."""
         if phase.name != RECONFIGURED or config.reconfigured:
             return
-        layers = list(cls._cuttable(root, adapter))
         units: dict[str, list[FARLayer]] = {}
-        for layer in layers:
+        for layer in cls._cuttable(root, adapter):
             units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
         selections = agreed(root, cls.select_nodes(config, adapter, units))
         changes = []
@@ -276,7 +275,7 @@ class FARModel(PhasedModel):
         cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut != config.reconfigured:
             for name, layer in root.named_modules():
-                if isinstance(layer, FARLayer) and adapter in layer.far_nodes and adapter in layer.far_delta:
+                if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
                     for part in ("far_delta", "far_bias_delta", "far_kept", "far_rest", "far_bias_rest"):
                         shapes.pop(f"{name}.{part}", None)
                     in_form = layer.shapes(adapter, config, cut)

@@ -62,18 +62,19 @@ def homes(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     head = discovery.new_head(model)
     poolers = [] if head else [n for n, _ in discovery.walk(model) if "pooler" in n.split(".")]
     found: dict[str, nn.Module] = {}
+    held: set[int] = set()
     for name, module in discovery.walk(model):
         if not name or _below(name, head) or _below(name, found) or _below(name, poolers):
             continue
         base = discovery.base_of(module)
+        if discovery.is_sinusoidal(module):
+            held |= {id(p) for p in base.parameters()}
+            continue
         own = [p for p in base.parameters(recurse=False) if p.is_floating_point()]
         linear_inside = any(discovery.is_linear(child) for child in base.modules() if child is not base)
-        if discovery.is_sinusoidal(module):
-            continue
         if discovery.is_linear(module) or (own and (not linear_inside or isinstance(base, nn.MultiheadAttention))):
             found[name] = module
-    held = {id(p) for module in found.values() for p in discovery.base_of(module).parameters()}
-    held |= {id(p) for _, m in discovery.walk(model) if discovery.is_sinusoidal(m) for p in m.parameters()}
+    held |= {id(p) for module in found.values() for p in discovery.base_of(module).parameters()}
     lost = [
         f"{name}.{own}" if name else own
         for name, module in discovery.walk(model)
