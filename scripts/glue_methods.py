@@ -91,6 +91,26 @@ def far(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     return get_peft_model(model, FARConfig(task_type="SEQ_CLS", **settings))
 
 
+def bitfit(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """BitFit (Zaken et al., 2021): all biases of the backbone, norms' included, and the head, in place."""
+    backbone = f"{model.base_model_prefix}."
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(not name.startswith(backbone) or name.endswith(".bias"))
+    return model
+
+
+def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """Uniform LoRA on query, key and every `dense` of the blocks, and all biases: the peer of S-MaM and U-MaM
+    (arXiv 2305.16597, section 4.1; BERT's and RoBERTa's names). lora_alpha=r: a scaling of 1."""
+    from peft import LoraConfig, get_peft_model
+
+    targets = r".*\.layer\.\d+\..*(query|key|dense)"
+    config = LoraConfig(
+        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules=targets, bias="all", lora_dropout=args.dropout
+    )
+    return get_peft_model(model, config)
+
+
 def full(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """All parameters of the model."""
     return model
@@ -118,5 +138,7 @@ METHODS: dict[str, Method] = {
     "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
     "far": Method(far, FAR_ARGUMENTS, phased=True),
     "lora": Method(lora, ("r", "dropout")),
+    "mam": Method(mam, ("r", "dropout")),
+    "bitfit": Method(bitfit),
     "full": Method(full),
 }
