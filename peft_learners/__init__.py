@@ -9,17 +9,22 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 from .far import FARConfig, FARModel
 from .learner import LearnerConfig, LearnerModel
+from .nas_lora import Architecture, NASLoRAConfig, NASLoRAModel
 from .phases import PhaseDriver, PhaseStart
 from .schedule import Phase, Schedule, ScheduleError
 
 if TYPE_CHECKING:
     from .callback import PhaseCallback
+    from .lr_schedule import get_phased_scheduler
 
 __all__ = [
+    "Architecture",
     "FARConfig",
     "FARModel",
     "LearnerConfig",
     "LearnerModel",
+    "NASLoRAConfig",
+    "NASLoRAModel",
     "Phase",
     "PhaseCallback",
     "PhaseDriver",
@@ -27,6 +32,7 @@ __all__ = [
     "Schedule",
     "ScheduleError",
     "__version__",
+    "get_phased_scheduler",
 ]
 
 
@@ -36,4 +42,8 @@ def __getattr__(name: str) -> Any:
         from .callback import PhaseCallback
 
         return PhaseCallback
+    if name == "get_phased_scheduler":
+        from .lr_schedule import get_phased_scheduler
+
+        return get_phased_scheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

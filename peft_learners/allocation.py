@@ -43,8 +43,9 @@ def drawn(nodes: int, count: int, generator: torch.Generator) -> Tensor:
 def within_budget(scores: Tensor, costs: Tensor | int, budget: int) -> Tensor:
     """Which units are kept if the lowest scores are removed first, one by one, until the budget holds.
 
-    Of equal scores the higher index is removed first. Nothing is put back afterwards: a cheap unit with a lower score
-    than an expensive one that was removed goes too, even if it would fit.
+    Of equal scores the higher index is removed first. Units that alone cost more than the budget can't be part of any
+    choice and are removed before all others. Nothing is put back afterwards: a cheap unit with a lower score than an
+    expensive one that was removed goes too, even if it would fit.
 
     Args:
         scores: (units,), finite.
@@ -63,6 +64,7 @@ def within_budget(scores: Tensor, costs: Tensor | int, budget: int) -> Tensor:
     if isinstance(costs, int):
         count = min(len(scores), budget // costs)
     else:
+        order = order[costs[order] <= budget]
         count = int((costs[order].cumsum(0) <= budget).sum())
     kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
     kept[order[:count]] = True

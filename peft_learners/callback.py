@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import PhasedConfig
+from .lr_schedule import restart_schedule
 from .phases import PhaseDriver, PhaseStart
 from .schedule import ScheduleError
 
@@ -43,8 +44,7 @@ class PhaseCallback(TrainerCallback):
         # its last phase, the groups would be short, so all parts train until training begins.
         driver = PhaseDriver.of(model)
         self._check(driver)
-        for name in driver.configs():
-            driver.hold(name, None)
+        driver.prepare()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -79,13 +79,20 @@ class PhaseCallback(TrainerCallback):
         if recorded is None or state.global_step == 0:
             fixed = {name: config.fixed_in_training() for name, config in configs.items()}
             state.log_history.append({SCHEDULE_KEY: driver.first_steps(), FIXED_KEY: fixed, "step": state.global_step})
+        if len(driver.fresh_starts()) > 1:
+            restart_schedule(kwargs.get("lr_scheduler"), args, driver.fresh_starts(), state.max_steps)
         self._record(driver, state, starts)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if self._driver is not None:
-            self._record(self._driver, state, self._driver.update(state.global_step))
+        if self._driver is None:
+            return
+        starts = self._driver.update(state.global_step)
+        if any(start.begins_anew for start in starts):
+            # What was best belongs to a training that is over: load_best_model_at_end and early stopping begin anew.
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+        self._record(self._driver, state, starts)
 
     def on_log(
         self,
@@ -149,7 +156,7 @@ class PhaseCallback(TrainerCallback):
                 if now[key] != value:
                     raise ScheduleError(
                         f"The checkpoint was trained with {key}={value}, but the adapter {name!r} has "
-                        f"{key}={now[key]}, which would rescale what is trained already. Resume with {key}={value}."
+                        f"{key}={now[key]}, which would change what the stored values mean. Resume with {key}={value}."
                     )
 
     @staticmethod

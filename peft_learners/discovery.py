@@ -6,6 +6,7 @@ All functions look through adapters that are already there: a module wrapped by 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)s?$", re.IGNORECASE)
+_VALUE_NAME = re.compile(r"(v|value|values)(_?(proj|projection|lin|linear|layer|head|net))?", re.IGNORECASE)
 _FEED_FORWARD_NAME = re.compile(r"(^|_)(mlp|ffn?|feed_forward|feedforward|intermediate|experts?)$", re.IGNORECASE)
 
 
@@ -94,8 +96,8 @@ def _original(module: nn.Module) -> nn.Module:
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
-def linear_names(model: nn.Module) -> list[str]:
-    """Linear layers of the backbone that a tuner can stand in for.
+def _in_backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the backbone that a tuner may stand in for, as far as their place goes.
 
     Left out: the head and the LM head; the inside of `nn.MultiheadAttention`, which reads its weights without calling
     it; and a pooler where there is no head, since nothing may read it (a task model is built with a pooler only if
@@ -104,14 +106,32 @@ def linear_names(model: nn.Module) -> list[str]:
     prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
     outside = [f"{name}." for name in head]
     outside += [f"{name}." for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
-    names = []
     for name, module in walk(model):
-        if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head or not is_linear(module):
+        if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head:
             continue
         if any(f"{name}.".startswith(outer) for outer in outside) or (not head and "pooler" in name.split(".")):
             continue
-        names.append(name)
-    return names
+        yield name, module
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Linear layers of the backbone that a tuner can stand in for (see `_in_backbone` for what is left out)."""
+    return [name for name, module in _in_backbone(model) if is_linear(module)]
+
+
+def bias_of(module: nn.Module) -> nn.Parameter | None:
+    """The bias vector of a linear layer, a norm, a convolution, ...; None for modules without, or that hold others."""
+    base = base_of(module)
+    bias = getattr(base, "bias", None)
+    plain = isinstance(bias, nn.Parameter) and bias.dim() == 1 and bias.is_floating_point()
+    return bias if plain and not any(True for _ in base.children()) else None
+
+
+def bias_names(model: nn.Module) -> list[str]:
+    """Modules of the backbone with a bias vector of their own. A bias that several modules share is left out."""
+    found = {name: bias for name, module in _in_backbone(model) if name and (bias := bias_of(module)) is not None}
+    times = Counter(id(bias) for bias in found.values())
+    return [name for name, bias in found.items() if times[id(bias)] == 1]
 
 
 def block_names(model: nn.Module) -> list[str]:
@@ -158,6 +178,18 @@ def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
                 found.append(name)
                 break
     return found
+
+
+def value_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """The value projections among `linears`; a projection that makes values and others at once is none."""
+    attention = attention_names(model, linears)
+    return [name for name in attention if _VALUE_NAME.fullmatch(name.rpartition(".")[2])]
+
+
+def block_linear_names(model: nn.Module) -> list[str]:
+    """Linear layers inside the backbone's blocks."""
+    blocks = set(block_names(model))
+    return [name for name in linear_names(model) if _ancestor_in(name, blocks)]
 
 
 def _ancestor_in(name: str, names: set[str]) -> bool:

@@ -11,6 +11,7 @@ import warnings
 from typing import Any, Optional
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -63,6 +64,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
+
+    def is_pruned_away(self, adapter: str, part: str) -> bool:
+        """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
+        return False
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
@@ -200,6 +205,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             for name in self.adapter_layer_names
             if adapter_name in getattr(self, name)
         }
+        # Under low_cpu_mem_usage buffers have no data yet, which PEFT expects of parameters only.
+        others = [getattr(self, name) for name in self.other_param_names]
+        buffers = [b for b in others if isinstance(b, BufferDict) and adapter_name in b]
+        without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
         super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for buffer, value in without_data:
+            buffer[adapter_name] = value
         for name, flag in flags.items():
             getattr(self, name)[adapter_name].requires_grad_(flag)

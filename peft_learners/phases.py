@@ -10,22 +10,27 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .boundary import ddp_wrappers, free_optimizer_state, rebuild_reducer, unwrapped
+from .boundary import ddp_wrappers, free_optimizer_state, live_optimizers, rebuild_reducer, unwrapped
 from .config import PhasedConfig
 from .layer import DeltaLayer
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")
 _ATTRIBUTE = "_peft_learners_driver"
+#: How an adapter comes into a phase: in a training that begins there, in one that goes on there, across a boundary.
+Entry = Literal["new", "resumed", "crossed"]
+Observer = Callable[[torch.optim.Optimizer], None]
 
 
 @dataclass(frozen=True)
@@ -37,6 +42,7 @@ class PhaseStart:
         phase: the phase's name.
         first_step: finished optimizer steps at which it begins.
         trained_before, trained_after: trained parameters of the whole model, before and after the boundary.
+        begins_anew: whether a training of its own begins (see `Phase`), and not the run's first.
     """
 
     adapter: str
@@ -44,6 +50,7 @@ class PhaseStart:
     first_step: int
     trained_before: int
     trained_after: int
+    begins_anew: bool = False
 
 
 def injected_model(model: nn.Module) -> nn.Module:
@@ -62,6 +69,17 @@ def _tuner_of(config: PhasedConfig) -> Any:
 def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
     """All tuner layers of this package in a model."""
     return (module for module in root.modules() if isinstance(module, DeltaLayer))
+
+
+def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """All parameters of one adapter, the modules that it saves whole (the head) among them."""
+    for module in root.modules():
+        if isinstance(module, (DeltaLayer, AuxiliaryTrainingWrapper)):
+            for part in module.adapter_layer_names:
+                values = getattr(module, part)
+                if adapter in values:
+                    value = values[adapter]
+                    yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 
 
 def trained_parameters(root: nn.Module) -> int:
@@ -84,6 +102,8 @@ class PhaseDriver:
         self._running = False
         self._ends_by_itself = True
         self._updates = 0
+        self._observers: dict[str, Observer] = {}
+        self._hook: Any = None
 
     @classmethod
     def of(cls, model: nn.Module) -> PhaseDriver:
@@ -148,6 +168,11 @@ class PhaseDriver:
         """`{adapter: {phase: first step}}` of the schedules in force; what a checkpoint should keep."""
         return {name: schedule.first_steps for name, schedule in self.schedules.items()}
 
+    def fresh_starts(self) -> list[int]:
+        """First steps of the phases that begin anew, the first phase among them; [0] if there are none."""
+        steps = {p.first_step for schedule in self.schedules.values() for p in schedule.phases if p.begins_anew}
+        return sorted(steps | {0})
+
     # -- verbs ------------------------------------------------------------------------------------------------------
 
     def start(
@@ -198,7 +223,8 @@ class PhaseDriver:
         self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
-        return self._move_to(global_step)
+        self._observers = {}
+        return self._move_to(global_step, "new" if global_step == 0 else "resumed")
 
     def update(self, global_step: int) -> list[PhaseStart]:
         """To be called between two optimizer steps: crosses the boundary if one lies at `global_step` finished steps.
@@ -220,13 +246,21 @@ class PhaseDriver:
 
     def rewind(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
-        return self._move_to(global_step)
+        return self._move_to(global_step, "resumed")
+
+    def prepare(self) -> None:
+        """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
+        for name, config in self.configs().items():
+            _tuner_of(config).make_whole(self.root, name, config)
+            self.hold(name, None)
 
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and the optimizer is let go."""
         self._running = False
         self.schedules, self._phase, self.global_step = {}, {}, 0
         self._optimizer = self._wrapper = None
+        self._observers = {}
+        self._listen()
 
     def restart(self, names: Collection[str] | None = None) -> None:
         """Begin all phases again with the next training: nothing is frozen, no phase is complete.
@@ -248,7 +282,8 @@ class PhaseDriver:
         stopped: list[nn.Parameter] = []
         for layer in tuner_layers(self.root):
             trains = layer.adapter_layer_names if phase is None else phase.trains
-            frozen = tuple(part for part in layer.adapter_layer_names if part not in trains)
+            empty = {part for part in layer.adapter_layer_names if phase and layer.is_pruned_away(adapter, part)}
+            frozen = tuple(part for part in layer.adapter_layer_names if part not in trains or part in empty)
             stopped += layer.set_frozen_parts(adapter, frozen)
         return stopped
 
@@ -274,10 +309,31 @@ class PhaseDriver:
                 ) from None
         return self.start()
 
-    def _move_to(self, global_step: int) -> list[PhaseStart]:
+    def _listen(self) -> None:
+        """Be called before each step of any optimizer, as long as some adapter observes them.
+
+        A hook on all optimizers of the process: it sees gradients as the optimizer does (reduced over ranks, unscaled,
+        clipped, and not at all where a step is skipped), in Trainer and in any loop, whoever made the optimizer.
+        """
+        if self._observers and self._hook is None:
+            own = weakref.ref(self)
+
+            def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+                driver = own()
+                for observer in driver._observers.values() if driver is not None else ():
+                    observer(optimizer)
+
+            self._hook = register_optimizer_step_pre_hook(before_step)
+            weakref.finalize(self, self._hook.remove)
+        elif not self._observers and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def _move_to(self, global_step: int, entry: Entry = "crossed") -> list[PhaseStart]:
         self.global_step = global_step
         if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
-            self._running = False
+            self._running, self._observers = False, {}
+            self._listen()
         configs = getattr(self.root, "peft_config", {})
         self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
         entering = {
@@ -294,20 +350,32 @@ class PhaseDriver:
             tuner = _tuner_of(configs[name])
             if name in self._phase:
                 tuner.check_trained(root, name, configs[name], self._phase[name])
-            tuner.enter_phase(root, name, configs[name], phase)
+            tuner.enter_phase(root, name, configs[name], phase, entry)
             stopped += self.hold(name, phase)
+            if phase.begins_anew and entry == "crossed":
+                stopped += adapter_parameters(root, name)
             self._phase[name] = phase
+            observer = tuner.observer(root, name, configs[name], phase) if self._running else None
+            self._observers.pop(name, None)
+            if observer is not None:
+                self._observers[name] = observer
             schedule = self.schedules[name]
             if len(schedule.phases) > 1:
                 configs[name].write("completed_phases", schedule.completed(global_step))
-        free_optimizer_state(self._optimizer, stopped)
+        self._listen()
+        for optimizer in [self._optimizer] if self._optimizer is not None else live_optimizers() if stopped else []:
+            free_optimizer_state(optimizer, stopped)
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         given = self._wrapper
         for ddp in [given] if isinstance(given, nn.parallel.DistributedDataParallel) else ddp_wrappers(root):
             rebuild_reducer(ddp)
         after = trained_parameters(root)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
-        starts = [PhaseStart(name, phase.name, phase.first_step, before, after) for name, phase in entering.items()]
+        anew = entry == "crossed"
+        starts = [
+            PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
+            for name, phase in entering.items()
+        ]
         if (
             not torch.distributed.is_available()
             or not torch.distributed.is_initialized()

@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 class ScheduleError(ValueError):
@@ -27,11 +27,14 @@ class Phase:
         name: the phase's name, as it appears in logs and in `completed_phases` of the adapter's config.
         first_step: number of optimizer steps that are finished when the phase begins.
         trains: names of the adapter parts (containers of a tuner layer) that train in it.
+        begins_anew: whether it is a training of its own: all values have been rewound, so the optimizer has no state
+            and the learning rate goes through its whole schedule again.
     """
 
     name: str
     first_step: int
     trains: frozenset[str]
+    begins_anew: bool = False
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,7 @@ class Schedule:
 
     def last_only(self) -> Schedule:
         """The schedule of an adapter whose earlier phases are complete: its last phase from step 0 on."""
-        last = self.phases[-1]
-        return Schedule((Phase(last.name, 0, last.trains),))
+        return Schedule((replace(self.phases[-1], first_step=0),))
 
     def with_first_steps(self, first_steps: Mapping[str, int]) -> Schedule:
         """The same parts on recorded boundaries (a resumed run).
@@ -91,7 +93,7 @@ class Schedule:
                 "was the checkpoint written with another configuration?"
             )
         ordered = sorted(first_steps.items(), key=lambda item: item[1])
-        return Schedule(tuple(Phase(name, step, known[name].trains) for name, step in ordered))
+        return Schedule(tuple(replace(known[name], first_step=step) for name, step in ordered))
 
 
 def epochs_to_steps(epochs: float, steps_per_epoch: int) -> int:
@@ -121,7 +123,10 @@ def ratio_to_steps(ratio: float, total_steps: int) -> int:
 
 
 def lay_out(
-    lengths: Sequence[tuple[str, int | None, frozenset[str]]], total_steps: int | None, advice: str = ""
+    lengths: Sequence[tuple[str, int | None, frozenset[str]]],
+    total_steps: int | None,
+    advice: str = "",
+    begin_anew: bool = False,
 ) -> Schedule:
     """Put phases of given lengths one behind the other.
 
@@ -130,6 +135,7 @@ def lay_out(
             last may be None (whatever is left).
         total_steps: optimizer steps of the whole training; None if unknown (then nothing can be checked).
         advice: what the user can do when the steps don't suffice; ends the error's sentence.
+        begin_anew: whether each phase is a training of its own.
 
     Raises:
         ScheduleError: the phases before the last need more steps than training has.
@@ -138,7 +144,7 @@ def lay_out(
     for name, length, trains in lengths:
         if length == 0:
             continue
-        phases.append(Phase(name, step, trains))
+        phases.append(Phase(name, step, trains, begin_anew))
         step += length or 0
     if total_steps is not None and step > total_steps:
         raise ScheduleError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -20,14 +20,14 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from . import discovery
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .layer import BASE_ADAPTER, DeltaLayer
-from .phases import PhaseDriver, PhaseStart, warn_if_never_driven
+from .phases import Entry, Observer, PhaseDriver, PhaseStart, warn_if_never_driven
 from .schedule import Phase, Schedule
 
 
@@ -106,11 +106,22 @@ class PhasedModel(BaseTuner):
         """Called when `phase` ends: warn if it could not train what it was there for."""
 
     @classmethod
-    def enter_phase(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> None:
+    def enter_phase(cls, root: nn.Module, adapter: str, config: Any, phase: Phase, entry: Entry) -> None:
         """Change the adapter's layers for a phase that begins, before its parts are frozen. On all ranks alike.
 
-        Called at a boundary, and when a training starts or resumes in that phase: what was done is not done again.
+        Args:
+            entry: "new": a training begins in this phase; "resumed": it goes on there, with the adapter loaded;
+                "crossed": a boundary was reached. What was done already must not be done again.
         """
+
+    @classmethod
+    def observer(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> Observer | None:
+        """What is to be called with an optimizer right before each of its steps in this phase, if anything."""
+        return None
+
+    @classmethod
+    def make_whole(cls, root: nn.Module, adapter: str, config: Any) -> None:
+        """Let every parameter exist that ever trains, so that an optimizer has the groups of a run's beginning."""
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: Any) -> None:
@@ -342,7 +353,7 @@ class PhasedModel(BaseTuner):
     ) -> dict[str, torch.Tensor]:
         expected = cls._shapes_in_form_of(model, adapter_name, state_dict)
         refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
-        if expected != own_shapes(model, cls.prefix, adapter_name):
+        if expected != cls._own_shapes(model, adapter_name):
             refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
             cls._fit_to_file(model, adapter_name, state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(
@@ -360,13 +371,41 @@ class PhasedModel(BaseTuner):
         return remapped
 
     @classmethod
+    def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
+        """What a file of this adapter, as it is now, holds."""
+        return own_shapes(root, cls.prefix, adapter)
+
+    @classmethod
     def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Shapes:
         """What a file should hold for this adapter, in the form that this file has (see `_fit_to_file`)."""
-        return own_shapes(root, cls.prefix, adapter)
+        return cls._own_shapes(root, adapter)
 
     @classmethod
     def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
         """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits."""
+
+
+def rewind_saved_modules(
+    root: nn.Module,
+    adapter: str,
+    fresh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
+    fresh_names: Collection[str] = (),
+) -> None:
+    """Give an adapter's copies of whole modules (the head) the values back that they began with.
+
+    Args:
+        fresh: makes, of a parameter's name and its first values, other ones to begin with.
+        fresh_names: names of the modules for which it is used.
+    """
+    for name, module in root.named_modules():
+        if not isinstance(module, ModulesToSaveWrapper) or adapter not in module.modules_to_save:
+            continue
+        first = module.original_module.state_dict()
+        if fresh is not None and name in fresh_names:
+            first = {k: fresh(f"{name}.{k}", v) if v.is_floating_point() else v for k, v in first.items()}
+        with torch.no_grad():
+            for key, value in module.modules_to_save[adapter].state_dict().items():
+                value.copy_(first[key])
 
 
 def is_named(module_name: str, name: str) -> bool:

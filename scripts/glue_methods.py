@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Optional
 
 import torch
 from transformers import PreTrainedModel
@@ -16,7 +17,7 @@ class MethodArguments:
         metadata={
             # torchrun's own parser takes --r for a cut-off option of its own and stops.
             "aliases": ["--rank"],
-            "help": "Rank of the low-rank modules (lora, learner). Under torchrun write --rank.",
+            "help": "Rank of the low-rank modules (lora, mam, learner, nas_lora). Under torchrun write --rank.",
         },
     )
     priming_epochs: float = field(
@@ -40,8 +41,34 @@ class MethodArguments:
         default=False, metadata={"help": "Return nodes that are not kept to their pretrained values (far)."}
     )
     train_embeddings: bool = field(default=True, metadata={"help": "Train the embeddings too (far)."})
+    parameter_budget: float = field(
+        default=0.5,
+        metadata={"help": "What is kept: parameters, or up to 1.0 a share of the search space (nas_lora)."},
+    )
+    nas_granularity: str = field(
+        default="unstructured",
+        metadata={"help": "What is pruned (nas_lora).", "choices": ["unstructured", "structured"]},
+    )
+    search_epochs: Optional[float] = field(
+        default=None, metadata={"help": "Epochs of one round of search; default: all phases equally long (nas_lora)."}
+    )
+    rounds: int = field(default=1, metadata={"help": "Rounds of search; 1: one-shot (nas_lora)."})
+    init: str = field(
+        default="kaiming", metadata={"help": "Initial values of U and V (nas_lora).", "choices": ["kaiming", "lora"]}
+    )
+    criterion: str = field(
+        default="importance",
+        metadata={"help": "What is pruned first (nas_lora).", "choices": ["importance", "magnitude", "random"]},
+    )
+    averaging: str = field(
+        default="mean", metadata={"help": "Scores of which steps count (nas_lora).", "choices": ["mean", "last"]}
+    )
+    rewind: str = field(
+        default="initial", metadata={"help": "Values to retrain from (nas_lora).", "choices": ["initial", "fresh"]}
+    )
+    train_biases: bool = field(default=True, metadata={"help": "Search the biases too (nas_lora)."})
     dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (lora, learner)."}
+        default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (lora, mam, learner)."}
     )
 
 
@@ -91,6 +118,32 @@ def far(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     return get_peft_model(model, FARConfig(task_type="SEQ_CLS", **settings))
 
 
+NAS_LORA_ARGUMENTS = (
+    "r",
+    "parameter_budget",
+    "nas_granularity",
+    "search_epochs",
+    "rounds",
+    "init",
+    "criterion",
+    "averaging",
+    "rewind",
+    "train_biases",
+)
+
+
+def nas_lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+    """NAS-LoRA: search over low-rank and bias updates, prune to a budget, rewind, retrain. --rank 0: biases alone."""
+    from peft import get_peft_model
+
+    from peft_learners import NASLoRAConfig
+
+    settings = {name.removeprefix("nas_"): getattr(args, name) for name in NAS_LORA_ARGUMENTS}
+    if args.parameter_budget > 1:
+        settings["parameter_budget"] = round(args.parameter_budget)
+    return get_peft_model(model, NASLoRAConfig(task_type="SEQ_CLS", **settings))
+
+
 def bitfit(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """BitFit (Zaken et al., 2021): all biases of the backbone, norms' included, and the head, in place."""
     backbone = f"{model.base_model_prefix}."
@@ -137,6 +190,7 @@ class Method:
 METHODS: dict[str, Method] = {
     "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
     "far": Method(far, FAR_ARGUMENTS, phased=True),
+    "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, phased=True),
     "lora": Method(lora, ("r", "dropout")),
     "mam": Method(mam, ("r", "dropout")),
     "bitfit": Method(bitfit),

@@ -33,8 +33,9 @@ def test_scores_that_are_not_finite_are_refused():
 
 
 def remove_one_by_one(scores: list[float], costs: list[int], budget: int) -> list[bool]:
-    """The rule in words: while too much is kept, remove the lowest score; of equal ones that of the higher index."""
-    kept = set(range(len(scores)))
+    """The rule in words: what alone is too expensive goes first; then, while too much is kept, the lowest score; of
+    equal ones that of the higher index."""
+    kept = {i for i in range(len(scores)) if costs[i] <= budget}
     while sum(costs[i] for i in kept) > budget:
         kept.remove(min(kept, key=lambda i: (scores[i], -i)))
     return [i in kept for i in range(len(scores))]

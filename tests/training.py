@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from tuners import TUNERS
 
-from peft_learners import FARConfig, LearnerConfig, PhaseCallback
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
 
 
 class Rows(Dataset):
@@ -50,6 +50,12 @@ def far(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config:
     """A fresh FAR adapter on a zoo model; a quarter of the nodes is kept."""
     settings: dict[str, Any] = {"retention_ratio": 0.25, "priming_epochs": 1, "task_type": zoo.ZOO[arch].task_type}
     return adapted(FARConfig(**{**settings, **config}), arch, seed, dropout)
+
+
+def nas(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
+    """A fresh NAS-LoRA adapter on a zoo model; half of the search space is kept."""
+    settings: dict[str, Any] = {"r": 4, "task_type": zoo.ZOO[arch].task_type}
+    return adapted(NASLoRAConfig(**{**settings, **config}), arch, seed, dropout)
 
 
 def arguments(out: Path | str, **settings: Any) -> TrainingArguments:

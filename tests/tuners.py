@@ -8,7 +8,7 @@ from typing import Any
 
 from peft import PeftConfig
 
-from peft_learners import FARConfig, LearnerConfig
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,8 @@ class Tuner:
     config: Callable[..., PeftConfig]
     prefix: str
     phases: tuple[str, ...]
+    #: Whether a fresh adapter leaves the function as it is.
+    fresh_is_identity: bool = True
 
 
 def _learner(**settings: Any) -> LearnerConfig:
@@ -39,10 +41,20 @@ def _far_discard(**settings: Any) -> FARConfig:
     return _far(**{"discard_unkept": True, **settings})
 
 
+def _nas_unstructured(**settings: Any) -> NASLoRAConfig:
+    return NASLoRAConfig(**{"r": 4, "parameter_budget": 0.4, **settings})
+
+
+def _nas_structured(**settings: Any) -> NASLoRAConfig:
+    return _nas_unstructured(**{"granularity": "structured", **settings})
+
+
 TUNERS: dict[str, Tuner] = {
     "learner": Tuner(_learner, "learner_", ("priming", "learning")),
     "learner-unprimed": Tuner(_learner_unprimed, "learner_", ("learning",)),
     "far": Tuner(_far, "far_", ("priming", "reconfigured")),
     "far-output-node": Tuner(_far_rows, "far_", ("priming", "reconfigured")),
     "far-discard": Tuner(_far_discard, "far_", ("priming", "reconfigured")),
+    "nas-unstructured": Tuner(_nas_unstructured, "nas_lora_", ("search", "retraining"), fresh_is_identity=False),
+    "nas-structured": Tuner(_nas_structured, "nas_lora_", ("search", "retraining"), fresh_is_identity=False),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -245,14 +245,6 @@ class FARLayer(DeltaLayer):
             if adapter in buffers:
                 del buffers[adapter]
         return resized
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # Under low_cpu_mem_usage the buffers have no data yet, which PEFT expects of parameters only.
-        buffers = [b for b in (self.far_kept, self.far_rest, self.far_bias_rest) if adapter_name in b]
-        without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for buffer, value in without_data:
-            buffer[adapter_name] = value
 
     def shapes(self, adapter: str, config: FARConfig, cut: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the values of this layer that the cut concerns, before it or after it."""

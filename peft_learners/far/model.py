@@ -13,7 +13,7 @@ from ..allocation import drawn, highest, kept_count
 from ..boundary import agreed, live_optimizers, resize
 from ..checkpoint import Shapes
 from ..feed_forward import feed_forwards, named_feed_forwards, patterns_of
-from ..phases import tuner_layers
+from ..phases import Entry, tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel
 from .base import FARLayer
@@ -186,7 +186,7 @@ class FARModel(PhasedModel):
             raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(root, config)}")
 
     @classmethod
-    def enter_phase(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
+    def enter_phase(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase, entry: Entry) -> None:
         """Select the nodes, unless that was done (a resumed run, a loaded adapter)."""
         if phase.name != RECONFIGURED or config.reconfigured:
             return

@@ -1,0 +1,154 @@
+"""A linear layer with low-rank updates, and what else its adapters add: forward, merging, deltas."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .discovery import readable_weight
+from .feed_forward import sizes
+from .functional import Dense, LowRank, effective_weight, linear_with_updates, sum_of
+from .layer import DeltaLayer
+
+
+class LowRankLinear(DeltaLayer):
+    """`y = x (W + s B A + c D)^T + b + db`, summed over the active adapters; any of the terms may be missing.
+
+    Shapes: `x: (..., in_features)`, `A: (r, in_features)`, `B: (out_features, r)`, `D: (out_features, in_features)`,
+    `db: (out_features,)`. A subclass says where they come from.
+    """
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.in_features: Any
+        self.out_features: Any
+        self.in_features, self.out_features = sizes(base_layer)
+        # transformers' Conv1D stores its weight as (in_features, out_features)
+        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
+
+    # -- for the subclass -------------------------------------------------------------------------------------------
+
+    def low_rank(self, adapter: str) -> LowRank | None:
+        """`(A, B, s)`, differentiable."""
+        raise NotImplementedError
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        """db, differentiable."""
+        raise NotImplementedError
+
+    def dense(self, adapter: str) -> Dense | None:
+        """`(D, c)`, differentiable."""
+        return None
+
+    def dropout(self, adapter: str) -> nn.Module | None:
+        """Dropout on the input of the low-rank path, where it drops anything now."""
+        return None
+
+    # -- forward ----------------------------------------------------------------------------------------------------
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        low_rank, dense, biases = self._updates(adapters)
+        if not (low_rank or dense or biases):
+            return self.base_layer(x, *args, **kwargs)
+        weight = readable_weight(self.base_layer)
+        matrices = [a for a, _, _ in low_rank.values()] + [delta for delta, _ in dense.values()]
+        if weight is None or args or kwargs or any(m.dtype != weight.dtype for m in matrices or biases):
+            return self._forward_plain(x, low_rank, dense, biases, *args, **kwargs)
+        base: Any = self.get_base_layer()
+        dropped = [name for name in low_rank if self.dropout(name) is not None]
+        kept = [pair for name, pair in low_rank.items() if name not in dropped]
+        total = sum_of(base.bias, biases)
+        if kept or dense:
+            out = linear_with_updates(x, weight, total, kept, list(dense.values()))
+        else:
+            out = F.linear(x, weight, total)
+        for name in dropped:
+            (a, b, factor), drop = low_rank[name], self.dropout(name)
+            assert drop is not None
+            out = out + F.linear(F.linear(drop(x), a), b) * factor
+        return out
+
+    def _updates(self, adapters: list[str]) -> tuple[dict[str, LowRank], dict[str, Dense], list[Tensor]]:
+        low_rank, dense, biases = {}, {}, []
+        for name in adapters:
+            pair, delta, bias = self.low_rank(name), self.dense(name), self.bias_delta(name)
+            if pair is not None:
+                low_rank[name] = pair
+            if delta is not None:
+                dense[name] = delta
+            if bias is not None:
+                biases.append(bias)
+        return low_rank, dense, biases
+
+    def _forward_plain(
+        self,
+        x: Tensor,
+        low_rank: dict[str, LowRank],
+        dense: dict[str, Dense],
+        biases: list[Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The same sum through `base_layer(x)`: for weights of another type, quantised, hooked or wrapped."""
+        out = self.base_layer(x, *args, **kwargs)
+        dtype = out.dtype
+        for name, (a, b, factor) in low_rank.items():
+            cast, drop = self._cast_input_dtype(x, a.dtype), self.dropout(name)
+            out = out + F.linear(F.linear(cast if drop is None else drop(cast), a), b) * factor
+        for delta, factor in dense.values():
+            out = out + F.linear(self._cast_input_dtype(x, delta.dtype), delta) * factor
+        for bias in biases:
+            out = out + bias
+        return out.to(dtype)
+
+    # -- deltas and merging -----------------------------------------------------------------------------------------
+
+    def _matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
+        """What an adapter adds to the weight, without gradients."""
+        low_rank, dense = self.low_rank(adapter), self.dense(adapter)
+        return (
+            [(low_rank[0].detach(), low_rank[1].detach(), low_rank[2])] if low_rank is not None else [],
+            [(dense[0].detach(), dense[1])] if dense is not None else [],
+        )
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """`s B A + c D`, in the layout of the layer's weight; zeros where the adapter has neither."""
+        low_rank, dense = self._matrices(adapter)
+        if not (low_rank or dense):
+            return torch.zeros_like(self.get_base_layer().weight)  # type: ignore[arg-type]
+        dtype, delta = (low_rank[0][0] if low_rank else dense[0][0]).dtype, None
+        for a, b, factor in low_rank:
+            # On a CPU, half-precision matrix products are slow or missing.
+            wide = a.device.type == "cpu" and a.dtype in (torch.float16, torch.bfloat16)
+            delta = (b.float() @ a.float() if wide else b @ a) * factor
+        for matrix, factor in dense:
+            delta = matrix * factor if delta is None else torch.add(delta, matrix, alpha=factor)
+        assert delta is not None
+        delta = delta.to(dtype)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def merged_values(self, adapter: str) -> dict[str, Tensor]:
+        base: Any = self.get_base_layer()
+        low_rank, dense = self._matrices(adapter)
+        if any(m.dtype != base.weight.dtype for m in [a for a, _, _ in low_rank] + [delta for delta, _ in dense]):
+            return super().merged_values(adapter)
+        values: dict[str, Tensor] = {}
+        if low_rank or dense:
+            # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
+            weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
+            full = effective_weight(weight, low_rank, dense)
+            values["weight"] = full.t().contiguous() if self.fan_in_fan_out else full
+        bias = self.bias_delta(adapter)
+        if bias is not None:
+            values["bias"] = self._sum(base, "bias", bias.detach(), 1)
+        return values
+
+    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+        low_rank, dense = self._matrices(adapter)
+        deltas = {"weight": self.get_delta_weight(adapter)} if low_rank or dense else {}
+        bias = self.bias_delta(adapter)
+        return deltas if bias is None else {**deltas, "bias": bias.detach()}

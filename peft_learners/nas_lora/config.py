@@ -1,0 +1,269 @@
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional, Union
+
+from torch import nn
+
+from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..phases import injected_model
+from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
+from .architecture import Architecture, Positions
+
+RETRAINING = "retraining"
+GRANULARITIES, CRITERIA = ("structured", "unstructured"), ("importance", "magnitude", "random")
+AVERAGINGS, REWINDS, INITS = ("mean", "last"), ("initial", "fresh"), ("kaiming", "lora")
+#: Containers of trained values, by part; all phases train all of them, only their sizes change. The name of that of
+#: biases holds what Trainer exempts from weight decay.
+CONTAINERS = {"U": "nas_lora_U", "V": "nas_lora_V", "bias": "nas_lora_bias_delta"}
+
+
+def search_phase(round_: int, rounds: int) -> str:
+    """Name of a search phase: "search", or "search_1", "search_2", ... where there are several."""
+    return "search" if rounds == 1 else f"search_{round_ + 1}"
+
+
+@names_unknown_fields
+@dataclass
+class NASLoRAConfig(PhasedConfig):
+    """Configuration of NAS-LoRA: search, prune to a budget, rewind, retrain.
+
+    A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)`,
+    `V: (in_features, r)`; every bias of the backbone, norms' included, has a bias delta. The search trains all of it
+    and averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
+    removed until what is left costs at most `parameter_budget` (entries, or with `granularity="structured"` columns of
+    U and V and whole bias vectors), what is left and the head go back to their initial values, and are trained again
+    from a fresh optimizer.
+
+    The head is outside the budget and the search space ("PET parameters" in the paper are without it).
+
+    Source: Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
+    Language Models" (arXiv 2305.16597), section 3 and appendix A.
+
+    Raises:
+        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
+        TypeError: an unknown field.
+    """
+
+    r: int = field(default=16, metadata={"help": "Rank of the low-rank updates in the search; 0: biases alone."})
+    parameter_budget: Union[int, float] = field(
+        default=0.5,
+        metadata={
+            "help": "What is kept: a whole number of parameters, or a fraction (0, 1] of the search space. The head "
+            "is not counted."
+        },
+    )
+    granularity: str = field(
+        default="unstructured",
+        metadata={"help": "'unstructured': entries are pruned; 'structured': columns of U and V, whole bias vectors."},
+    )
+    search_epochs: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "Epochs of one round of search. None: all phases, the retraining too, are equally long (half of "
+            "all epochs with one round)."
+        },
+    )
+    search_steps: Optional[int] = field(
+        default=None, metadata={"help": "The same in optimizer steps, in place of search_epochs."}
+    )
+    rounds: int = field(
+        default=1,
+        metadata={"help": "1: one-shot. More: that many searches, which prune on a geometric path to the budget."},
+    )
+    init: str = field(
+        default="kaiming",
+        metadata={"help": "'kaiming': U ~ N(0, 1/sqrt(m)), V ~ N(0, 1/sqrt(n)); 'lora': U zero (the ablation)."},
+    )
+    init_seed: int = field(default=0, metadata={"help": "Initial values follow this and the module's name alone."})
+    criterion: str = field(
+        default="importance", metadata={"help": "'importance' (signed -theta * gradient), 'magnitude' or 'random'."}
+    )
+    averaging: str = field(
+        default="mean", metadata={"help": "Importance averaged over the search ('mean'), or of its 'last' step."}
+    )
+    rewind: str = field(
+        default="initial", metadata={"help": "Values to retrain from: the 'initial' ones, or 'fresh' ones."}
+    )
+    train_biases: bool = field(default=True, metadata={"help": "Whether biases belong to the search space."})
+    architecture: Optional[dict[str, dict[str, Any]]] = field(
+        default=None,
+        metadata={
+            "help": "Parameters kept of those in the search space, by module and part. Written by training; to use an "
+            "architecture again, NASLoRAConfig.from_architecture(...)."
+        },
+    )
+    pruned_rounds: int = field(
+        default=0, metadata={"help": "Rounds of search that are over. Written by training; not for the user."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set_peft_type("NAS_LORA")
+        ok = isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 0
+        require(ok, self, "r", "a whole number of at least 0 (0: biases alone)", "r=16")
+        if self.r == 0 and not self.train_biases:
+            raise ValueError("NASLoRAConfig: r=0 and train_biases=False leave nothing to search. Set one of them.")
+        budget = self.parameter_budget
+        whole = is_positive_int(budget)
+        share = isinstance(budget, float) and is_number(budget) and 0 < budget <= 1
+        right = "a whole number of parameters of at least 1, or a fraction above 0 and at most 1"
+        require(whole or share, self, "parameter_budget", right, "parameter_budget=25_000")
+        for name, known in (
+            ("granularity", GRANULARITIES),
+            ("criterion", CRITERIA),
+            ("averaging", AVERAGINGS),
+            ("rewind", REWINDS),
+            ("init", INITS),
+        ):
+            require(getattr(self, name) in known, self, name, f"one of {known}")
+        ok = self.search_epochs is None or (is_number(self.search_epochs) and self.search_epochs > 0)
+        require(ok, self, "search_epochs", "None or a number above 0", "search_epochs=5")
+        require(self.search_steps is None or is_positive_int(self.search_steps), self, "search_steps",
+                "None or a whole number of at least 1", "search_steps=500")  # fmt: skip
+        if self.search_epochs is not None and self.search_steps is not None:
+            raise ValueError(
+                f"NASLoRAConfig: give the search in one unit, got search_epochs={self.search_epochs} and "
+                f"search_steps={self.search_steps}."
+            )
+        require(is_positive_int(self.rounds), self, "rounds", "a whole number of at least 1", "rounds=1")
+        ok = isinstance(self.init_seed, int) and not isinstance(self.init_seed, bool) and 0 <= self.init_seed < 2**63
+        require(ok, self, "init_seed", "a whole number from 0 to 2**63 - 1", "init_seed=0")
+        require(isinstance(self.train_biases, bool), self, "train_biases", "True or False")
+        ok = self.architecture is None or isinstance(self.architecture, dict)
+        require(ok, self, "architecture", "None, or what training has written there")
+        ok = self.pruned_rounds == 0 or is_positive_int(self.pruned_rounds)
+        require(ok, self, "pruned_rounds", "0, or what training has written there")
+        #: Of an architecture that is used again; a saved adapter has them in its file.
+        self.kept_positions: Positions = {}
+
+    # -- the paper's four search spaces ------------------------------------------------------------------------------
+
+    @classmethod
+    def s_bitfit(cls, parameter_budget: Union[int, float] = 0.5, **fields: Any) -> NASLoRAConfig:
+        """S-BitFit: whole bias vectors are searched, and nothing else."""
+        return cls(**{"r": 0, "granularity": "structured", "parameter_budget": parameter_budget, **fields})
+
+    @classmethod
+    def u_bitfit(cls, parameter_budget: Union[int, float] = 0.5, **fields: Any) -> NASLoRAConfig:
+        """U-BitFit: single entries of biases are searched, and nothing else."""
+        return cls(**{"r": 0, "granularity": "unstructured", "parameter_budget": parameter_budget, **fields})
+
+    @classmethod
+    def s_mam(cls, parameter_budget: Union[int, float] = 0.5, **fields: Any) -> NASLoRAConfig:
+        """S-MaM: ranks of low-rank updates, and whole bias vectors."""
+        return cls(**{"r": 16, "granularity": "structured", "parameter_budget": parameter_budget, **fields})
+
+    @classmethod
+    def u_mam(cls, parameter_budget: Union[int, float] = 0.5, **fields: Any) -> NASLoRAConfig:
+        """U-MaM: single entries of low-rank updates and of biases."""
+        return cls(**{"r": 16, "granularity": "unstructured", "parameter_budget": parameter_budget, **fields})
+
+    @classmethod
+    def from_architecture(
+        cls, source: Union[Architecture, nn.Module, str, Path], adapter: str = "default", **fields: Any
+    ) -> NASLoRAConfig:
+        """A config that trains an architecture found before, on another task or seed, without a new search.
+
+        Args:
+            source: an `Architecture`, a model that holds a pruned adapter, or a folder or Hub id of one.
+            adapter: which adapter of a model.
+            fields: of the new config (task_type, init_seed, save_dtype, ...).
+
+        Raises:
+            ValueError: the source has no learned architecture.
+            TypeError: a field that the architecture decides.
+        """
+        if isinstance(source, nn.Module):
+            root: Any = injected_model(source)
+            config = getattr(root, "peft_config", {}).get(adapter)
+            if not isinstance(config, cls) or config.architecture is None:
+                raise ValueError(f"The model has no pruned NAS-LoRA adapter {adapter!r} to take an architecture from.")
+            positions: Positions = {}
+            for name, layer in root.named_modules():
+                if adapter in getattr(layer, "nas_lora_space", ()):
+                    positions[name] = layer.kept_positions(adapter)
+            source = Architecture.of(config, positions)
+        elif not isinstance(source, Architecture):
+            source = Architecture.from_pretrained(str(source))
+        decided = ("r", "granularity", "parameter_budget", "architecture", "rounds", "pruned_rounds")
+        taken = [name for name in decided if name in fields]
+        if taken:
+            raise TypeError(f"NASLoRAConfig.from_architecture: {', '.join(taken)} follow from the architecture.")
+        counts = {m: {p: list(pair) for p, pair in parts.items()} for m, parts in source.counts.items()}
+        own = {"r": source.r, "granularity": source.granularity, "parameter_budget": source.kept or source.budget}
+        done = {"architecture": counts, "pruned_rounds": 1}
+        config = cls(**{**source.settings, **own, **done, **fields})
+        config.kept_positions = {m: {p: v.clone() for p, v in parts.items()} for m, parts in source.positions.items()}
+        return config
+
+    def budget_in(self, space: int) -> int:
+        """The budget in parameters, for a search space of `space` parameters.
+
+        Raises:
+            ValueError: a budget above the search space, or a fraction of less than one parameter.
+        """
+        budget = self.parameter_budget
+        parameters = budget if isinstance(budget, int) else math.floor(budget * space + 1e-6)
+        if not 1 <= parameters <= space:
+            raise ValueError(
+                f"NASLoRAConfig: `parameter_budget` must lie within the search space, which has {space:,} parameters "
+                f"on this model (the head is not counted), got {budget!r}. For example: "
+                f"NASLoRAConfig(parameter_budget={max(1, space // 2)})."
+            )
+        return parameters
+
+    # -- phases ------------------------------------------------------------------------------------------------------
+
+    @property
+    def phases_complete(self) -> bool:
+        return self.architecture is not None and self.pruned_rounds >= self.rounds
+
+    def fixed_in_training(self) -> dict[str, Any]:
+        names = ("r", "parameter_budget", "granularity", "rounds", "init", "init_seed")
+        return {name: getattr(self, name) for name in (*names, "criterion", "averaging", "rewind", "train_biases")}
+
+    def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        """One search per round (less those that are over), then the retraining.
+
+        Args:
+            total_steps: optimizer steps of the whole training, None if unknown.
+            steps_per_epoch: optimizer steps of one epoch, None if unknown.
+
+        Raises:
+            ScheduleError: epochs or steps of unknown number, or no step left to retrain.
+        """
+        rounds = self.rounds - self.pruned_rounds
+        if self.search_steps is not None:
+            steps = self.search_steps
+        elif self.search_epochs is not None:
+            if steps_per_epoch is None:
+                raise self._unknown("search_epochs", "optimizer steps in an epoch")
+            steps = epochs_to_steps(self.search_epochs, steps_per_epoch)
+        else:
+            if total_steps is None:
+                raise self._unknown("search_epochs", "optimizer steps of the whole training")
+            steps = total_steps // (rounds + 1)
+        if total_steps is not None and not 0 < steps * rounds < total_steps:
+            what = f"{steps} steps" if rounds == 1 else f"{rounds} rounds of {steps} steps"
+            raise ScheduleError(
+                f"the search takes {what}, which leaves none of the training's {total_steps} optimizer steps to "
+                "retrain what is kept. Search for less, or train longer: by default all phases are equally long."
+            )
+        return self._phases(steps, self.pruned_rounds, total_steps)
+
+    def outline(self) -> Schedule:
+        return self._phases(1)
+
+    def _phases(self, steps: int, over: int = 0, total_steps: int | None = None) -> Schedule:
+        parts = frozenset(CONTAINERS.values())
+        searches = [(search_phase(i, self.rounds), steps, parts) for i in range(over, self.rounds)]
+        return lay_out([*searches, (RETRAINING, None, parts)], total_steps, begin_anew=True)
+
+    def _unknown(self, name: str, what: str) -> ScheduleError:
+        return ScheduleError(
+            f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
+            "Give the search in steps: NASLoRAConfig(search_steps=...)."
+        )

@@ -1,0 +1,336 @@
+"""NAS-LoRA layers: a linear layer, or another module with a bias, plus per-adapter updates that can be pruned."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from ..boundary import Resized, resize
+from ..discovery import base_of, is_norm
+from ..functional import LowRank, norm_with
+from ..layer import TEST_STD, DeltaLayer
+from ..low_rank import LowRankLinear
+from .config import CONTAINERS, NASLoRAConfig
+from .initial import generator_of, initial_normal
+
+#: Position of what a file has yet to tell.
+UNKNOWN = -1
+
+
+@dataclass(frozen=True)
+class Space:
+    """The search space of one adapter in one layer.
+
+    Attributes:
+        shapes: of its parts in full: "U" (out_features, r), "V" (in_features, r), "bias" (out_features,).
+        stds: standard deviations of their initial values.
+        structured: whether columns of U and V and whole biases are pruned, or single entries.
+        seed, name: what the initial values depend on.
+    """
+
+    shapes: dict[str, tuple[int, ...]]
+    stds: dict[str, float]
+    structured: bool
+    seed: int
+    name: str
+
+    def size(self, part: str) -> int:
+        return math.prod(self.shapes[part])
+
+    def indexed(self) -> list[str]:
+        """Parts that have units and positions of their own; the columns of V go with those of U."""
+        return [part for part in self.shapes if not (self.structured and part == "V")]
+
+    def whole(self, part: str) -> int:
+        """Number of units of a part in full."""
+        if not self.structured:
+            return self.size(part)
+        return 1 if part == "bias" else self.shapes[part][1]
+
+    def cost(self, part: str) -> int:
+        """Parameters of one unit of a part."""
+        if not self.structured:
+            return 1
+        return self.size(part) if part == "bias" else self.shapes["U"][0] + self.shapes["V"][0]
+
+    def shape(self, part: str, units: int) -> tuple[int, ...]:
+        """Shape of a part's values when `units` of its units are kept."""
+        if not self.structured:
+            return (units,)
+        return (self.size(part) * units,) if part == "bias" else (self.shapes[part][0], units)
+
+    def initial(self, part: str, salt: str = "") -> Tensor:
+        """The initial values of a part in full: float32, on the CPU."""
+        std = self.stds[part]
+        if not std:
+            return torch.zeros(self.shapes[part])
+        return initial_normal(self.shapes[part], std, self.seed, f"{self.name}/{part}{salt}")
+
+    def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
+        """What of a part in full lies at the positions of its kept units."""
+        if not self.structured:
+            return value.flatten()[positions]
+        return value[: len(positions) * len(value)] if part == "bias" else value[:, positions]
+
+
+class NASLoRALayer(DeltaLayer):
+    """Common to NAS-LoRA layers: creation, initial values, scores, pruning.
+
+    A part that is not pruned is there in full. Of a pruned one, the values of the kept units (`Space.shape`) and, as
+    a buffer, their ascending positions: flat ones of entries, or those of columns.
+    """
+
+    adapter_layer_names = tuple(CONTAINERS.values())
+    other_param_names = (
+        "nas_lora_U_positions",
+        "nas_lora_V_positions",
+        "nas_lora_bias_positions",
+        "nas_lora_space",
+        "nas_lora_scores",
+    )
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        for container in CONTAINERS.values():
+            setattr(self, container, nn.ParameterDict({}))
+        for part in CONTAINERS:
+            setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
+        self.nas_lora_space: dict[str, Space] = {}
+        #: By adapter and part, during a search; no buffers, which DDP would exchange in each step.
+        self.nas_lora_scores: dict[str, dict[str, Tensor]] = {}
+
+    def has_adapter(self, adapter: str) -> bool:
+        return adapter in self.nas_lora_space
+
+    def values(self, part: str) -> nn.ParameterDict:
+        """The container of a part's values, by adapter."""
+        return getattr(self, CONTAINERS[part])
+
+    def positions(self, part: str) -> BufferDict:
+        """The container of the positions of a part's kept units, by adapter."""
+        return getattr(self, f"nas_lora_{part}_positions")
+
+    # -- creation ---------------------------------------------------------------------------------------------------
+
+    def update_layer(self, adapter: str, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> None:
+        """Create the parameters of a new adapter.
+
+        Args:
+            name: the layer's name in the model.
+            rank: of the low-rank update in the search space; 0: none.
+            bias: whether the layer's bias belongs to the search space.
+        """
+        space = self._space(config, name, rank, bias)
+        self.nas_lora_space[adapter] = space
+        if config.architecture is None:
+            for part in space.shapes:
+                self.values(part)[adapter] = nn.Parameter(space.initial(part))
+        else:
+            resize(self.take_form(adapter, self._given_positions(space, config)))
+        if not config.init_weights:
+            for part in space.shapes:
+                if adapter in self.values(part):
+                    nn.init.normal_(self.values(part)[adapter], std=TEST_STD)
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
+        shapes: dict[str, tuple[int, ...]] = {}
+        stds: dict[str, float] = {}
+        m, n = int(self.out_features), int(self.in_features)  # type: ignore[arg-type]
+        if rank:
+            shapes, stds = {"U": (m, rank), "V": (n, rank)}, {"U": 1 / math.sqrt(m), "V": 1 / math.sqrt(n)}
+            if config.init == "lora":
+                stds["U"] = 0.0
+        if bias:
+            shapes["bias"], stds["bias"] = (m,), 0.0
+        return Space(shapes, stds, config.granularity == "structured", config.init_seed, name)
+
+    @staticmethod
+    def _given_positions(space: Space, config: NASLoRAConfig) -> dict[str, Tensor]:
+        """Positions of an architecture: those of the config, random ones for tests, or unknown ones, as many as its
+        counts say."""
+        given = config.kept_positions.get(space.name)
+        counts = (config.architecture or {}).get(space.name, {})
+        positions: dict[str, Tensor] = {}
+        for part in space.indexed():
+            kept, of = counts.get(part, (0, space.size(part)))
+            if of != space.size(part):
+                raise ValueError(
+                    f"The architecture has {of} parameters for {part} of {space.name}, but this model has "
+                    f"{space.size(part)} there: it was found on a model of other sizes, or with another rank."
+                )
+            units = kept * space.whole(part) // of
+            if given is not None:
+                positions[part] = given.get(part, torch.empty(0, dtype=torch.int32))
+            elif config.init_weights:
+                positions[part] = torch.full((units,), UNKNOWN)
+            else:
+                order = torch.randperm(space.whole(part), generator=generator_of(config.init_seed, space.name))
+                positions[part] = order[:units].sort().values
+        return positions
+
+    # -- the form of an adapter: in full, or what is kept ------------------------------------------------------------
+
+    def take_form(self, adapter: str, positions: Mapping[str, Tensor] | None, salt: str = "") -> list[Resized]:
+        """Keep the units at `positions`, at their initial values.
+
+        Args:
+            positions: of the kept units, for each indexed part; None: all parts in full.
+            salt: another draw of the initial values.
+
+        Returns:
+            The parameters that are to be resized (by `boundary.resize`). Those of which nothing is left stay, empty,
+            because an optimizer may hold them; new ones are made where something is kept.
+        """
+        space, changes = self.nas_lora_space[adapter], []
+        for part in space.shapes:
+            values, held = self.values(part), self.positions(part)
+            own = None if positions is None else positions["U" if space.structured and part == "V" else part]
+            if own is not None and len(own) and int(own.min()) == UNKNOWN:
+                value = torch.zeros(space.shape(part, len(own)))
+            else:
+                value = space.initial(part, salt)
+                value = value if own is None else space.at(value, part, own.long().cpu())
+            if adapter in held:
+                del held[adapter]
+            if adapter in values:
+                device = values[adapter].device
+                changes.append(Resized(values[adapter], value.to(device, values[adapter].dtype), None))
+            elif value.numel():
+                device = self._device()
+                values[adapter] = nn.Parameter(value.to(device))
+            if own is not None and len(own) and part in space.indexed():
+                held[adapter] = own.to(device, torch.int32)
+        return changes
+
+    def _device(self) -> torch.device:
+        return next((p.device for p in self.get_base_layer().parameters()), torch.device("cpu"))
+
+    def make_whole(self, adapter: str) -> None:
+        """Let there be an (empty) parameter for each part of which nothing is kept."""
+        for part in self.nas_lora_space[adapter].shapes:
+            if adapter not in self.values(part):
+                self.values(part)[adapter] = nn.Parameter(torch.empty(0, device=self._device()))
+
+    def is_pruned_away(self, adapter: str, part: str) -> bool:
+        values = getattr(self, part)
+        return adapter in values and values[adapter].numel() == 0
+
+    def is_pruned(self, adapter: str) -> bool:
+        """Whether the adapter is in the form of kept units here."""
+        space = self.nas_lora_space[adapter]
+        return any(self.units(adapter, part) < space.whole(part) for part in space.shapes) or any(
+            adapter in self.positions(part) for part in space.shapes
+        )
+
+    def units(self, adapter: str, part: str) -> int:
+        """Number of units of a part that are there now."""
+        space = self.nas_lora_space[adapter]
+        count = self.values(part)[adapter].numel() if adapter in self.values(part) else 0
+        return count * space.whole(part) // space.size(part)
+
+    def kept_positions(self, adapter: str) -> dict[str, Tensor]:
+        """Positions of the units that are there now, for each indexed part of which something is."""
+        found = {}
+        for part in self.nas_lora_space[adapter].indexed():
+            held = self.positions(part)
+            if adapter in held:
+                found[part] = held[adapter].cpu()
+            elif self.units(adapter, part):
+                found[part] = torch.arange(self.units(adapter, part), dtype=torch.int32)
+        return found
+
+    def knows_positions(self, adapter: str) -> bool:
+        """Whether no position is still to be told by a file."""
+        held = [self.positions(part) for part in self.nas_lora_space[adapter].shapes]
+        return not any(adapter in h and (h[adapter].is_meta or bool((h[adapter] == UNKNOWN).any())) for h in held)
+
+    def counts(self, adapter: str) -> dict[str, list[int]]:
+        """`{part: [parameters kept, parameters in the search space]}`."""
+        space = self.nas_lora_space[adapter]
+        kept = {p: self.values(p)[adapter].numel() if adapter in self.values(p) else 0 for p in space.shapes}
+        return {part: [kept[part], space.size(part)] for part in space.shapes}
+
+    # -- scores -----------------------------------------------------------------------------------------------------
+
+    def scored(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
+        """The parameters that are scored: all of the kept ones, or, structured, without V."""
+        space = self.nas_lora_space[adapter]
+        return [(part, self.values(part)[adapter]) for part in space.indexed() if self.units(adapter, part)]
+
+    def unit_scores(self, adapter: str, part: str, scores: Tensor) -> Tensor:
+        """Scores of a part's units from those of its entries: themselves, or sums over a column of U or a bias."""
+        if not self.nas_lora_space[adapter].structured:
+            return scores.flatten().double()
+        return scores.sum(0, dtype=torch.float64).view(-1)
+
+    # -- values in full ---------------------------------------------------------------------------------------------
+
+    def full(self, part: str, adapter: str) -> Tensor | None:
+        """A part as a dense tensor (of its kept columns), differentiable; None if nothing of it is there."""
+        values, space = self.values(part), self.nas_lora_space[adapter]
+        if adapter not in values or values[adapter].numel() == 0:
+            return None
+        if space.structured or adapter not in self.positions(part):
+            return values[adapter]
+        flat = values[adapter].new_zeros(space.size(part))
+        return flat.index_add(0, self.positions(part)[adapter], values[adapter]).view(space.shapes[part])
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        return self.full("bias", adapter)
+
+    def __repr__(self) -> str:
+        return "nas_lora." + super().__repr__()
+
+
+class NASLoRALinear(NASLoRALayer, LowRankLinear):
+    """`y = x (W + U V^T)^T + b + db`; `x: (..., in_features)`, `U: (out_features, r)`, `V: (in_features, r)`.
+
+    Source: arXiv 2305.16597, section 3 (the search space) and 3.2 (initial values).
+    """
+
+    def low_rank(self, adapter: str) -> LowRank | None:
+        u, v = self.full("U", adapter), self.full("V", adapter)
+        if u is None and v is None:
+            return None
+        # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
+        space = self.nas_lora_space[adapter]
+        if u is None:
+            assert v is not None
+            u = v.new_zeros(space.shapes["U"])
+        elif v is None:
+            v = u.new_zeros(space.shapes["V"])
+        return v.t(), u, 1.0
+
+
+class NASLoRABias(NASLoRALayer):
+    """Any other module with a bias (a norm, a convolution), at `bias + db`; `db: (features,)`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        base: Any = base_of(base_layer)
+        self.in_features = self.out_features = int(base.bias.shape[0])
+        self._is_norm = is_norm(base_layer)
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        base: Any = self.get_base_layer()
+        bias = base.bias
+        for name in adapters:
+            delta = self.bias_delta(name)
+            bias = bias if delta is None else bias + delta
+        if bias is base.bias:
+            return self.base_layer(x, *args, **kwargs)
+        if self._is_norm:
+            return norm_with(base, x, base.weight, bias, *args, **kwargs)
+        return torch.func.functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, (x, *args), kwargs)
+
+    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+        bias = self.bias_delta(adapter)
+        return {} if bias is None else {"bias": bias.detach()}

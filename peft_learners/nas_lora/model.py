@@ -1,0 +1,431 @@
+from __future__ import annotations
+
+import logging
+import warnings
+from typing import Any, Optional
+
+import torch
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import Tensor, nn
+
+from .. import discovery
+from ..allocation import budget_path, within_budget
+from ..boundary import agreed, live_optimizers, resize
+from ..checkpoint import Shapes
+from ..feed_forward import sizes
+from ..phases import Entry, Observer, injected_model
+from ..schedule import Phase, Schedule, ScheduleError
+from ..tuner import PhasedModel, rewind_saved_modules
+from .architecture import Architecture
+from .config import CONTAINERS, RETRAINING, NASLoRAConfig
+from .importance import Gatherer
+from .initial import generator_of, shuffled
+from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear
+
+logger = logging.getLogger("peft_learners")
+
+
+class NASLoRAModel(PhasedModel):
+    """Puts low-rank updates and bias deltas on a model, searches which of them matter, and retrains those alone.
+
+    Args:
+        model: the model to adapt.
+        config: a `NASLoRAConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification, Trainer
+        >>> from peft import get_peft_model
+        >>> from peft_learners import NASLoRAConfig, PhaseCallback
+
+        >>> model = AutoModelForSequenceClassification.from_pretrained("distilbert-base-uncased")
+        >>> model = get_peft_model(model, NASLoRAConfig(r=16, parameter_budget=100_000, task_type="SEQ_CLS"))
+        >>> Trainer(model, args, train_dataset=data, callbacks=[PhaseCallback()]).train()
+        >>> model.base_model.architecture().rows()
+        ```
+    """
+
+    prefix = "nas_lora_"
+    tuner_layer_cls = NASLoRALayer
+    supported = (
+        "NAS-LoRA puts low-rank updates on linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones); "
+        "with r=0 it takes every module with a bias vector."
+    )
+
+    def architecture(self, adapter_name: str = "default") -> Architecture:
+        """What is kept of the search space now: all of it before the first pruning."""
+        config = self.peft_config[adapter_name]
+        layers = self._layers(self.model, adapter_name)
+        positions = {name: layer.kept_positions(adapter_name) for name, layer in layers.items()}
+        counts = {n: {p: (k, of) for p, (k, of) in layer.counts(adapter_name).items()} for n, layer in layers.items()}
+        assert isinstance(config, NASLoRAConfig)
+        return Architecture.with_counts(config, counts, positions)
+
+    # -- choice of modules ------------------------------------------------------------------------------------------
+
+    def _resolve_targets(self, config: NASLoRAConfig, model: nn.Module) -> set[str]:
+        given = config.target_modules
+        self._biases_alone = config.r == 0  # then target_modules says whose
+        low_rank: set[str] = set()
+        if config.r:
+            names = discovery.linear_names(model)
+            if given is None:
+                blocks = discovery.block_linear_names(model) or names
+                values = set(discovery.value_names(model, blocks))
+                low_rank = self._names_among(config, [name for name in blocks if name not in values])
+                config.write("target_modules", set(self._minimal_names(low_rank)) or None)
+            elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                low_rank = self._names_among(config, names)
+            else:
+                low_rank = self._named_targets(config, model)
+        biases: set[str] = set()
+        if config.train_biases:
+            biases = self._names_among(config, discovery.bias_names(model))
+            if not config.r and given is not None and given != INCLUDE_LINEAR_LAYERS_SHORTHAND:
+                biases &= self._named_targets(config, model)
+        modules = {name: module for name, module in discovery.walk(model) if name in low_rank | biases}
+        self._homes = {name: (config.r if name in low_rank else 0, name in biases) for name in modules}
+        self._check_space(config, model, modules, bool(low_rank))
+        return set(self._homes)
+
+    def _is_supported(self, module: nn.Module) -> bool:
+        return discovery.is_linear(module) or (self._biases_alone and discovery.bias_of(module) is not None)
+
+    def _check_space(
+        self, config: NASLoRAConfig, model: nn.Module, modules: dict[str, nn.Module], any_low_rank: bool
+    ) -> None:
+        kind = type(model).__name__
+        if config.r and not any_low_rank and not config.inference_mode:
+            raise NoMatchingPeftModuleError(
+                f"No linear layer of the {kind} is left for low-rank updates (target_modules, exclude_modules, "
+                "layers_to_transform). To search biases alone: NASLoRAConfig(r=0)."
+            )
+        if not modules:
+            raise NoMatchingPeftModuleError(
+                f"r=0 searches biases alone, and the {kind} has none in its backbone that are not left out. Search "
+                "low-rank updates: NASLoRAConfig(r=16)."
+            )
+        space = 0
+        for name, (rank, bias) in self._homes.items():
+            own = discovery.bias_of(modules[name])
+            space += rank * sum(sizes(modules[name])) if rank else 0
+            space += own.numel() if bias and own is not None else 0
+        if config.architecture is None:
+            config.budget_in(space)
+        else:
+            unknown = [name for name in config.architecture if name not in self._homes]
+            if len(unknown) == len(config.architecture):
+                raise ValueError(
+                    f"The architecture names {unknown[0]}, which is not in the search space of this {kind}, and none "
+                    "of its other modules is. It can be used on models of the kind that it was found on."
+                )
+            lost = [name for name in unknown if any(kept for kept, _ in config.architecture[name].values())]
+            if lost:  # a pooler, which another task's model does not have
+                warnings.warn(
+                    f"The architecture keeps something of {', '.join(lost[:3])}, which the {kind} does not have or "
+                    "leaves out.",
+                    stacklevel=2,
+                )
+            config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._homes})
+        for name, module in modules.items():
+            if getattr(discovery.base_of(module), "weight", None) is None and self._homes[name][0]:
+                raise ValueError(f"{name} has no weight to put a low-rank update on. Leave it out: exclude_modules.")
+
+    # -- injection --------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: NASLoRAConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        rank, bias = self._homes.get(current_key, (0, False))
+        layer: Any = target
+        if not isinstance(target, NASLoRALayer):
+            layer = NASLoRALinear(target) if discovery.is_linear(target) else NASLoRABias(target)
+            layer._active_adapter = adapter_name
+        layer.update_layer(adapter_name, peft_config, current_key, rank, bias)
+        if layer is not target:
+            self._place(layer, adapter_name, parent, target_name, target)
+
+    # -- phases -----------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _layers(root: nn.Module, adapter: str) -> dict[str, NASLoRALayer]:
+        """The adapter's layers by name, in the order of the model: that of units, by which ties are broken."""
+        return {
+            name: layer
+            for name, layer in root.named_modules()
+            if isinstance(layer, NASLoRALayer) and layer.has_adapter(adapter)
+        }
+
+    @classmethod
+    def _space(cls, root: nn.Module, adapter: str) -> int:
+        layers = cls._layers(root, adapter).values()
+        return sum(of for layer in layers for _, of in layer.counts(adapter).values())
+
+    @classmethod
+    def check_phases(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, schedule: Schedule) -> None:
+        """There must be something that fits the budget, and kept units whose positions are known.
+
+        Raises:
+            ScheduleError: a budget below the cheapest unit, or an architecture without its positions.
+        """
+        layers = cls._layers(root, adapter)
+        for name, layer in layers.items():
+            if not layer.knows_positions(adapter):
+                raise ScheduleError(
+                    f"The config of the adapter {adapter!r} holds an architecture, but not which entries of {name} it "
+                    "keeps: those are in the adapter's file. Load that adapter, or take its architecture for a new "
+                    "one: NASLoRAConfig.from_architecture(folder_or_model)."
+                )
+        if not any(phase.name != RETRAINING for phase in schedule.phases):
+            return
+        budget = config.budget_in(cls._space(root, adapter))
+        costs = {
+            layer.nas_lora_space[adapter].cost(part): f"{part} of {name}"
+            for name, layer in reversed(layers.items())
+            for part, _ in layer.scored(adapter)
+        }
+        if budget < min(costs):
+            raise ScheduleError(
+                f"parameter_budget={config.parameter_budget} ({budget:,} parameters) is below the cheapest unit that "
+                f"could be kept, which costs {min(costs):,} ({costs[min(costs)]}). Raise it to at least "
+                f"{min(costs):,}, or prune single entries: NASLoRAConfig(granularity='unstructured')."
+            )
+
+    @classmethod
+    def enter_phase(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase, entry: Entry) -> None:
+        """Prune and rewind where a search is over; begin to gather scores where one starts."""
+        index = [p.name for p in config.outline().phases].index(phase.name)
+        if entry == "crossed":
+            cls._prune(root, adapter, config, index)
+        elif entry == "resumed" and not config.phases_complete:
+            pruned = any(layer.is_pruned(adapter) for layer in cls._layers(root, adapter).values())
+            if index and not pruned:
+                raise ScheduleError(
+                    f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
+                    "pruned, but it has not. Load the checkpoint's adapter before."
+                )
+            config.write("pruned_rounds", index)
+        for layer in cls._layers(root, adapter).values():
+            if phase.name == RETRAINING or config.criterion == "random":
+                layer.nas_lora_scores.pop(adapter, None)
+            elif entry != "resumed":
+                layer.nas_lora_scores[adapter] = {
+                    part: torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
+                    for part, theta in layer.scored(adapter)
+                }
+            elif adapter not in layer.nas_lora_scores and layer.scored(adapter):
+                raise ScheduleError(
+                    f"The training is resumed in the phase {phase.name!r}, but the scores that the search has "
+                    f"gathered for the adapter {adapter!r} were not loaded. An adapter that is saved in its "
+                    "search has them in its file: load it with is_trainable=True."
+                )
+
+    @classmethod
+    def observer(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase) -> Observer | None:
+        if phase.name == RETRAINING or config.criterion == "random":
+            return None
+        layers = list(cls._layers(root, adapter).values())
+        return Gatherer(layers, adapter, config.criterion == "magnitude", config.averaging == "last")
+
+    @classmethod
+    def _prune(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int) -> None:
+        """Keep what fits the budget of a round (counted from 1), at its initial values."""
+        layers, space = cls._layers(root, adapter), cls._space(root, adapter)
+        budget = budget_path(space, config.budget_in(space), config.rounds)[round_ - 1]
+        scored = [(layer, part, theta) for layer in layers.values() for part, theta in layer.scored(adapter)]
+        costs = [layer.nas_lora_space[adapter].cost(part) for layer, part, _ in scored]
+        scores = cls._unit_scores(adapter, config, scored, round_)
+        all_costs: Tensor | int = 1
+        if config.granularity == "structured":
+            all_costs = torch.cat([torch.full((len(s),), c) for s, c in zip(scores, costs, strict=True)])
+        mask = within_budget(torch.cat(scores), all_costs, budget)
+        mask = agreed(root, {"kept": mask.to(torch.uint8)})["kept"].bool()
+        kept: dict[int, dict[str, Tensor]] = {id(layer): {} for layer in layers.values()}
+        for (layer, part, _), own in zip(scored, mask.split([len(s) for s in scores]), strict=True):
+            before = layer.kept_positions(adapter)[part]
+            kept[id(layer)][part] = before[own.cpu()]
+        salt = f"/round {round_}" if config.rewind == "fresh" else ""
+        nothing = torch.empty(0, dtype=torch.int32)
+        changes = []
+        for layer in layers.values():
+            parts = layer.nas_lora_space[adapter].indexed()
+            positions = {part: kept[id(layer)].get(part, nothing) for part in parts}
+            changes += layer.take_form(adapter, positions, salt)
+        resize(changes, live_optimizers())
+        cls._rewind_head(root, adapter, config, salt)
+        cls._record(root, adapter, config, round_)
+        logger.info(
+            "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",
+            *(adapter, sum(n for layer in layers.values() for n, _ in layer.counts(adapter).values()), space, budget),
+        )
+
+    @staticmethod
+    def _unit_scores(
+        adapter: str, config: NASLoRAConfig, scored: list[tuple[NASLoRALayer, str, nn.Parameter]], round_: int
+    ) -> list[Tensor]:
+        """Scores of all units, by layer and part, float64 on the CPU."""
+        if config.criterion == "random":
+            generator = generator_of(config.init_seed, f"random/{round_}")
+            counts = [layer.units(adapter, part) for layer, part, _ in scored]
+            return [torch.rand(count, dtype=torch.float64, generator=generator) for count in counts]
+        elements = [layer.nas_lora_scores[adapter][part] for layer, part, _ in scored]
+        if config.init_weights and not any(bool(scores.any()) for scores in elements):
+            raise ScheduleError(
+                f"The search has gathered no scores for the adapter {adapter!r}: no optimizer that holds its "
+                "parameters has made a step, or all their gradients were zero. (Biases begin at zero: their first "
+                "step scores nothing: search for at least two.)"
+            )
+        pairs = zip(scored, elements, strict=True)
+        return [layer.unit_scores(adapter, part, scores).cpu() for (layer, part, _), scores in pairs]
+
+    @staticmethod
+    def _rewind_head(root: nn.Module, adapter: str, config: NASLoRAConfig, salt: str) -> None:
+        def fresh(name: str, value: Tensor) -> Tensor:
+            return shuffled(value, config.init_seed, f"{name}{salt}")
+
+        rewind_saved_modules(root, adapter, fresh if salt else None, discovery.new_head(root))
+
+    @classmethod
+    def _record(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, rounds: int) -> None:
+        layers = cls._layers(root, adapter).items()
+        config.write("architecture", {name: layer.counts(adapter) for name, layer in layers} if rounds else None)
+        config.write("pruned_rounds", rounds)
+
+    @classmethod
+    def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
+        """The whole search space, at its initial values."""
+        cls._take_forms(root, adapter, None)
+        rewind_saved_modules(root, adapter)
+        cls._record(root, adapter, config, 0)
+        config.kept_positions = {}
+
+    @classmethod
+    def _take_forms(cls, root: nn.Module, adapter: str, positions: dict[str, dict[str, Tensor]] | None) -> None:
+        changes = []
+        for name, layer in cls._layers(root, adapter).items():
+            layer.nas_lora_scores.pop(adapter, None)
+            changes += layer.take_form(adapter, None if positions is None else positions[name])
+        resize(changes, live_optimizers())
+
+    @classmethod
+    def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
+        for layer in cls._layers(root, adapter).values():
+            layer.make_whole(adapter)
+
+    @classmethod
+    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
+        config = getattr(root, "peft_config", {}).get(adapter)
+        if config is None or not config.init_weights or config.architecture is not None:
+            return config is not None and config.architecture is not None
+        for layer in cls._layers(root, adapter).values():
+            space = layer.nas_lora_space[adapter]
+            for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
+                value = layer.values(part)[adapter].detach()
+                if not value.is_meta and not torch.equal(value, space.initial(part).to(value)):
+                    return True
+        return False
+
+    # -- saving and loading -----------------------------------------------------------------------------------------
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
+    ) -> dict[str, Tensor]:
+        values = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        values = {key: value for key, value in values.items() if value.numel()}
+        for name, layer in cls._layers(model, adapter_name).items():
+            for part, scores in layer.nas_lora_scores.get(adapter_name, {}).items():
+                values[f"{name}.nas_lora_{part}_scores.{adapter_name}"] = scores
+        return values
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        found = {key: value for key, value in state_dict.items() if key.endswith("_scores") and ".nas_lora_" in key}
+        rest = {key: value for key, value in state_dict.items() if key not in found}
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
+        for name, layer in cls._layers(model, adapter_name).items():
+            layer.nas_lora_scores.pop(adapter_name, None)
+            scores = {
+                part: found[key].to(theta.device)
+                for part, theta in layer.scored(adapter_name)
+                if (key := f"{name}.nas_lora_{part}_scores") in found
+            }
+            if scores and not config.inference_mode:
+                layer.nas_lora_scores[adapter_name] = scores
+        return remapped
+
+    @classmethod
+    def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
+        return {key: shape for key, shape in super()._own_shapes(root, adapter).items() if 0 not in shape}
+
+    @classmethod
+    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
+        own = super()._shapes_in_form_of(root, adapter, state_dict)
+        layers = cls._layers(root, adapter)
+        if not all(layer.knows_positions(adapter) for layer in layers.values()):
+            return own  # its config says which file it waits for
+        pruned = any(key.endswith("_positions") and ".nas_lora_" in key for key in state_dict)
+        shapes: Shapes = {}
+        for name, layer in layers.items():
+            space = layer.nas_lora_space[adapter]
+            for part in space.shapes:
+                key = f"{name}.{CONTAINERS[part]}"
+                if not pruned:
+                    shapes[key] = space.shapes[part]
+                    continue
+                positions = cls._positions_in(state_dict, name, space.structured, part)
+                if positions is not None or key in state_dict:
+                    units = len(positions) if positions is not None else 0
+                    shapes[key] = space.shape(part, units)
+                    if part in space.indexed():
+                        shapes[f"{name}.nas_lora_{part}_positions"] = (units,)
+        return shapes
+
+    @staticmethod
+    def _positions_in(state_dict: dict[str, Tensor], name: str, structured: bool, part: str) -> Tensor | None:
+        return state_dict.get(f"{name}.nas_lora_{'U' if structured and part == 'V' else part}_positions")
+
+    @classmethod
+    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+        config: Any = getattr(injected_model(root), "peft_config", {})[adapter]
+        if not any(key.endswith("_positions") and ".nas_lora_" in key for key in state_dict):
+            cls._take_forms(root, adapter, None)
+            cls._record(injected_model(root), adapter, config, 0)
+            return
+        nothing = torch.empty(0, dtype=torch.int32)
+        positions: dict[str, dict[str, Tensor]] = {}
+        for name, layer in cls._layers(root, adapter).items():
+            space = layer.nas_lora_space[adapter]
+            positions[name] = {}
+            for part in space.indexed():
+                own = cls._positions_in(state_dict, name, space.structured, part)
+                own = nothing if own is None else own
+                if len(own) and not 0 <= int(own.min()) <= int(own.max()) < space.whole(part):
+                    raise ValueError(
+                        f"The checkpoint does not fit the adapter {adapter!r}: positions of {part} of {name} lie "
+                        f"outside its {space.whole(part)} units. Nothing was loaded."
+                    )
+                positions[name][part] = own
+        cls._take_forms(root, adapter, positions)
+        space_size = cls._space(root, adapter)
+        path = budget_path(space_size, config.budget_in(space_size), config.rounds)
+        kept = sum(n for layer in cls._layers(root, adapter).values() for n, _ in layer.counts(adapter).values())
+        cls._record(injected_model(root), adapter, config, max(1, sum(kept <= budget for budget in path)))
