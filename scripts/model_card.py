@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of a saved Learner or FAR adapter.
+"""Write the model card (README.md) of a saved Learner, FAR or NAS-LoRA adapter.
 
     python scripts/model_card.py ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
 
@@ -9,35 +9,27 @@ another run is refused. An earlier README.md in the folder is replaced.
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, Optional
 
 import glue_data
 import run_record
-from glue_methods import METHODS
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from model_card_methods import (
+    CARD_METHODS,
+    Config,
+    found_before,
+    kept_text,
+    own_fields,
+    recorded_fields,
+    table,
+    trained_by_file,
+)
 from peft import PeftConfig
 from safetensors import safe_open
 
-from peft_learners import FARConfig, LearnerConfig
-
-Config = Union[LearnerConfig, FARConfig]
-CONFIGS: dict[str, type[Config]] = {"learner": LearnerConfig, "far": FARConfig}
-ABOUT = {
-    "learner": (
-        "Learners put a low-rank module on every linear layer, and in a first phase, *priming*, train the attention's "
-        "own weights too. Then those freeze, and the low-rank modules, biases, norms and the head go on training "
-        "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
-    ),
-    "far": (
-        "FAR, *Freeze And Reconfigure*, trains all weights for a short *priming*, and ranks the nodes of each "
-        "feed-forward network by how far it moved them. Then only the nodes that moved most go on training, beside "
-        "attention, embeddings, norms, biases and the head "
-        "([Vucetic et al., 2022](https://arxiv.org/abs/2205.01541))."
-    ),
-}
 AUTO_CLASSES = {
     "SEQ_CLS": "AutoModelForSequenceClassification",
     "TOKEN_CLS": "AutoModelForTokenClassification",
@@ -46,7 +38,9 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
 }
 #: Fields that training writes, or that are no settings of the method.
-NO_SETTINGS = {f.name for f in fields(PeftConfig)} | {"completed_phases", "phase_first_steps", "reconfigured"}
+NO_SETTINGS = {f.name for f in fields(PeftConfig)} | {
+    *("completed_phases", "phase_first_steps", "reconfigured", "architecture", "pruned_rounds")
+}
 #: Fields that are completed from the model's structure.
 FOUND = ("target_modules", "priming_modules", "modules_to_save", "ffn_modules")
 
@@ -57,7 +51,7 @@ class Adapter:
 
     Attributes:
         folder: where it lies.
-        method: learner or far.
+        method: learner, far or nas_lora.
         config: its config.
         shapes: shapes of its values by name.
         base: name of its base model.
@@ -92,17 +86,19 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
     config = run_record.read_json(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     kind = str((config or {}).get("peft_type"))
-    if config is None or not weights.is_file() or kind.lower() not in CONFIGS:
+    if config is None or not weights.is_file() or kind.lower() not in CARD_METHODS:
         what = "no adapter_config.json" if config is None else f"an adapter of type {kind}"
-        what = "no adapter_model.safetensors" if kind.lower() in CONFIGS else what
-        raise ValueError(f"{folder} must be the folder of a saved Learner or FAR adapter, but it holds {what}.")
+        what = "no adapter_model.safetensors" if kind.lower() in CARD_METHODS else what
+        raise ValueError(
+            f"{folder} must be the folder of a saved Learner, FAR or NAS-LoRA adapter, but it holds {what}."
+        )
     name = base_model or config.get("base_model_name_or_path")
     if not name:
         raise ValueError(f"The config in {folder} names no base model: give it with --base_model.")
     with safe_open(weights, framework="pt") as file:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
-    read: Any = CONFIGS[kind.lower()].from_pretrained(str(folder))
+    read: Any = CARD_METHODS[kind.lower()].config.from_pretrained(str(folder))
     return Adapter(folder, kind.lower(), read, shapes, base_model or base_label(name))
 
 
@@ -124,9 +120,8 @@ def read_results(file: Path, adapter: Adapter) -> dict[str, Any]:
     results = run_record.read_json(file)
     if results is None or not results.get("finished") or results.get("schema_version") != run_record.SCHEMA_VERSION:
         raise ValueError(f"{file} must be the results file of a finished run of train_glue.py.")
-    given, settings = results["config"], adapter.config.to_dict()
-    # By the method's own arguments: other names (seed) mean something else in the two.
-    shared = [name for name in METHODS[adapter.method].arguments if name in settings and name in given]
+    given, settings = recorded_fields(adapter.method, results["config"]), adapter.config.to_dict()
+    shared = [name for name in given if name in settings]
     here = {"method": adapter.method, **{name: settings[name] for name in shared}}
     there = {"method": results["method"], **{name: given[name] for name in shared}}
     if changed := run_record.differences(there, here):
@@ -185,16 +180,12 @@ def card_data(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> ModelCa
     )
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
-
-
 def settings_text(adapter: Adapter) -> str:
     """The settings that differ from the defaults, and below them the main ones that don't."""
     config, rows, usual = adapter.config, [], []
     for entry in fields(config):
         value, default = getattr(config, entry.name), getattr(type(config)(), entry.name)
-        if value == default and entry.name in METHODS[adapter.method].arguments:
+        if value == default and entry.name in own_fields(adapter.method):
             usual.append(f"`{entry.name}={value!r}`")
         if entry.name in NO_SETTINGS or value == default:
             continue
@@ -211,8 +202,9 @@ def phase_rows(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> list[l
     if results is not None:
         return [[p["name"], f"{p['steps']:,}", f"{p['trained_parameters']:,}"] for p in results["phases"]]
     phases = [phase.name for phase in adapter.config.outline().phases]
+    phases = phases[-1:] if found_before(adapter.config) else phases
     firsts = adapter.config.phase_first_steps or {}
-    counts = trained_by_file(adapter)
+    counts = trained_by_file(adapter.config, adapter.shapes)
     rows = []
     for phase, after in zip(phases, [*phases[1:], None], strict=True):
         known = phase in firsts and after in firsts
@@ -220,28 +212,6 @@ def phase_rows(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> list[l
         count = counts.get(phase)
         rows.append([phase, steps, f"{count:,}" if count is not None else "not in the file"])
     return rows
-
-
-def trained_by_file(adapter: Adapter) -> dict[str, int]:
-    """Trained parameters by phase, as far as the adapter's file tells: of phases that it was saved in or after."""
-    sizes: dict[str, int] = {}
-    for key, shape in adapter.shapes.items():
-        size = 1
-        for length in shape:
-            size *= length
-        kind = next(
-            (k for k in ("far_kept", "far_rest", "far_bias_rest", "learner_dense_delta") if f".{k}" in key), ""
-        )
-        sizes[kind] = sizes.get(kind, 0) + size
-    phases = [phase.name for phase in adapter.config.outline().phases]
-    trained, dense = sizes.get("", 0), sizes.get("learner_dense_delta", 0)
-    rest = sizes.get("far_rest", 0) + sizes.get("far_bias_rest", 0)
-    if adapter.method == "learner":
-        return {phase: trained + (dense if phase == "priming" else 0) for phase in phases}
-    if isinstance(adapter.config, FARConfig) and not adapter.config.reconfigured:
-        return {phases[0]: trained}
-    kept = {phases[-1]: trained}
-    return kept if getattr(adapter.config, "discard_unkept", False) else {**kept, phases[0]: trained + rest}
 
 
 def training_text(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> str:
@@ -344,20 +314,21 @@ def card(adapter: Adapter, results: Optional[Mapping[str, Any]] = None, picture:
         "Use": f"With the package peft-learners installed:\n\n```python\n{loading_code(adapter)}\n```",
         "Results": results_text(results) if results is not None else None,
         "Training": training_text(adapter, results),
+        "What is kept": kept_text(adapter.folder, adapter.config, adapter.shapes),
         "Settings": settings_text(adapter),
         "Picture": f"![Picture of the adapter]({picture})" if picture is not None else None,
         "What this is not": limits_text(adapter, results),
         "Versions": ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v) if results else None,
     }
     body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text is not None)
-    kind = "A Learner adapter" if adapter.method == "learner" else "A FAR adapter"
-    intro = f"{kind} of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT. {ABOUT[adapter.method]}"
+    method = CARD_METHODS[adapter.method]
+    intro = f"{method.adapter} of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT. {method.about}"
     header = card_data(adapter, results).to_yaml()
     return ModelCard(f"---\n{header}\n---\n\n# {adapter.title}\n\n{intro}\n\n{body}\n")
 
 
 def main(argv: Optional[list[str]] = None) -> None:
-    parser = argparse.ArgumentParser(description="Write the README.md of a Learner or FAR adapter's folder.")
+    parser = argparse.ArgumentParser(description="Write the README.md of an adapter's folder.")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_FOLDER", help="folder of a saved adapter")
     parser.add_argument("--results", type=Path, help="results file of the run of train_glue.py that made it")
     parser.add_argument("--picture", type=Path, help="a picture, copied into the folder and shown")

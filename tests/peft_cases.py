@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft_learners import FARConfig, LearnerConfig
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 
 LIN0: dict[str, Any] = {"target_modules": ["lin0"]}
 BOTH: dict[str, Any] = {"target_modules": ["lin0", "lin1"]}
@@ -46,6 +46,7 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "Learner norms", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
     yield "Learner norms alone", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0"]}
     yield from far_cases()
+    yield from nas_cases()
     yield from families()
 
 
@@ -71,6 +72,42 @@ def far_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "FAR convolutions", "Conv2d", FARConfig, {"target_modules": ["conv2d", "lin0"]}
 
 
+def nas_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    """With init="lora": PEFT's tests want a fresh adapter to change nothing."""
+    lora: dict[str, Any] = {**BOTH, "r": 4, "init": "lora"}
+    # MLP: lin0 10 -> 20, lin1 20 -> 2, both with a bias
+    structured = {"lin0": {"U": [40, 80], "V": [20, 40], "bias": [20, 20]}, "lin1": {"U": [2, 8], "V": [20, 80]}}
+    entries = {
+        "lin0": {"U": [7, 80], "V": [9, 40], "bias": [5, 20]},
+        "lin1": {"U": [3, 8], "V": [11, 80], "bias": [1, 2]},
+    }
+    small: dict[str, Any] = {**lora, "pruned_rounds": 1}
+    mlp = {
+        "lin0": {**LIN0, "r": 4, "init": "lora"},
+        "both": lora,
+        "structured": {**lora, "granularity": "structured"},
+        "regex": {"target_modules": "lin0", "r": 3, "init": "lora"},
+        "all-linear": {"target_modules": "all-linear", "init": "lora"},
+        "modules_to_save": {**LIN0, "r": 3, "init": "lora", "modules_to_save": ["lin1"]},
+        "no biases": {**lora, "train_biases": False},
+        "biases": {"r": 0},
+        "biases of lin0": {**LIN0, "r": 0},
+        "structured biases": {"r": 0, "granularity": "structured"},
+        "pruned, structured": {
+            **small,
+            "granularity": "structured",
+            "architecture": structured,
+            "init_weights": False,
+        },
+        "pruned entries": {**small, "architecture": entries, "init_weights": False},
+    }
+    for name, fields in mlp.items():
+        yield f"NAS {name}", "MLP", NASLoRAConfig, fields
+    yield "NAS Conv1D", "EmbConv1D", NASLoRAConfig, {"target_modules": ["conv1d"], "init": "lora"}
+    yield "NAS norms", "MLP_LayerNorm", NASLoRAConfig, {"r": 0, "target_modules": ["layernorm0", "layernorm1", "lin0"]}
+    yield "NAS convolutions", "Conv2d", NASLoRAConfig, {"r": 0, "target_modules": ["conv2d", "lin0"]}
+
+
 def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     tasks = {
         "@decoder": "CAUSAL_LM",
@@ -91,8 +128,12 @@ def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         yield f"FAR {task}", family, FARConfig, {"task_type": task}
         yield f"FAR small {task}", family, FARConfig, {"task_type": task, "train_embeddings": False}
         yield f"FAR {task} reconfigured", family, FARConfig, {"task_type": task, "reconfigured": True}
+        fields = {"task_type": task, "r": 4, "init": "lora"}
+        yield f"NAS {task}", family, NASLoRAConfig, fields
+        yield f"NAS {task} structured", family, NASLoRAConfig, {**fields, "granularity": "structured"}
     yield "Learner config", "@config", LearnerConfig, {}
     yield "FAR config", "@config", FARConfig, {}
+    yield "NAS config", "@config", NASLoRAConfig, {}
 
 
 def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
@@ -106,6 +147,10 @@ def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
     yield "FAR same layer", "far", FARConfig, two, two
     yield "FAR other layer", "far", FARConfig, two, {**two, "target_modules": ["lin1"]}
     yield "FAR reconfigured", "far", FARConfig, cut, {**cut, "retention_ratio": 0.25}
+    three: dict[str, Any] = {**one, "granularity": "unstructured"}
+    yield "NAS same layer", "nas_lora", NASLoRAConfig, three, {**three, "r": 5}
+    yield "NAS other layer", "nas_lora", NASLoRAConfig, three, {**three, "target_modules": ["lin1"]}
+    yield "NAS biases", "nas_lora", NASLoRAConfig, {**three, "r": 0}, {**three, "granularity": "structured"}
 
 
 def mixed() -> Iterator[tuple[str, LearnerConfig, LearnerConfig]]:
@@ -113,6 +158,7 @@ def mixed() -> Iterator[tuple[str, LearnerConfig, LearnerConfig]]:
     one = {**LIN0, "init_weights": False}
     yield "Learner mixed", LearnerConfig(**one, r=3), LearnerConfig(**one, r=6)
     yield "FAR mixed", FARConfig(**one), FARConfig(**one, train_biases=False)
+    yield "NAS mixed", NASLoRAConfig(**one, r=3), NASLoRAConfig(**one, r=6, train_biases=False)
     yield "Learner mixed primed", LearnerConfig(**one, r=3, **PRIMED), LearnerConfig(**one, r=6)
 
 

@@ -9,6 +9,7 @@ import pytest
 import zoo
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+import bench_common
 import bench_far
 
 # The zoo's BERT: 2 layers, d = 16, h = 32; a quarter of the nodes is kept.
@@ -68,7 +69,7 @@ def test_full_is_the_measure(results):
 
 def test_time_ratios_are_taken_round_by_round(results):
     own, full = (results["variants"][name] for name in ("far_after", "full"))
-    for part in bench_far.TIMES:
+    for part in bench_common.TIMES:
         assert len(own["seconds"][part]) == 3
         each = [a / b for a, b in zip(own["seconds"][part], full["seconds"][part], strict=True)]
         found = own["time_ratios"][part]
@@ -78,8 +79,8 @@ def test_time_ratios_are_taken_round_by_round(results):
 
 def test_quartiles():
     # Ratios 1, 2, 3, 4, 5, by hand: the middle one, and the middles of the halves that hold it too.
-    assert bench_far.ratios([1, 4, 6, 4, 10], [1, 2, 2, 1, 2]) == {"q1": 2, "median": 3, "q3": 4}
-    assert bench_far.ratios([3], [2]) == {"q1": 1.5, "median": 1.5, "q3": 1.5}
+    assert bench_common.ratios([1, 4, 6, 4, 10], [1, 2, 2, 1, 2]) == {"q1": 2, "median": 3, "q3": 4}
+    assert bench_common.ratios([3], [2]) == {"q1": 1.5, "median": 1.5, "q3": 1.5}
 
 
 def test_stored_bytes_shrink_by_the_columns_that_backward_does_not_need(bytes_of):

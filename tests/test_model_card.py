@@ -12,15 +12,19 @@ from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
-from peft_learners import FARConfig, LearnerConfig
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
 import model_card
+from glue_methods import METHODS as METHOD_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = {
     "far": lambda **more: FARConfig(**{"priming_steps": 1, "retention_ratio": 0.25, "task_type": "SEQ_CLS", **more}),
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_steps": 1, "task_type": "SEQ_CLS", **more}),
+    "nas_lora": lambda **more: NASLoRAConfig(
+        **{"r": 4, "search_steps": 1, "criterion": "random", "task_type": "SEQ_CLS", **more}
+    ),
 }
 METHODS = list(CONFIGS)
 RECORD = json.loads((ROOT / "results/glue/mrpc-learner-r64-minilm-seed0.json").read_text())
@@ -34,28 +38,33 @@ def folder(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-def saved(method: str, *, steps: int = 1, classes: int = 2, **settings) -> torch.nn.Module:
+def saved(method: str, *, steps: int = 1, classes: int = 2, config=None, **settings) -> torch.nn.Module:
     """An adapter with noise in all its weights, in `my-adapter` beside its base model."""
     base = AutoModelForSequenceClassification.from_pretrained(Path("tiny-bert").resolve(), num_labels=classes)
-    model = get_peft_model(base, CONFIGS[method](**settings))
+    model = get_peft_model(base, config or CONFIGS[method](**settings))
     model.base_model.set_schedule(total_steps=5)
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.add_(0.1 * torch.randn_like(parameter))
+    add_noise(model)
     for step in range(1, steps + 1):
         model.base_model.update_and_allocate(step)
+    add_noise(model)  # NAS-LoRA has gone back to its initial values
     model.save_pretrained("my-adapter")
     return model.eval()
 
 
+def add_noise(model: torch.nn.Module) -> None:
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.1 * torch.randn_like(parameter))
+
+
 def results(method: str, **config) -> dict:
     """A record as `train_glue.py` writes it, of the tiny adapters above."""
-    own = {"far": {"retention_ratio": 0.25}, "learner": {"r": 4}}[method]
-    arguments = model_card.METHODS[method].arguments
+    arguments = METHOD_ARGUMENTS[method].arguments
     kept = {k: v for k, v in RECORD["config"].items() if k not in ("r", "priming_epochs", "priming_lr_scale")}
-    defaults = {k: v for k, v in CONFIGS[method]().to_dict().items() if k in arguments}
-    return {**RECORD, "method": method, "model": "tiny-bert", "config": {**kept, **defaults, **own, **config}}
+    fields = CONFIGS[method]().to_dict()
+    given = {k: fields[k.removeprefix("nas_")] for k in arguments if k.removeprefix("nas_") in fields}
+    return {**RECORD, "method": method, "model": "tiny-bert", "config": {**kept, **given, **config}}
 
 
 def write(value: dict) -> str:
@@ -136,16 +145,76 @@ def test_trained_parameters_of_a_learner_from_the_file():
     assert f"| learning | from 1 | {after:,} |" in text
 
 
+#: Of NAS-LoRA's search space on the tiny model with rank 4. Low-rank: query, key and the attention's output (16 + 16),
+#: both of the FFN (16 + 32), in two layers. Biases: of all linear layers and norms, those outside the blocks too.
+LOW_RANK = 4 * 2 * (3 * (16 + 16) + 2 * (16 + 32))
+BIASES = 2 * (4 * 16 + 32 + 16 + 2 * 16) + 16 + 16
+SPACE, HEAD = LOW_RANK + BIASES, 2 * 16 + 2
+
+
+@pytest.mark.parametrize("granularity", ["unstructured", "structured"])
+def test_what_nas_lora_keeps(granularity):
+    model = saved("nas_lora", granularity=granularity, parameter_budget=300)
+    rows = model.base_model.architecture().rows()
+    kept = model.get_nb_trainable_parameters()[0] - HEAD
+    assert SPACE == 1856 and (kept == 300 if granularity == "unstructured" else 300 - 48 < kept <= 300)
+    text = card_of().content
+    assert "[Lawton et al., 2023](https://arxiv.org/abs/2305.16597)" in text
+    assert f"| search | 0 to 1 | {SPACE + HEAD:,} |" in text and f"| retraining | from 1 | {kept + HEAD:,} |" in text
+    for kind, name, number, space in (
+        ("low_rank", "low-rank updates", 10, LOW_RANK),
+        ("bias", "biases", 18, BIASES),
+    ):
+        own = [row["parameters"] for row in rows if row["kind"] == kind]
+        left, part = sum(size > 0 for size in own), sum(own)
+        assert f"| {name} | {left} of {number} | {part:,} | {space:,} | {part / space:.1%} |" in text
+    assert f"| all |  | {kept:,} | {SPACE:,} | {kept / SPACE:.1%} |" in text
+    assert "The budget is 300 parameters. The head's 34 parameters are trained besides, and not counted" in text
+    assert "found before" not in text
+
+
+def test_what_nas_lora_keeps_of_biases_alone():
+    saved("nas_lora", r=0, parameter_budget=0.25)
+    text = card_of().content
+    assert f"| {BIASES // 4} | {BIASES} | 25.0% |" in text and "low-rank updates |" not in text
+
+
+def test_nas_lora_in_its_search():
+    with pytest.warns(UserWarning, match="never driven"):
+        saved("nas_lora", steps=0, rounds=2)
+    text = card_of().content
+    assert f"| search_1 | 0 to 1 | {SPACE + HEAD:,} |" in text and "| search_2 | 1 to 2 | not in the file |" in text
+    assert "saved before its last phase began" in text and "## What is kept" not in text
+    pruned = saved("nas_lora", rounds=2).get_nb_trainable_parameters()[0]
+    text = card_of().content
+    assert f"| search_1 | 0 to 1 | {SPACE + HEAD:,} |" in text and f"| search_2 | 1 to 2 | {pruned:,} |" in text
+    assert "| retraining | from 2 | not in the file |" in text and "## What is kept" not in text
+
+
+def test_an_architecture_that_was_found_before():
+    first = saved("nas_lora", parameter_budget=300)
+    saved("nas_lora", steps=0, config=NASLoRAConfig.from_architecture(first, task_type="SEQ_CLS"))
+    text = card_of().content
+    assert f"| retraining | from 0 | {300 + HEAD:,} |" in text and "| search |" not in text
+    assert "not searched in this training, but found before" in text and "saved before its last" not in text
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_settings_that_differ_from_the_defaults(method):
     saved(method, save_dtype="bfloat16")
     text = card_of().content
-    own = {"far": "`retention_ratio` | `0.25`", "learner": "`r` | `4`"}[method]
-    for row in (own, "`priming_steps` | `1`", "`save_dtype` | `'bfloat16'`"):
+    own = {
+        "far": ("`retention_ratio` | `0.25`", "`priming_steps` | `1`"),
+        "learner": ("`r` | `4`", "`priming_steps` | `1`"),
+        "nas_lora": ("`r` | `4`", "`search_steps` | `1`", "`criterion` | `'random'`"),
+    }[method]
+    for row in (*own, "`save_dtype` | `'bfloat16'`"):
         assert f"| {row} |" in text
     assert "have their defaults, among them" in text
     for name in ("init_weights", "task_type", "completed_phases", "inference_mode", "reconfigured", "scaling"):
         assert f"`{name}`" not in text
+    assert "`architecture`" not in text and "`pruned_rounds`" not in text
+    assert ("`granularity='unstructured'`" in text) == (method == "nas_lora")
 
 
 def test_what_the_results_were_cut_to_is_said():
@@ -171,6 +240,26 @@ def test_results_of_another_run_are_refused(change, said):
     assert Path("my-adapter/README.md").read_text() == before
 
 
+@pytest.mark.parametrize(
+    "change,said",
+    [
+        ({"nas_granularity": "structured"}, "granularity: 'structured' there, 'unstructured' here"),
+        ({"parameter_budget": 0.25}, "parameter_budget: 0.25 there, 300 here"),
+        ({"parameter_budget": 301.0}, "parameter_budget: 301 there, 300 here"),
+        ({"r": 16}, "r: 16 there, 4 here"),
+        ({"rounds": 2}, "rounds: 2 there, 1 here"),
+        ({"search_epochs": 2.0}, "search_epochs: 2.0 there, None here"),
+    ],
+    ids=str,
+)
+def test_results_of_another_run_of_nas_lora_are_refused(change, said):
+    saved("nas_lora", parameter_budget=300)
+    right = {"parameter_budget": 300.0}  # a float, as the command line reads it
+    assert "## Results" in card_of("--results", write(results("nas_lora", **right))).content
+    with pytest.raises(ValueError, match=re.escape(f"is of another adapter than my-adapter ({said})")):
+        card_of("--results", write(results("nas_lora", **{**right, **change})))
+
+
 def test_metrics_of_two_dev_splits():
     final = {"eval_matched_loss": 1.0, "eval_matched_accuracy": 0.5, "eval_mismatched_accuracy": 0.25}
     found = model_card.metrics_of({"task": "mnli", "final": final})
@@ -180,8 +269,9 @@ def test_metrics_of_two_dev_splits():
     assert "| validation_matched | 4 | accuracy | 50.0 |" in card_of("--results", write(record)).content
 
 
-def test_picture_is_copied_and_shown():
-    saved("far")
+@pytest.mark.parametrize("method", METHODS)
+def test_picture_is_copied_and_shown(method):
+    saved(method)
     Path("nodes.png").write_bytes(b"picture")
     for picture in ("nodes.png", "my-adapter/nodes.png"):  # the second is there already
         assert "![Picture of the adapter](nodes.png)" in card_of("--picture", picture).content
@@ -199,7 +289,9 @@ def test_a_folder_named_by_train_glue_takes_the_name_of_the_run():
 
 def test_other_folders_are_refused():
     Path("my-adapter").mkdir()
-    with pytest.raises(ValueError, match="must be the folder of a saved Learner or FAR adapter, but it holds no adap"):
+    with pytest.raises(
+        ValueError, match="must be the folder of a saved Learner, FAR or NAS-LoRA adapter, but it holds"
+    ):
         card_of()
     get_peft_model(zoo.build("bert"), LoraConfig(target_modules=["query"])).save_pretrained("my-adapter")
     with pytest.raises(ValueError, match="but it holds an adapter of type LORA"):

@@ -285,7 +285,7 @@ def test_the_architecture_as_data(tmp_path: Path):
             assert torch.equal(again.positions[module][part], own)
 
 
-def test_an_architecture_found_on_one_task_serves_another():
+def test_an_architecture_found_on_one_task_serves_another(tmp_path: Path):
     model, _, _ = search("bert", parameter_budget=200)
     torch.manual_seed(1)
     base = zoo.tf.BertForTokenClassification(zoo.build("bert").config)
@@ -296,8 +296,15 @@ def test_an_architecture_found_on_one_task_serves_another():
         get_peft_model(zoo.build("distilbert"), NASLoRAConfig.from_architecture(search("bert", r=0)[0]))
     with pytest.raises(ValueError, match="Target modules .* not found in the base model"):
         get_peft_model(zoo.build("gpt2"), NASLoRAConfig.from_architecture(model))
-    with pytest.raises(ValueError, match="no pruned NAS-LoRA adapter"):
-        NASLoRAConfig.from_architecture(nas("bert"))
+    between = nas("bert", rounds=2, criterion="random")
+    between.base_model.set_schedule(total_steps=6)
+    between.base_model.update_and_allocate(2)
+    between.save_pretrained(tmp_path)
+    for source in (nas("bert"), between):
+        with pytest.raises(ValueError, match="no NAS-LoRA adapter 'default' whose search is over"):
+            NASLoRAConfig.from_architecture(source)
+    with pytest.raises(ValueError, match="whose search is not over"):
+        NASLoRAConfig.from_architecture(tmp_path)
     with pytest.raises(TypeError, match="parameter_budget follow from the architecture"):
         NASLoRAConfig.from_architecture(model, parameter_budget=5)
 

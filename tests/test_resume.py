@@ -27,9 +27,14 @@ def run(out: Path, *options: str) -> int:
     return done.returncode
 
 
-#: By tuner: the last phase, and the parts whose state the optimizer has let go of at the end.
-TUNERS = {"learner": ("learning", "learner_dense_delta"), "far": ("reconfigured", None),
-          "far-discard": ("reconfigured", None)}  # fmt: skip
+#: By tuner: the phases with their first steps, and the parts whose state the optimizer has let go of at the end.
+TUNERS = {
+    "learner": ({"priming": 0, "learning": 5}, "learner_dense_delta"),
+    "far": ({"priming": 0, "reconfigured": 5}, None),
+    "far-discard": ({"priming": 0, "reconfigured": 5}, None),
+    "nas": ({"search_1": 0, "search_2": 3, "retraining": 6}, None),
+    "nas-structured": ({"search": 0, "retraining": 5}, None),
+}
 
 
 @pytest.fixture(scope="module")
@@ -43,20 +48,26 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], d
     return train
 
 
-#: In priming, on the boundary, after it, all in mid-epoch. Without the unkept only the boundary differs.
-CASES = [*((tuner, step) for tuner in ("learner", "far") for step in (2, 5, 7)), ("far-discard", 5)]
+#: In priming, on the boundary, after it, all in mid-epoch. Without the unkept only the boundary differs. NAS-LoRA: in
+#: a search, between two of them, in the second, on its end, in the retraining.
+CASES = [
+    *((tuner, step) for tuner in ("learner", "far") for step in (2, 5, 7)),
+    ("far-discard", 5),
+    *(("nas", step) for step in (2, 3, 4, 6, 7)),
+    *(("nas-structured", step) for step in (4, 5)),
+]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner,kill_after", CASES)
 def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tuner, kill_after):
     expected = uninterrupted(tuner)
-    last, let_go = TUNERS[tuner]
+    starts, let_go = TUNERS[tuner]
     assert run(tmp_path, "--tuner", tuner, "--kill_after", str(kill_after)) == -9
     assert not (tmp_path / "final.pt").exists()
     assert run(tmp_path, "--tuner", tuner, "--resume") == 0
     resumed = torch.load(tmp_path / "final.pt")
-    assert expected["starts"] == {"priming": 0, last: 5}
+    assert expected["starts"] == starts
     for part in ("adapter", "optimizer"):
         assert resumed[part].keys() == expected[part].keys()
         for name, value in expected[part].items():

@@ -84,10 +84,10 @@ class Architecture:
         from peft.utils import load_peft_weights
 
         config: Any = PeftConfig.from_pretrained(model_id, **kwargs)
-        if getattr(config, "architecture", None) is None:
+        if getattr(config, "architecture", None) is None or not config.phases_complete:
             raise ValueError(
                 f"{model_id} holds no learned architecture: it is a {config.peft_type.value} adapter"
-                + (" that has not been pruned yet." if hasattr(config, "architecture") else ".")
+                + (" whose search is not over." if hasattr(config, "architecture") else ".")
             )
         return cls.of(config, positions_in(load_peft_weights(model_id, device="cpu", **kwargs)))
 

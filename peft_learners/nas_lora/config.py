@@ -173,14 +173,16 @@ class NASLoRAConfig(PhasedConfig):
             fields: of the new config (task_type, init_seed, save_dtype, ...).
 
         Raises:
-            ValueError: the source has no learned architecture.
+            ValueError: the source has no learned architecture, or its search is not over.
             TypeError: a field that the architecture decides.
         """
         if isinstance(source, nn.Module):
             root: Any = injected_model(source)
             config = getattr(root, "peft_config", {}).get(adapter)
-            if not isinstance(config, cls) or config.architecture is None:
-                raise ValueError(f"The model has no pruned NAS-LoRA adapter {adapter!r} to take an architecture from.")
+            if not isinstance(config, cls) or not config.phases_complete:
+                raise ValueError(
+                    f"The model has no NAS-LoRA adapter {adapter!r} whose search is over: there is no architecture."
+                )
             positions: Positions = {}
             for name, layer in root.named_modules():
                 if adapter in getattr(layer, "nas_lora_space", ()):

@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from training import adapter_values, arguments, far, learner, trainer
+from training import adapter_values, arguments, far, learner, nas, trainer
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
@@ -22,6 +22,8 @@ from peft_learners.boundary import ddp_wrappers
 CASES = {
     "far": {},
     "far-output-node": {"gradient_accumulation_steps": 2},
+    "nas": {"gradient_accumulation_steps": 2},
+    "nas-structured": {},
     "plain": {},
     "unused": {"ddp_find_unused_parameters": True},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -30,7 +32,12 @@ CASES = {
 }
 
 
-MODELS = {"far": far, "far-output-node": partial(far, granularity="output_node")}
+MODELS = {
+    "far": far,
+    "far-output-node": partial(far, granularity="output_node"),
+    "nas": partial(nas, search_epochs=1, parameter_budget=0.2),
+    "nas-structured": partial(nas, search_epochs=1, granularity="structured"),
+}
 
 
 class Watch(TrainerCallback):

@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from training import adapter_values, arguments, far, learner, trainer
+from training import adapter_values, arguments, far, learner, nas, trainer
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
@@ -35,6 +35,8 @@ class Kill(TrainerCallback):
 MODELS = {
     "learner": partial(learner, dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5),
     "far": partial(far, dropout=0.1, priming_ratio=0.55, priming_epochs=None),  # 0.55 * 9 = 4.95, rounded to 5
+    "nas": partial(nas, dropout=0.1, rounds=2, search_steps=3, parameter_budget=0.2),
+    "nas-structured": partial(nas, dropout=0.1, search_steps=5, granularity="structured"),
     "far-discard": partial(far, dropout=0.1, priming_steps=5, priming_epochs=None, discard_unkept=True),
 }
 
