@@ -208,10 +208,10 @@ def norm_with(
         weight: (features,); bias: (features,) or None.
     """
     # A half-precision norm with float32 deltas is computed in float32: its own weight would swallow small deltas.
-    wide = weight.dtype != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    dtype = x.dtype
+    dtype, widest = x.dtype, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
+    wide = widest != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
     if wide:
-        x = x.to(weight.dtype)
+        x, weight, bias = x.to(widest), weight.to(widest), bias.to(widest) if bias is not None else None
     if type(base) is nn.LayerNorm:
         out = F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
     elif type(base) is nn.RMSNorm:

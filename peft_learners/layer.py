@@ -15,6 +15,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from .discovery import is_norm
+from .functional import norm_with
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE_ADAPTER = "__base__"
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
@@ -64,6 +68,21 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
+
+    def call_at(self, values: dict[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Output of the module at other values of some of its parameters, for modules of any kind.
+
+        Args:
+            values: by the (dotted) names of the parameters.
+        """
+        base: Any = self.get_base_layer()
+        if is_norm(base):
+            bias = values.get("bias", getattr(base, "bias", None))
+            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
+        cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
+        if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
+            return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
+        return torch.func.functional_call(self.base_layer, cast, (x, *args), kwargs)
 
     def is_pruned_away(self, adapter: str, part: str) -> bool:
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""

@@ -10,14 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..discovery import base_of, is_norm, readable_weight
+from ..discovery import base_of, readable_weight
 from ..feed_forward import sizes
-from ..functional import effective_linear, norm_with, separate_linear, sum_of
+from ..functional import effective_linear, separate_linear, sum_of
 from ..layer import parameter_at
 from ..sparse import cut_linear, wants_summed_weight
 from .base import BATCHLESS, FARLayer
-
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 class FARLinear(FARLayer):
@@ -164,7 +162,6 @@ class FARModule(_Transparent):
         super().__init__(base_layer)
         first = next(p for p in base_of(base_layer).parameters())
         self.in_features, self.out_features = int(first[0].numel()), int(first.shape[0])
-        self.is_norm = is_norm(base_layer)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         base, names = base_of(self), self.far_names[adapter][part]
@@ -210,12 +207,4 @@ class FARModule(_Transparent):
         return values
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
-        values = self._values_with(adapters)
-        if self.is_norm:
-            bias = values.get("bias", getattr(base, "bias", None))
-            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
-        cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
-        if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
-            return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
-        return torch.func.functional_call(self.base_layer, cast, (x, *args), kwargs)
+        return self.call_at(self._values_with(adapters), x, *args, **kwargs)

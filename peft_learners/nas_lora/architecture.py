@@ -101,7 +101,14 @@ class Architecture:
     def with_counts(cls, config: Any, counts: Counts, positions: Positions) -> Architecture:
         """An architecture of the search space that a config lays out."""
         space = sum(of for parts in counts.values() for _, of in parts.values())
-        names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "train_biases")
+        names = (
+            "target_modules",
+            "exclude_modules",
+            "layers_to_transform",
+            "layers_pattern",
+            "train_biases",
+            "bias_modules",
+        )
         settings = {name: getattr(config, name) for name in names}
         return cls(config.granularity, config.r, config.budget_in(space), counts, positions, settings)
 

@@ -88,6 +88,13 @@ class NASLoRAConfig(PhasedConfig):
         default="initial", metadata={"help": "Values to retrain from: the 'initial' ones, or 'fresh' ones."}
     )
     train_biases: bool = field(default=True, metadata={"help": "Whether biases belong to the search space."})
+    bias_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names (or a regex) of the modules whose biases are searched; 'all': every bias of the backbone, "
+            "norms' included. None: those of target_modules, and all where target_modules is None too."
+        },
+    )
     architecture: Optional[dict[str, dict[str, Any]]] = field(
         default=None,
         metadata={
@@ -132,6 +139,12 @@ class NASLoRAConfig(PhasedConfig):
         ok = isinstance(self.init_seed, int) and not isinstance(self.init_seed, bool) and 0 <= self.init_seed < 2**63
         require(ok, self, "init_seed", "a whole number from 0 to 2**63 - 1", "init_seed=0")
         require(isinstance(self.train_biases, bool), self, "train_biases", "True or False")
+        value = self.bias_modules
+        names = isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
+        ok = value is None or isinstance(value, str) or names
+        require(ok, self, "bias_modules", "None, 'all', a regex or a list of names")
+        if names:
+            self.bias_modules = sorted(value or ())
         ok = self.architecture is None or isinstance(self.architecture, dict)
         require(ok, self, "architecture", "None, or what training has written there")
         ok = self.pruned_rounds == 0 or is_positive_int(self.pruned_rounds)

@@ -12,8 +12,8 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..boundary import Resized, resize
-from ..discovery import base_of, is_norm
-from ..functional import LowRank, norm_with
+from ..discovery import base_of
+from ..functional import LowRank
 from ..layer import TEST_STD, DeltaLayer
 from ..low_rank import LowRankLinear
 from .config import CONTAINERS, NASLoRAConfig
@@ -317,7 +317,6 @@ class NASLoRABias(NASLoRALayer):
         super().__init__(base_layer)
         base: Any = base_of(base_layer)
         self.in_features = self.out_features = int(base.bias.shape[0])
-        self._is_norm = is_norm(base_layer)
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
@@ -327,9 +326,7 @@ class NASLoRABias(NASLoRALayer):
             bias = bias if delta is None else bias + delta
         if bias is base.bias:
             return self.base_layer(x, *args, **kwargs)
-        if self._is_norm:
-            return norm_with(base, x, base.weight, bias, *args, **kwargs)
-        return torch.func.functional_call(self.base_layer, {"bias": bias.to(base.bias.dtype)}, (x, *args), kwargs)
+        return self.call_at({"bias": bias}, x, *args, **kwargs)
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         bias = self.bias_delta(adapter)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from typing import Any, Optional
 
@@ -16,7 +17,7 @@ from ..checkpoint import Shapes
 from ..feed_forward import sizes
 from ..phases import Entry, Observer, injected_model
 from ..schedule import Phase, Schedule, ScheduleError
-from ..tuner import PhasedModel, rewind_saved_modules
+from ..tuner import PhasedModel, is_named, rewind_saved_modules
 from .architecture import Architecture
 from .config import CONTAINERS, RETRAINING, NASLoRAConfig
 from .importance import Gatherer
@@ -80,15 +81,32 @@ class NASLoRAModel(PhasedModel):
                 low_rank = self._names_among(config, names)
             else:
                 low_rank = self._named_targets(config, model)
-        biases: set[str] = set()
-        if config.train_biases:
-            biases = self._names_among(config, discovery.bias_names(model))
-            if not config.r and given is not None and given != INCLUDE_LINEAR_LAYERS_SHORTHAND:
-                biases &= self._named_targets(config, model)
+        biases = self._resolve_biases(config, model, given, low_rank) if config.train_biases else set()
         modules = {name: module for name, module in discovery.walk(model) if name in low_rank | biases}
         self._homes = {name: (config.r if name in low_rank else 0, name in biases) for name in modules}
         self._check_space(config, model, modules, bool(low_rank))
         return set(self._homes)
+
+    def _resolve_biases(self, config: NASLoRAConfig, model: nn.Module, given: Any, low_rank: set[str]) -> set[str]:
+        every = self._names_among(config, discovery.bias_names(model))
+        asked = config.bias_modules
+        if asked is None and given is None:
+            config.write("bias_modules", "all")
+            return every
+        if asked == "all":
+            return every
+        if asked is None:
+            return every & (low_rank or self._named_targets(config, model))
+        if isinstance(asked, str):
+            chosen = {name for name in every if re.fullmatch(asked, name)}
+        else:
+            chosen = {name for name in every if any(is_named(name, one) for one in asked)}
+        if not chosen:
+            raise ValueError(
+                f"NASLoRAConfig: `bias_modules` must name modules of the backbone with a bias, got {asked!r}, which "
+                f"matches none of {len(every)}."
+            )
+        return chosen
 
     def _is_supported(self, module: nn.Module) -> bool:
         return discovery.is_linear(module) or (self._biases_alone and discovery.bias_of(module) is not None)
