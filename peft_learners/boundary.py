@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 T = TypeVar("T")
+Observer = Callable[[torch.optim.Optimizer], None]
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -106,6 +109,43 @@ def live_optimizers() -> list[torch.optim.Optimizer]:
     """All torch optimizers of this process, so that whoever made one need not hand it over."""
     raw = (raw_optimizer(optimizer) for optimizer in _living(torch.optim.Optimizer))
     return list({id(found): found for found in raw if found is not None and hasattr(found, "state")}.values())
+
+
+class StepObservers:
+    """What is called, by name, with an optimizer right before each of its steps.
+
+    One hook on all optimizers of the process, while there is anything to call: it sees gradients as the optimizer does
+    (reduced over ranks, unscaled, clipped, and not at all where a step is skipped), in Trainer and in any loop. It
+    does not keep this object alive, and goes with it.
+    """
+
+    def __init__(self) -> None:
+        self._observers: dict[str, Observer] = {}
+        self._hook: Any = None
+
+    def set(self, name: str, observer: Observer | None) -> None:
+        """Call this one by that name from now on; None: nothing."""
+        self._observers.pop(name, None)
+        if observer is not None:
+            self._observers[name] = observer
+        if self._observers and self._hook is None:
+            own = weakref.ref(self)
+
+            def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
+                observers = own()
+                for called in list(observers._observers.values()) if observers is not None else ():
+                    called(optimizer)
+
+            self._hook = register_optimizer_step_pre_hook(before_step)
+            weakref.finalize(self, self._hook.remove)
+        elif not self._observers and self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+
+    def clear(self) -> None:
+        """Call nothing any more."""
+        for name in list(self._observers):
+            self.set(name, None)
 
 
 def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:

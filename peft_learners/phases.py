@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -19,9 +19,15 @@ from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from .boundary import ddp_wrappers, free_optimizer_state, live_optimizers, rebuild_reducer, unwrapped
+from .boundary import (
+    StepObservers,
+    ddp_wrappers,
+    free_optimizer_state,
+    live_optimizers,
+    rebuild_reducer,
+    unwrapped,
+)
 from .config import PhasedConfig
 from .layer import DeltaLayer
 from .schedule import Phase, Schedule, ScheduleError
@@ -30,7 +36,6 @@ logger = logging.getLogger("peft_learners")
 _ATTRIBUTE = "_peft_learners_driver"
 #: How an adapter comes into a phase: in a training that begins there, in one that goes on there, across a boundary.
 Entry = Literal["new", "resumed", "crossed"]
-Observer = Callable[[torch.optim.Optimizer], None]
 
 
 @dataclass(frozen=True)
@@ -102,8 +107,7 @@ class PhaseDriver:
         self._running = False
         self._ends_by_itself = True
         self._updates = 0
-        self._observers: dict[str, Observer] = {}
-        self._hook: Any = None
+        self._observers = StepObservers()
 
     @classmethod
     def of(cls, model: nn.Module) -> PhaseDriver:
@@ -223,7 +227,7 @@ class PhaseDriver:
         self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
-        self._observers = {}
+        self._observers.clear()
         return self._move_to(global_step, "new" if global_step == 0 else "resumed")
 
     def update(self, global_step: int) -> list[PhaseStart]:
@@ -259,8 +263,7 @@ class PhaseDriver:
         self._running = False
         self.schedules, self._phase, self.global_step = {}, {}, 0
         self._optimizer = self._wrapper = None
-        self._observers = {}
-        self._listen()
+        self._observers.clear()
 
     def restart(self, names: Collection[str] | None = None) -> None:
         """Begin all phases again with the next training: nothing is frozen, no phase is complete.
@@ -309,31 +312,11 @@ class PhaseDriver:
                 ) from None
         return self.start()
 
-    def _listen(self) -> None:
-        """Be called before each step of any optimizer, as long as some adapter observes them.
-
-        A hook on all optimizers of the process: it sees gradients as the optimizer does (reduced over ranks, unscaled,
-        clipped, and not at all where a step is skipped), in Trainer and in any loop, whoever made the optimizer.
-        """
-        if self._observers and self._hook is None:
-            own = weakref.ref(self)
-
-            def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-                driver = own()
-                for observer in driver._observers.values() if driver is not None else ():
-                    observer(optimizer)
-
-            self._hook = register_optimizer_step_pre_hook(before_step)
-            weakref.finalize(self, self._hook.remove)
-        elif not self._observers and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
     def _move_to(self, global_step: int, entry: Entry = "crossed") -> list[PhaseStart]:
         self.global_step = global_step
         if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
-            self._running, self._observers = False, {}
-            self._listen()
+            self._running = False
+            self._observers.clear()
         configs = getattr(self.root, "peft_config", {})
         self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
         entering = {
@@ -356,13 +339,10 @@ class PhaseDriver:
                 stopped += adapter_parameters(root, name)
             self._phase[name] = phase
             observer = tuner.observer(root, name, configs[name], phase) if self._running else None
-            self._observers.pop(name, None)
-            if observer is not None:
-                self._observers[name] = observer
+            self._observers.set(name, observer)
             schedule = self.schedules[name]
             if len(schedule.phases) > 1:
                 configs[name].write("completed_phases", schedule.completed(global_step))
-        self._listen()
         for optimizer in [self._optimizer] if self._optimizer is not None else live_optimizers() if stopped else []:
             free_optimizer_state(optimizer, stopped)
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
@@ -20,14 +20,15 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from . import discovery
+from .boundary import Observer
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .layer import BASE_ADAPTER, DeltaLayer
-from .phases import Entry, Observer, PhaseDriver, PhaseStart, warn_if_never_driven
+from .phases import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
 from .schedule import Phase, Schedule
 
 
@@ -383,29 +384,6 @@ class PhasedModel(BaseTuner):
     @classmethod
     def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
         """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits."""
-
-
-def rewind_saved_modules(
-    root: nn.Module,
-    adapter: str,
-    fresh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    fresh_names: Collection[str] = (),
-) -> None:
-    """Give an adapter's copies of whole modules (the head) the values back that they began with.
-
-    Args:
-        fresh: makes, of a parameter's name and its first values, other ones to begin with.
-        fresh_names: names of the modules for which it is used.
-    """
-    for name, module in root.named_modules():
-        if not isinstance(module, ModulesToSaveWrapper) or adapter not in module.modules_to_save:
-            continue
-        first = module.original_module.state_dict()
-        if fresh is not None and name in fresh_names:
-            first = {k: fresh(f"{name}.{k}", v) if v.is_floating_point() else v for k, v in first.items()}
-        with torch.no_grad():
-            for key, value in module.modules_to_save[adapter].state_dict().items():
-                value.copy_(first[key])
 
 
 def is_named(module_name: str, name: str) -> bool:

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 class MethodArguments:
     """Arguments of the methods; a method uses those that its entry in `METHODS` names."""
 
-    r: int = field(
-        default=64,
+    r: Optional[int] = field(
+        default=None,
         metadata={
             # torchrun's own parser takes --r for a cut-off option of its own and stops.
             "aliases": ["--rank"],
-            "help": "Rank of the low-rank modules (lora, mam, learner, nas_lora). Under torchrun write --rank.",
+            "help": "Rank of the low-rank modules. Default: 64 (lora, learner), 16 (nas_lora), 8 (mam). Under "
+            "torchrun write --rank.",
         },
     )
     priming_epochs: float = field(
@@ -177,11 +178,13 @@ class Method:
         wrap: makes the model to train.
         arguments: the `MethodArguments` that it uses; they are recorded.
         phased: whether it is a phased tuner, which needs `peft_learners.PhaseCallback`.
+        rank: its `r` where none is given.
     """
 
     wrap: Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]
     arguments: tuple[str, ...] = ()
     phased: bool = False
+    rank: int = 64
 
     def __call__(self, model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
         return self.wrap(model, args)
@@ -190,9 +193,9 @@ class Method:
 METHODS: dict[str, Method] = {
     "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
     "far": Method(far, FAR_ARGUMENTS, phased=True),
-    "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, phased=True),
+    "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, phased=True, rank=16),
     "lora": Method(lora, ("r", "dropout")),
-    "mam": Method(mam, ("r", "dropout")),
+    "mam": Method(mam, ("r", "dropout"), rank=8),
     "bitfit": Method(bitfit),
     "full": Method(full),
 }

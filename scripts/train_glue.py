@@ -349,6 +349,8 @@ def run(argv: Optional[list[str]] = None) -> dict[str, Any]:
     """`main` without the end of the processes' communication."""
     parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments), description=__doc__)
     args, method_args, training_args = parser.parse_args_into_dataclasses(argv)
+    if method_args.r is None:
+        method_args.r = METHODS[args.method].rank
     task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
     if training_args.has_default_output_dir:
         rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""

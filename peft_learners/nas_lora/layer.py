@@ -290,6 +290,22 @@ class NASLoRALayer(DeltaLayer):
         return "nas_lora." + super().__repr__()
 
 
+def layers_of(root: nn.Module, adapter: str) -> dict[str, NASLoRALayer]:
+    """An adapter's layers by name, in the order of the model: that of units, by which ties are broken."""
+    modules = root.named_modules()
+    return {n: layer for n, layer in modules if isinstance(layer, NASLoRALayer) and layer.has_adapter(adapter)}
+
+
+def space_of(layers: Mapping[str, NASLoRALayer], adapter: str) -> int:
+    """Parameters of an adapter's search space."""
+    return sum(of for layer in layers.values() for _, of in layer.counts(adapter).values())
+
+
+def kept_of(layers: Mapping[str, NASLoRALayer], adapter: str) -> int:
+    """Parameters of the search space that are there now."""
+    return sum(kept for layer in layers.values() for kept, _ in layer.counts(adapter).values())
+
+
 class NASLoRALinear(NASLoRALayer, LowRankLinear):
     """`y = x (W + U V^T)^T + b + db`; `x: (..., in_features)`, `U: (out_features, r)`, `V: (in_features, r)`.
 

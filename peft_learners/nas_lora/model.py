@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import logging
 import re
 import warnings
 from typing import Any, Optional
@@ -11,20 +10,20 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .. import discovery
-from ..allocation import budget_path, within_budget
-from ..boundary import agreed, live_optimizers, resize
+from ..allocation import budget_path
+from ..boundary import Observer, live_optimizers, resize
 from ..checkpoint import Shapes
 from ..feed_forward import sizes
-from ..phases import Entry, Observer, injected_model
+from ..phases import Entry, injected_model
+from ..saved_modules import rewind_saved_modules
 from ..schedule import Phase, Schedule, ScheduleError
-from ..tuner import PhasedModel, is_named, rewind_saved_modules
-from .architecture import Architecture
-from .config import CONTAINERS, RETRAINING, NASLoRAConfig
+from ..tuner import PhasedModel, is_named
+from .architecture import Architecture, positions_in
+from .config import RETRAINING, NASLoRAConfig
+from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
 from .importance import Gatherer
-from .initial import generator_of, shuffled
-from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear
-
-logger = logging.getLogger("peft_learners")
+from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
+from .pruning import prune
 
 
 class NASLoRAModel(PhasedModel):
@@ -58,7 +57,7 @@ class NASLoRAModel(PhasedModel):
     def architecture(self, adapter_name: str = "default") -> Architecture:
         """What is kept of the search space now: all of it before the first pruning."""
         config = self.peft_config[adapter_name]
-        layers = self._layers(self.model, adapter_name)
+        layers = layers_of(self.model, adapter_name)
         positions = {name: layer.kept_positions(adapter_name) for name, layer in layers.items()}
         counts = {n: {p: (k, of) for p, (k, of) in layer.counts(adapter_name).items()} for n, layer in layers.items()}
         assert isinstance(config, NASLoRAConfig)
@@ -175,20 +174,6 @@ class NASLoRAModel(PhasedModel):
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
-    @staticmethod
-    def _layers(root: nn.Module, adapter: str) -> dict[str, NASLoRALayer]:
-        """The adapter's layers by name, in the order of the model: that of units, by which ties are broken."""
-        return {
-            name: layer
-            for name, layer in root.named_modules()
-            if isinstance(layer, NASLoRALayer) and layer.has_adapter(adapter)
-        }
-
-    @classmethod
-    def _space(cls, root: nn.Module, adapter: str) -> int:
-        layers = cls._layers(root, adapter).values()
-        return sum(of for layer in layers for _, of in layer.counts(adapter).values())
-
     @classmethod
     def check_phases(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, schedule: Schedule) -> None:
         """There must be something that fits the budget, and kept units whose positions are known.
@@ -196,7 +181,7 @@ class NASLoRAModel(PhasedModel):
         Raises:
             ScheduleError: a budget below the cheapest unit, or an architecture without its positions.
         """
-        layers = cls._layers(root, adapter)
+        layers = layers_of(root, adapter)
         for name, layer in layers.items():
             if not layer.knows_positions(adapter):
                 raise ScheduleError(
@@ -206,7 +191,7 @@ class NASLoRAModel(PhasedModel):
                 )
         if not any(phase.name != RETRAINING for phase in schedule.phases):
             return
-        budget = config.budget_in(cls._space(root, adapter))
+        budget = config.budget_in(space_of(layers, adapter))
         costs = {
             layer.nas_lora_space[adapter].cost(part): f"{part} of {name}"
             for name, layer in reversed(layers.items())
@@ -224,16 +209,17 @@ class NASLoRAModel(PhasedModel):
         """Prune and rewind where a search is over; begin to gather scores where one starts."""
         index = [p.name for p in config.outline().phases].index(phase.name)
         if entry == "crossed":
-            cls._prune(root, adapter, config, index)
+            prune(root, adapter, config, index)
+            cls._record(root, adapter, config, index)
         elif entry == "resumed" and not config.phases_complete:
-            pruned = any(layer.is_pruned(adapter) for layer in cls._layers(root, adapter).values())
+            pruned = any(layer.is_pruned(adapter) for layer in layers_of(root, adapter).values())
             if index and not pruned:
                 raise ScheduleError(
                     f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
                     "pruned, but it has not. Load the checkpoint's adapter before."
                 )
             config.write("pruned_rounds", index)
-        for layer in cls._layers(root, adapter).values():
+        for layer in layers_of(root, adapter).values():
             if phase.name == RETRAINING or config.criterion == "random":
                 layer.nas_lora_scores.pop(adapter, None)
             elif entry != "resumed":
@@ -252,70 +238,12 @@ class NASLoRAModel(PhasedModel):
     def observer(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase) -> Observer | None:
         if phase.name == RETRAINING or config.criterion == "random":
             return None
-        layers = list(cls._layers(root, adapter).values())
+        layers = list(layers_of(root, adapter).values())
         return Gatherer(layers, adapter, config.criterion == "magnitude", config.averaging == "last")
 
     @classmethod
-    def _prune(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int) -> None:
-        """Keep what fits the budget of a round (counted from 1), at its initial values."""
-        layers, space = cls._layers(root, adapter), cls._space(root, adapter)
-        budget = budget_path(space, config.budget_in(space), config.rounds)[round_ - 1]
-        scored = [(layer, part, theta) for layer in layers.values() for part, theta in layer.scored(adapter)]
-        costs = [layer.nas_lora_space[adapter].cost(part) for layer, part, _ in scored]
-        scores = cls._unit_scores(adapter, config, scored, round_)
-        all_costs: Tensor | int = 1
-        if config.granularity == "structured":
-            all_costs = torch.cat([torch.full((len(s),), c) for s, c in zip(scores, costs, strict=True)])
-        mask = within_budget(torch.cat(scores), all_costs, budget)
-        mask = agreed(root, {"kept": mask.to(torch.uint8)})["kept"].bool()
-        kept: dict[int, dict[str, Tensor]] = {id(layer): {} for layer in layers.values()}
-        for (layer, part, _), own in zip(scored, mask.split([len(s) for s in scores]), strict=True):
-            before = layer.kept_positions(adapter)[part]
-            kept[id(layer)][part] = before[own.cpu()]
-        salt = f"/round {round_}" if config.rewind == "fresh" else ""
-        nothing = torch.empty(0, dtype=torch.int32)
-        changes = []
-        for layer in layers.values():
-            parts = layer.nas_lora_space[adapter].indexed()
-            positions = {part: kept[id(layer)].get(part, nothing) for part in parts}
-            changes += layer.take_form(adapter, positions, salt)
-        resize(changes, live_optimizers())
-        cls._rewind_head(root, adapter, config, salt)
-        cls._record(root, adapter, config, round_)
-        logger.info(
-            "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",
-            *(adapter, sum(n for layer in layers.values() for n, _ in layer.counts(adapter).values()), space, budget),
-        )
-
-    @staticmethod
-    def _unit_scores(
-        adapter: str, config: NASLoRAConfig, scored: list[tuple[NASLoRALayer, str, nn.Parameter]], round_: int
-    ) -> list[Tensor]:
-        """Scores of all units, by layer and part, float64 on the CPU."""
-        if config.criterion == "random":
-            generator = generator_of(config.init_seed, f"random/{round_}")
-            counts = [layer.units(adapter, part) for layer, part, _ in scored]
-            return [torch.rand(count, dtype=torch.float64, generator=generator) for count in counts]
-        elements = [layer.nas_lora_scores[adapter][part] for layer, part, _ in scored]
-        if config.init_weights and not any(bool(scores.any()) for scores in elements):
-            raise ScheduleError(
-                f"The search has gathered no scores for the adapter {adapter!r}: no optimizer that holds its "
-                "parameters has made a step, or all their gradients were zero. (Biases begin at zero: their first "
-                "step scores nothing: search for at least two.)"
-            )
-        pairs = zip(scored, elements, strict=True)
-        return [layer.unit_scores(adapter, part, scores).cpu() for (layer, part, _), scores in pairs]
-
-    @staticmethod
-    def _rewind_head(root: nn.Module, adapter: str, config: NASLoRAConfig, salt: str) -> None:
-        def fresh(name: str, value: Tensor) -> Tensor:
-            return shuffled(value, config.init_seed, f"{name}{salt}")
-
-        rewind_saved_modules(root, adapter, fresh if salt else None, discovery.new_head(root))
-
-    @classmethod
     def _record(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, rounds: int) -> None:
-        layers = cls._layers(root, adapter).items()
+        layers = layers_of(root, adapter).items()
         config.write("architecture", {name: layer.counts(adapter) for name, layer in layers} if rounds else None)
         config.write("pruned_rounds", rounds)
 
@@ -330,14 +258,14 @@ class NASLoRAModel(PhasedModel):
     @classmethod
     def _take_forms(cls, root: nn.Module, adapter: str, positions: dict[str, dict[str, Tensor]] | None) -> None:
         changes = []
-        for name, layer in cls._layers(root, adapter).items():
+        for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
             changes += layer.take_form(adapter, None if positions is None else positions[name])
         resize(changes, live_optimizers())
 
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
-        for layer in cls._layers(root, adapter).values():
+        for layer in layers_of(root, adapter).values():
             layer.make_whole(adapter)
 
     @classmethod
@@ -345,7 +273,7 @@ class NASLoRAModel(PhasedModel):
         config = getattr(root, "peft_config", {}).get(adapter)
         if config is None or not config.init_weights or config.architecture is not None:
             return config is not None and config.architecture is not None
-        for layer in cls._layers(root, adapter).values():
+        for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
                 value = layer.values(part)[adapter].detach()
@@ -367,27 +295,16 @@ class NASLoRAModel(PhasedModel):
             unwanted_adapter_names=unwanted_adapter_names,
         )
         values = {key: value for key, value in values.items() if value.numel()}
-        for name, layer in cls._layers(model, adapter_name).items():
-            for part, scores in layer.nas_lora_scores.get(adapter_name, {}).items():
-                values[f"{name}.nas_lora_{part}_scores.{adapter_name}"] = scores
-        return values
+        scores = scores_of(layers_of(model, adapter_name), adapter_name)
+        return {**values, **{f"{key}.{adapter_name}": value for key, value in scores.items()}}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        found = {key: value for key, value in state_dict.items() if key.endswith("_scores") and ".nas_lora_" in key}
-        rest = {key: value for key, value in state_dict.items() if key not in found}
+        rest = without_scores(state_dict)
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        for name, layer in cls._layers(model, adapter_name).items():
-            layer.nas_lora_scores.pop(adapter_name, None)
-            scores = {
-                part: found[key].to(theta.device)
-                for part, theta in layer.scored(adapter_name)
-                if (key := f"{name}.nas_lora_{part}_scores") in found
-            }
-            if scores and not config.inference_mode:
-                layer.nas_lora_scores[adapter_name] = scores
+        take_scores(layers_of(model, adapter_name), adapter_name, state_dict, keep=not config.inference_mode)
         return remapped
 
     @classmethod
@@ -396,54 +313,22 @@ class NASLoRAModel(PhasedModel):
 
     @classmethod
     def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
-        own = super()._shapes_in_form_of(root, adapter, state_dict)
-        layers = cls._layers(root, adapter)
+        layers = layers_of(root, adapter)
         if not all(layer.knows_positions(adapter) for layer in layers.values()):
-            return own  # its config says which file it waits for
-        pruned = any(key.endswith("_positions") and ".nas_lora_" in key for key in state_dict)
-        shapes: Shapes = {}
-        for name, layer in layers.items():
-            space = layer.nas_lora_space[adapter]
-            for part in space.shapes:
-                key = f"{name}.{CONTAINERS[part]}"
-                if not pruned:
-                    shapes[key] = space.shapes[part]
-                    continue
-                positions = cls._positions_in(state_dict, name, space.structured, part)
-                if positions is not None or key in state_dict:
-                    units = len(positions) if positions is not None else 0
-                    shapes[key] = space.shape(part, units)
-                    if part in space.indexed():
-                        shapes[f"{name}.nas_lora_{part}_positions"] = (units,)
-        return shapes
-
-    @staticmethod
-    def _positions_in(state_dict: dict[str, Tensor], name: str, structured: bool, part: str) -> Tensor | None:
-        return state_dict.get(f"{name}.nas_lora_{'U' if structured and part == 'V' else part}_positions")
+            return cls._own_shapes(root, adapter)  # its config says which file it waits for
+        return shapes_in_form_of(layers, adapter, state_dict)
 
     @classmethod
     def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
-        config: Any = getattr(injected_model(root), "peft_config", {})[adapter]
-        if not any(key.endswith("_positions") and ".nas_lora_" in key for key in state_dict):
+        root = injected_model(root)
+        config: Any = getattr(root, "peft_config", {})[adapter]
+        layers = layers_of(root, adapter)
+        if not is_pruned_file(state_dict):
             cls._take_forms(root, adapter, None)
-            cls._record(injected_model(root), adapter, config, 0)
+            cls._record(root, adapter, config, 0)
             return
-        nothing = torch.empty(0, dtype=torch.int32)
-        positions: dict[str, dict[str, Tensor]] = {}
-        for name, layer in cls._layers(root, adapter).items():
-            space = layer.nas_lora_space[adapter]
-            positions[name] = {}
-            for part in space.indexed():
-                own = cls._positions_in(state_dict, name, space.structured, part)
-                own = nothing if own is None else own
-                if len(own) and not 0 <= int(own.min()) <= int(own.max()) < space.whole(part):
-                    raise ValueError(
-                        f"The checkpoint does not fit the adapter {adapter!r}: positions of {part} of {name} lie "
-                        f"outside its {space.whole(part)} units. Nothing was loaded."
-                    )
-                positions[name][part] = own
-        cls._take_forms(root, adapter, positions)
-        space_size = cls._space(root, adapter)
-        path = budget_path(space_size, config.budget_in(space_size), config.rounds)
-        kept = sum(n for layer in cls._layers(root, adapter).values() for n, _ in layer.counts(adapter).values())
-        cls._record(injected_model(root), adapter, config, max(1, sum(kept <= budget for budget in path)))
+        cls._take_forms(root, adapter, positions_for(layers, adapter, positions_in(state_dict)))
+        space = space_of(layers, adapter)
+        path = budget_path(space, config.budget_in(space), config.rounds)
+        kept = kept_of(layers, adapter)
+        cls._record(root, adapter, config, max(1, sum(kept <= budget for budget in path)))

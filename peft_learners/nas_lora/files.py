@@ -1,0 +1,91 @@
+"""An adapter's file: in full, or what is kept with its positions; during a search, scores beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Shapes
+from .architecture import Positions
+from .config import CONTAINERS
+from .layer import NASLoRALayer
+
+Layers = Mapping[str, NASLoRALayer]
+_POSITIONS, _SCORES = "_positions", "_scores"
+
+
+def is_pruned_file(state_dict: Mapping[str, Tensor]) -> bool:
+    return any(key.endswith(_POSITIONS) and ".nas_lora_" in key for key in state_dict)
+
+
+def shapes_in_form_of(layers: Layers, adapter: str, state_dict: Mapping[str, Tensor]) -> Shapes:
+    """What a file must hold to fit the adapter in the form that this file has."""
+    pruned, shapes = is_pruned_file(state_dict), Shapes()
+    for name, layer in layers.items():
+        space = layer.nas_lora_space[adapter]
+        for part in space.shapes:
+            key = f"{name}.{CONTAINERS[part]}"
+            indexed = "U" if space.structured and part == "V" else part
+            positions = state_dict.get(f"{name}.nas_lora_{indexed}{_POSITIONS}")
+            if not pruned:
+                shapes[key] = space.shapes[part]
+            elif positions is not None or key in state_dict:
+                units = len(positions) if positions is not None else 0
+                shapes[key] = space.shape(part, units)
+                if part == indexed:
+                    shapes[f"{name}.nas_lora_{part}{_POSITIONS}"] = (units,)
+    return shapes
+
+
+def positions_for(layers: Layers, adapter: str, found: Positions) -> dict[str, dict[str, Tensor]]:
+    """A file's positions for every layer and indexed part of the adapter.
+
+    Raises:
+        ValueError: positions outside a part, or not ascending.
+    """
+    nothing = torch.empty(0, dtype=torch.int32)
+    positions: dict[str, dict[str, Tensor]] = {}
+    for name, layer in layers.items():
+        space, positions[name] = layer.nas_lora_space[adapter], {}
+        for part in space.indexed():
+            own = found.get(name, {}).get(part, nothing)
+            inside = not len(own) or (int(own[0]) >= 0 and int(own[-1]) < space.whole(part))
+            if not inside or bool((own[1:] <= own[:-1]).any()):
+                raise ValueError(
+                    f"The checkpoint does not fit the adapter {adapter!r}: positions of {part} of {name} are not "
+                    f"ascending, or lie outside its {space.whole(part)} units. Nothing was loaded."
+                )
+            positions[name][part] = own
+    return positions
+
+
+def scores_of(layers: Layers, adapter: str) -> dict[str, Tensor]:
+    """The scores of a search under way, by names for a file."""
+    return {
+        f"{name}.nas_lora_{part}{_SCORES}": scores
+        for name, layer in layers.items()
+        for part, scores in layer.nas_lora_scores.get(adapter, {}).items()
+    }
+
+
+def without_scores(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {key: v for key, v in state_dict.items() if not (key.endswith(_SCORES) and ".nas_lora_" in key)}
+
+
+def take_scores(layers: Layers, adapter: str, state_dict: Mapping[str, Tensor], keep: bool) -> None:
+    """Give layers the scores of a file, if it has some, in place of their own.
+
+    Args:
+        keep: False: let go of all.
+    """
+    for name, layer in layers.items():
+        layer.nas_lora_scores.pop(adapter, None)
+        scores = {
+            part: state_dict[key].to(theta.device)
+            for part, theta in layer.scored(adapter)
+            if (key := f"{name}.nas_lora_{part}{_SCORES}") in state_dict
+        }
+        if scores and keep:
+            layer.nas_lora_scores[adapter] = scores
