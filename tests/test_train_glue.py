@@ -21,6 +21,10 @@ import train_glue
 SCRIPTS = Path(train_glue.__file__).parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
+#: For slow tests: the phased methods, an adapter of PEFT's, and none (BitFit trains as full fine-tuning does).
+MAIN = ("learner", "far", "nas_lora", "lora", "full")
+WITHOUT_ADAPTER = ("full", "bitfit")
+
 SUBJECTS = ["cat", "dog", "bird", "fox", "child", "sailor", "farmer", "robot"]
 VERBS = ["sees", "likes", "chases", "paints", "carries", "finds"]
 GOOD, BAD = ["softly", "gladly", "warmly"], ["blue", "seven", "under"]
@@ -293,7 +297,11 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     assert results["device"]["processes"] == 1 and results["device"]["name"]
     assert results["versions"]["torch"] == torch.__version__
     # 6 steps, 3 per epoch: one epoch of priming; 1 % of the steps, at least one
-    starts = {"learner": {"priming": 0, "learning": 3}, "far": {"priming": 0, "reconfigured": 1}}.get(method)
+    starts = {
+        "learner": {"priming": 0, "learning": 3},
+        "far": {"priming": 0, "reconfigured": 1},
+        "nas_lora": {"search": 0, "retraining": 3},
+    }.get(method)
     assert [phase["name"] for phase in results["phases"]] == list(starts or ["train"])
     assert sum(phase["steps"] for phase in results["phases"]) == 6
     seconds = [phase["seconds"] for phase in results["phases"]]
@@ -301,7 +309,7 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     trained = results["parameters"]
     if starts is not None:
         assert [phase["first_step"] for phase in results["phases"]] == list(starts.values())
-        of_last_step = {"learner": ["priming", "learning"], "far": ["reconfigured", "reconfigured"]}[method]
+        of_last_step = ["reconfigured", "reconfigured"] if method == "far" else list(starts)
         assert [row["phase"] for row in results["epochs"]] == of_last_step
         assert trained["trained_first_phase"] > trained["trained_last_phase"] > 0
     else:
@@ -309,8 +317,8 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     wall = results["wall_seconds"]
     assert 0 < wall["train"] < wall["total"] and 0 < wall["eval"] < wall["total"]
     assert results["peak_memory_bytes"] > 2**20
-    folder = tmp_path / "run" / ("model" if method == "full" else "adapter")
-    weights = folder / ("model.safetensors" if method == "full" else "adapter_model.safetensors")
+    folder = tmp_path / "run" / ("model" if method in WITHOUT_ADAPTER else "adapter")
+    weights = folder / ("model.safetensors" if method in WITHOUT_ADAPTER else "adapter_model.safetensors")
     assert results["adapter_bytes"] == weights.stat().st_size
     assert (folder / "tokenizer.json").is_file() and not (folder / "training_args.bin").exists()
 
@@ -324,7 +332,7 @@ def test_saved_folder_reproduces_the_final_loss(method, arguments, model_dir, da
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     results = train_glue.main(arguments(method=method))
-    if method == "full":
+    if method in WITHOUT_ADAPTER:
         model = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "model")
     else:
         base = AutoModelForSequenceClassification.from_pretrained(model_dir, num_labels=2)
@@ -413,7 +421,7 @@ def test_folder_without_tokenizer_is_named(arguments, model_dir, tmp_path):
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", list(glue_methods.METHODS))
+@pytest.mark.parametrize("method", MAIN)
 @pytest.mark.parametrize("broken", ["no state", "cut state", "cut optimizer", "cut weights", "nothing broken"])
 def test_resume_from_the_last_whole_checkpoint(method, broken, arguments, tmp_path, capsys):
     whole = train_glue.main(arguments(method=method, num_train_epochs=3))
@@ -443,7 +451,7 @@ def test_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", list(glue_methods.METHODS))
+@pytest.mark.parametrize("method", MAIN)
 def test_killed_run_goes_on(method, arguments, tmp_path):
     settings = {"method": method, "num_train_epochs": 12, "per_device_train_batch_size": 4, "priming_epochs": 1.5}
     command = [sys.executable, str(SCRIPTS / "train_glue.py")]
@@ -474,7 +482,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
-@pytest.mark.parametrize("method", list(glue_methods.METHODS))
+@pytest.mark.parametrize("method", MAIN)
 def test_launchers(method, launcher, arguments, tmp_path):
     processes, module = LAUNCHERS[launcher]
     command = [sys.executable, "-m", *module, str(SCRIPTS / "train_glue.py")]
