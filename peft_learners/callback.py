@@ -90,9 +90,20 @@ class PhaseCallback(TrainerCallback):
             return
         starts = self._driver.update(state.global_step)
         if any(start.begins_anew for start in starts):
-            # What was best belongs to a training that is over: load_best_model_at_end and early stopping begin anew.
-            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+            self._forget_best(state)
         self._record(self._driver, state, starts)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        # An evaluation on the boundary itself is one of a rewound adapter that has not been trained.
+        if self._driver is not None and state.global_step > 0 and state.global_step in self._driver.fresh_starts():
+            self._forget_best(state)
+
+    @staticmethod
+    def _forget_best(state: TrainerState) -> None:
+        """What was best belongs to a training that is over: load_best_model_at_end and early stopping begin anew."""
+        state.best_metric = state.best_model_checkpoint = state.best_global_step = None
 
     def on_log(
         self,

@@ -168,6 +168,10 @@ class PhasedConfig(PeftConfig):
         """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
         raise NotImplementedError
 
+    def whole_schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        """The schedule of a run that is resumed without a record of its boundaries: phases that are over count too."""
+        return self.schedule(total_steps, steps_per_epoch)
+
     def outline(self) -> Schedule:
         """All phases in order, on steps of no meaning: for schedules whose steps are recorded or no longer matter."""
         raise NotImplementedError

@@ -120,11 +120,13 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def bias_of(module: nn.Module) -> nn.Parameter | None:
-    """The bias vector of a linear layer, a norm, a convolution, ...; None for modules without, or that hold others."""
+    """The bias vector of a linear layer, a norm, a convolution, ...; None for modules without, for those that hold
+    others, and for batch norms, whose running statistics would change beside it."""
     base = base_of(module)
     bias = getattr(base, "bias", None)
     plain = isinstance(bias, nn.Parameter) and bias.dim() == 1 and bias.is_floating_point()
-    return bias if plain and not any(True for _ in base.children()) else None
+    alone = not any(True for _ in base.children()) and not hasattr(base, "running_mean")
+    return bias if plain and alone else None
 
 
 def bias_names(model: nn.Module) -> list[str]:

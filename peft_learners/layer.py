@@ -233,3 +233,21 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             buffer[adapter_name] = value
         for name, flag in flags.items():
             getattr(self, name)[adapter_name].requires_grad_(flag)
+
+
+class TransparentLayer(DeltaLayer):
+    """A layer whose base's public attributes can be read through it (`eps`, `stride`, `padding_idx`)."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "base_layer":
+                raise
+            return self._read_through(name)
+
+    def _read_through(self, name: str) -> Any:
+        """Value of an attribute that the layer itself does not have."""
+        if name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(self.base_layer, name)

@@ -35,9 +35,13 @@ def restarting(first_steps: Sequence[int], pieces: Sequence[Factor]) -> Factor:
     return factor
 
 
-def _factor_of(name: str, warmup_steps: int, steps: int, settings: Mapping[str, Any] | None) -> Factor:
-    """The factor of transformers' schedule `name` over `steps` optimizer steps."""
-    scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+def _factor_of(name: str, lr: float, warmup_steps: int, steps: int, settings: Mapping[str, Any] | None) -> Factor:
+    """The factor of transformers' schedule `name` over `steps` optimizer steps.
+
+    Args:
+        lr: the optimizer's own rate, which kinds with an absolute end value divide by.
+    """
+    scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
     scheduler = get_scheduler(name, scratch, warmup_steps, steps, dict(settings or {}))
     if not isinstance(scheduler, LambdaLR):
         raise ScheduleError(
@@ -49,6 +53,7 @@ def _factor_of(name: str, warmup_steps: int, steps: int, settings: Mapping[str, 
 
 def _restarting(
     name: str,
+    lr: float,
     warmup: Callable[[int], int],
     first_steps: Sequence[int],
     total_steps: int,
@@ -56,7 +61,14 @@ def _restarting(
 ) -> Factor:
     ends = [*first_steps[1:], total_steps]
     lengths = [end - first for first, end in zip(first_steps, ends, strict=True)]
-    return restarting(first_steps, [_factor_of(name, warmup(length), length, settings) for length in lengths])
+    if any(warmup(length) >= length for length in lengths):
+        warnings.warn(
+            f"The warm-up of {max(warmup(length) for length in lengths)} steps is as long as a phase of "
+            f"{min(lengths)} steps, each of which has its own: the learning rate never reaches its peak there. Give "
+            "the warm-up as a share of the steps (warmup_steps=0.06).",
+            stacklevel=3,
+        )
+    return restarting(first_steps, [_factor_of(name, lr, warmup(length), length, settings) for length in lengths])
 
 
 def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], total_steps: int) -> None:
@@ -77,7 +89,9 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
     assert all(b > a for a, b in pairwise(first_steps))
     scheduler = getattr(scheduler, "scheduler", scheduler)
     name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    whole = _factor_of(name, args.get_warmup_steps(total_steps), total_steps, settings)
+    own = getattr(scheduler, "optimizer", None)
+    lr = float(own.defaults["lr"]) if own is not None else args.learning_rate
+    whole = _factor_of(name, lr, args.get_warmup_steps(total_steps), total_steps, settings)
     if not isinstance(scheduler, LambdaLR) or not all(_is_kind(own, whole) for own in scheduler.lr_lambdas):
         warnings.warn(
             "The learning-rate scheduler that was given to Trainer goes on across the phase boundary: only those that "
@@ -86,7 +100,7 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
             stacklevel=2,
         )
         return
-    factor = _restarting(name, args.get_warmup_steps, first_steps, total_steps, settings)
+    factor = _restarting(name, lr, args.get_warmup_steps, first_steps, total_steps, settings)
     scheduler.lr_lambdas = [factor] * len(scheduler.lr_lambdas)
     rates = [base * factor(scheduler.last_epoch) for base in scheduler.base_lrs]
     for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
@@ -133,5 +147,6 @@ def get_phased_scheduler(
     def warmup(steps: int) -> int:
         return int(warmup_steps) if warmup_steps >= 1 else math.ceil(steps * warmup_steps)
 
-    factor = _restarting(name, warmup, driver.fresh_starts(), driver.total_steps, settings)
+    lr = float(optimizer.defaults["lr"])
+    factor = _restarting(name, lr, warmup, driver.fresh_starts(), driver.total_steps, settings)
     return LambdaLR(optimizer, factor)

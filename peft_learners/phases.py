@@ -216,6 +216,8 @@ class PhaseDriver:
             elif config.phases_complete:
                 schedule = config.outline().last_only()
                 self._warn_if_only_said_to_be_complete(tuner, name, config)
+            elif global_step > 0:
+                schedule = config.whole_schedule(total_steps, steps_per_epoch)
             else:
                 schedule = config.schedule(total_steps, steps_per_epoch)
             if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):

@@ -37,6 +37,10 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
     return args, kwargs
 
 
+def _no_change(module: nn.Module, args: Any) -> None:
+    """A hook that does nothing."""
+
+
 class PhasedModel(BaseTuner):
     """Base class of this package's tuners.
 
@@ -89,6 +93,13 @@ class PhasedModel(BaseTuner):
             The phases that begin here; usually none.
         """
         return PhaseDriver.of(self).update(global_step)
+
+    def prepare_optimizer(self) -> None:
+        """To be called before the optimizer is made, where a loop loads an optimizer's state after an adapter.
+
+        The state of a checkpoint covers all that trains in any phase. `PhaseCallback` does this by itself.
+        """
+        PhaseDriver.of(self).prepare()
 
     def restart_phases(self) -> None:
         """Let the active adapters go through all their phases again in the next training."""
@@ -241,6 +252,9 @@ class PhasedModel(BaseTuner):
     ) -> None:
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
+        if isinstance(parent, nn.TransformerEncoderLayer):
+            # Its fast path in eval reads weights without calling their layers, but not where a hook is to be called.
+            new_module.register_forward_pre_hook(_no_change)
         self._replace_module(parent, name, new_module, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:

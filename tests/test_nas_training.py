@@ -161,6 +161,36 @@ def test_a_schedule_of_any_kind_begins_again_at_the_boundary(tmp_path: Path, kin
     assert rates[:4] == pytest.approx(rates[4:]) and max(rates) == pytest.approx(run.args.learning_rate)
 
 
+@pytest.mark.parametrize(
+    "kind,settings",
+    [
+        ("cosine_with_min_lr", {"min_lr": 1e-3}),
+        ("cosine_warmup_with_min_lr", {"min_lr": 1e-3}),
+        ("polynomial", {"lr_end": 1e-3}),
+        ("cosine_with_restarts", {"num_cycles": 2}),
+    ],
+)
+def test_each_piece_is_transformers_own_schedule(tmp_path: Path, kind, settings):
+    from transformers import get_scheduler
+
+    given = {"max_steps": 8, "warmup_steps": 1, "lr_scheduler_type": kind, "lr_scheduler_kwargs": settings}
+    run = trainer(nas(), arguments(tmp_path, **given, logging_steps=1))
+    run.train()
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    scheduler = get_scheduler(kind, optimizer, 1, 4, settings)
+    expected = []
+    for _ in range(4):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert learning_rates(run) == pytest.approx([*expected, *expected])
+
+
+def test_a_warm_up_longer_than_a_phase_is_told(tmp_path: Path):
+    with pytest.warns(UserWarning, match="warm-up of 5 steps is as long as a phase of 4 steps"):
+        trainer(nas(), arguments(tmp_path, max_steps=8, warmup_steps=5)).train()
+
+
 def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path: Path):
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
     with pytest.raises(ScheduleError, match="'reduce_lr_on_plateau' can't begin anew"):
@@ -195,7 +225,7 @@ def test_loops_get_a_scheduler_that_begins_again():
 def test_the_best_model_is_one_of_the_retraining(tmp_path: Path):
     """The search scored best of all, but what is loaded at the end is the best of what is kept. (The third evaluation
     is that of the rewound adapter.)"""
-    scores = iter([9.0, 8.0, 0.0, 1.0, 3.0, 2.0])
+    scores = iter([9.0, 8.0, 10.0, 1.0, 3.0, 2.0])
     model = nas()
     run = trainer(
         model,

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..discovery import base_of, readable_weight
 from ..feed_forward import sizes
 from ..functional import effective_linear, separate_linear, sum_of
-from ..layer import parameter_at
+from ..layer import TransparentLayer, parameter_at
 from ..sparse import cut_linear, wants_summed_weight
 from .base import BATCHLESS, FARLayer
 
@@ -101,21 +101,16 @@ class FARLinear(FARLayer):
         return out.to(dtype)
 
 
-class _Transparent(FARLayer):
-    """A layer whose base's public attributes can be read through it (`padding_idx`, ViT's patch embeddings)."""
+class _Transparent(FARLayer, TransparentLayer):
+    """A FAR layer that others look into: they see parameters as they are with the deltas."""
 
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "_qkv_same_embed_dim" and isinstance(self.get_base_layer(), nn.MultiheadAttention):
-                return False  # keeps torch's encoder layer from its fast path, which reads weights without calling
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            adapted = self.__dict__.get("far_names", {})  # not there yet while a copy is made
-            if any(name in names for parts in adapted.values() for names in parts.values()):
-                return self._effective(name)
-            return getattr(self.base_layer, name)
+    def _read_through(self, name: str) -> Any:
+        if name == "_qkv_same_embed_dim" and isinstance(self.get_base_layer(), nn.MultiheadAttention):
+            return False  # keeps torch's encoder layer from its fast path, which reads weights without calling
+        adapted = self.__dict__.get("far_names", {})  # not there yet while a copy is made
+        if not name.startswith("_") and any(name in names for parts in adapted.values() for names in parts.values()):
+            return self._effective(name)
+        return super()._read_through(name)
 
 
 class FAREmbedding(_Transparent):

@@ -14,7 +14,7 @@ Counts = dict[str, dict[str, tuple[int, int]]]
 Positions = dict[str, dict[str, Tensor]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Architecture:
     """What NAS-LoRA has kept of its search space.
 
@@ -23,8 +23,9 @@ class Architecture:
         r: rank of the low-rank updates in the search space.
         budget: parameters that could be kept.
         counts: parameters that are kept and that there were, for every module of the search space.
-        positions: ascending, of what is kept: unstructured, flat positions in U (out_features, r), in V (in_features,
-            r) and in the bias; structured, under "U" the columns of U and V, under "bias" a 0 for a bias vector.
+        positions: ascending, of what is kept: unstructured, of the entries of U (out_features, r), V (in_features, r)
+            and the bias, counted one column after the other; structured, under "U" the columns of U and V, under
+            "bias" a 0 for a bias vector.
         settings: further fields of the config that lay out the search space.
     """
 

@@ -145,7 +145,7 @@ class NASLoRAConfig(PhasedConfig):
         require(ok, self, "bias_modules", "None, 'all', a regex or a list of names")
         if names:
             self.bias_modules = sorted(value or ())
-        ok = self.architecture is None or isinstance(self.architecture, dict)
+        ok = self.architecture is None or (isinstance(self.architecture, dict) and len(self.architecture) > 0)
         require(ok, self, "architecture", "None, or what training has written there")
         ok = self.pruned_rounds == 0 or is_positive_int(self.pruned_rounds)
         require(ok, self, "pruned_rounds", "0, or what training has written there")
@@ -176,13 +176,13 @@ class NASLoRAConfig(PhasedConfig):
 
     @classmethod
     def from_architecture(
-        cls, source: Union[Architecture, nn.Module, str, Path], adapter: str = "default", **fields: Any
+        cls, source: Union[Architecture, nn.Module, str, Path], adapter: Optional[str] = None, **fields: Any
     ) -> NASLoRAConfig:
         """A config that trains an architecture found before, on another task or seed, without a new search.
 
         Args:
             source: an `Architecture`, a model that holds a pruned adapter, or a folder or Hub id of one.
-            adapter: which adapter of a model.
+            adapter: which adapter of a model; None: its only NAS-LoRA adapter.
             fields: of the new config (task_type, init_seed, save_dtype, ...).
 
         Raises:
@@ -191,7 +191,10 @@ class NASLoRAConfig(PhasedConfig):
         """
         if isinstance(source, nn.Module):
             root: Any = injected_model(source)
-            config = getattr(root, "peft_config", {}).get(adapter)
+            configs = getattr(root, "peft_config", {})
+            names = [name for name, config in configs.items() if isinstance(config, cls)]
+            adapter = names[0] if adapter is None and len(names) == 1 else adapter or "default"
+            config = configs.get(adapter)
             if not isinstance(config, cls) or not config.phases_complete:
                 raise ValueError(
                     f"The model has no NAS-LoRA adapter {adapter!r} whose search is over: there is no architecture."
@@ -250,7 +253,13 @@ class NASLoRAConfig(PhasedConfig):
         Raises:
             ScheduleError: epochs or steps of unknown number, or no step left to retrain.
         """
-        rounds = self.rounds - self.pruned_rounds
+        return self._laid_out(self.pruned_rounds, total_steps, steps_per_epoch)
+
+    def whole_schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        return self._laid_out(0, total_steps, steps_per_epoch)
+
+    def _laid_out(self, over: int, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        rounds = self.rounds - over
         if self.search_steps is not None:
             steps = self.search_steps
         elif self.search_epochs is not None:
@@ -267,7 +276,7 @@ class NASLoRAConfig(PhasedConfig):
                 f"the search takes {what}, which leaves none of the training's {total_steps} optimizer steps to "
                 "retrain what is kept. Search for less, or train longer: by default all phases are equally long."
             )
-        return self._phases(steps, self.pruned_rounds, total_steps)
+        return self._phases(steps, over, total_steps)
 
     def outline(self) -> Schedule:
         return self._phases(1)

@@ -42,7 +42,10 @@ class Gatherer:
         for layer in self._layers:
             for part, theta in layer.scored(self._adapter):
                 if theta.grad is not None and id(theta) in held:
-                    scores.append(layer.nas_lora_scores[self._adapter][part])
+                    own = layer.nas_lora_scores[self._adapter]
+                    if part not in own:
+                        own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
+                    scores.append(own[part])
                     thetas.append(theta.detach())
                     gradients.append(theta.grad)
         unscaled = _unscaled(optimizer, gradients) if scores else None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..boundary import Resized, resize
 from ..discovery import base_of
 from ..functional import LowRank
-from ..layer import TEST_STD, DeltaLayer
+from ..layer import TEST_STD, DeltaLayer, TransparentLayer
 from ..low_rank import LowRankLinear
 from .config import CONTAINERS, NASLoRAConfig
 from .initial import generator_of, initial_normal
@@ -75,8 +75,13 @@ class Space:
     def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
         """What of a part in full lies at the positions of its kept units."""
         if not self.structured:
-            return value.flatten()[positions]
-        return value[: len(positions) * len(value)] if part == "bias" else value[:, positions]
+            return flat(value)[positions]
+        return value[: len(positions) * len(value)].clone() if part == "bias" else value[:, positions]
+
+
+def flat(value: Tensor) -> Tensor:
+    """A part's entries one column after the other, so that a position means the same whatever the rank is."""
+    return value.t().flatten() if value.dim() == 2 else value
 
 
 class NASLoRALayer(DeltaLayer):
@@ -102,7 +107,8 @@ class NASLoRALayer(DeltaLayer):
         for part in CONTAINERS:
             setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
         self.nas_lora_space: dict[str, Space] = {}
-        #: By adapter and part, during a search; no buffers, which DDP would exchange in each step.
+        #: By adapter and part, during a search, of parts that had a gradient; no buffers, which DDP would exchange in
+        #: each step.
         self.nas_lora_scores: dict[str, dict[str, Tensor]] = {}
 
     def has_adapter(self, adapter: str) -> bool:
@@ -268,7 +274,8 @@ class NASLoRALayer(DeltaLayer):
     def unit_scores(self, adapter: str, part: str, scores: Tensor) -> Tensor:
         """Scores of a part's units from those of its entries: themselves, or sums over a column of U or a bias."""
         if not self.nas_lora_space[adapter].structured:
-            return scores.flatten().double()
+            own = self.positions(part)
+            return (scores if adapter in own else flat(scores)).double()
         return scores.sum(0, dtype=torch.float64).view(-1)
 
     # -- values in full ---------------------------------------------------------------------------------------------
@@ -280,8 +287,9 @@ class NASLoRALayer(DeltaLayer):
             return None
         if space.structured or adapter not in self.positions(part):
             return values[adapter]
-        flat = values[adapter].new_zeros(space.size(part))
-        return flat.index_add(0, self.positions(part)[adapter], values[adapter]).view(space.shapes[part])
+        entries = values[adapter].new_zeros(space.size(part))
+        entries = entries.index_add(0, self.positions(part)[adapter], values[adapter])
+        return entries if part == "bias" else entries.view(space.shapes[part][::-1]).t()
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         return self.full("bias", adapter)
@@ -326,7 +334,7 @@ class NASLoRALinear(NASLoRALayer, LowRankLinear):
         return v.t(), u, 1.0
 
 
-class NASLoRABias(NASLoRALayer):
+class NASLoRABias(NASLoRALayer, TransparentLayer):
     """Any other module with a bias (a norm, a convolution), at `bias + db`; `db: (features,)`."""
 
     def __init__(self, base_layer: nn.Module) -> None:

@@ -14,7 +14,7 @@ from ..allocation import budget_path
 from ..boundary import Observer, live_optimizers, resize
 from ..checkpoint import Shapes
 from ..feed_forward import sizes
-from ..phases import Entry, injected_model
+from ..phases import Entry, PhaseDriver, injected_model
 from ..saved_modules import rewind_saved_modules
 from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel, is_named
@@ -54,8 +54,13 @@ class NASLoRAModel(PhasedModel):
         "with r=0 it takes every module with a bias vector."
     )
 
-    def architecture(self, adapter_name: str = "default") -> Architecture:
-        """What is kept of the search space now: all of it before the first pruning."""
+    def architecture(self, adapter_name: Optional[str] = None) -> Architecture:
+        """What is kept of the search space now: all of it before the first pruning.
+
+        Args:
+            adapter_name: None: the active adapter.
+        """
+        adapter_name = self.active_adapters[0] if adapter_name is None else adapter_name
         config = self.peft_config[adapter_name]
         layers = layers_of(self.model, adapter_name)
         positions = {name: layer.kept_positions(adapter_name) for name, layer in layers.items()}
@@ -218,16 +223,22 @@ class NASLoRAModel(PhasedModel):
                     f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
                     "pruned, but it has not. Load the checkpoint's adapter before."
                 )
+            layers = layers_of(root, adapter)
+            space, kept = space_of(layers, adapter), kept_of(layers, adapter)
+            if index and kept > budget_path(space, config.budget_in(space), config.rounds)[index - 1]:
+                raise ScheduleError(
+                    f"The training is resumed in the phase {phase.name!r}, but the adapter {adapter!r} has {kept:,} "
+                    "parameters, more than that phase's budget: it was saved at an earlier step."
+                )
             config.write("pruned_rounds", index)
         for layer in layers_of(root, adapter).values():
             if phase.name == RETRAINING or config.criterion == "random":
                 layer.nas_lora_scores.pop(adapter, None)
-            elif entry != "resumed":
-                layer.nas_lora_scores[adapter] = {
-                    part: torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
-                    for part, theta in layer.scored(adapter)
-                }
-            elif adapter not in layer.nas_lora_scores and layer.scored(adapter):
+            elif entry != "resumed" or adapter not in layer.nas_lora_scores:
+                layer.nas_lora_scores[adapter] = {}
+        if entry == "resumed" and phase.name != RETRAINING and config.criterion != "random":
+            under_way = PhaseDriver.of(root).global_step > phase.first_step
+            if under_way and not any(layer.nas_lora_scores[adapter] for layer in layers_of(root, adapter).values()):
                 raise ScheduleError(
                     f"The training is resumed in the phase {phase.name!r}, but the scores that the search has "
                     f"gathered for the adapter {adapter!r} were not loaded. An adapter that is saved in its "
@@ -246,6 +257,7 @@ class NASLoRAModel(PhasedModel):
         layers = layers_of(root, adapter).items()
         config.write("architecture", {name: layer.counts(adapter) for name, layer in layers} if rounds else None)
         config.write("pruned_rounds", rounds)
+        config.write("completed_phases", [phase.name for phase in config.outline().phases[:rounds]])
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:

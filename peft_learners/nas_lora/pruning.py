@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 
 import torch
 from torch import Tensor, nn
@@ -65,15 +66,32 @@ def _unit_scores(
         generator = generator_of(config.init_seed, f"random/{round_}")
         counts = [layer.units(adapter, part) for layer, part in scored]
         return [torch.rand(count, dtype=torch.float64, generator=generator) for count in counts]
-    elements = [layer.nas_lora_scores[adapter][part] for layer, part in scored]
-    if config.init_weights and not any(bool(scores.any()) for scores in elements):
+    elements = [layer.nas_lora_scores.get(adapter, {}).get(part) for layer, part in scored]
+    if config.init_weights and not any(own is not None and bool(own.any()) for own in elements):
         raise ScheduleError(
             f"The search has gathered no scores for the adapter {adapter!r}: no optimizer that holds its parameters "
-            "has made a step, or all their gradients were zero. (Biases begin at zero, and their first "
-            "step scores nothing: search for at least two.)"
+            "has made a step, or all their gradients were zero. (Biases begin at zero, and the first step of a "
+            "warm-up has a rate of 0: search for at least three steps.)"
         )
-    pairs = zip(scored, elements, strict=True)
-    return [layer.unit_scores(adapter, part, scores).cpu() for (layer, part), scores in pairs]
+    found = [
+        layer.unit_scores(adapter, part, own).cpu() if own is not None else torch.zeros(layer.units(adapter, part))
+        for (layer, part), own in zip(scored, elements, strict=True)
+    ]
+    # What never had a gradient must not outrank what has a negative score.
+    last = min(float(scores.min()) for scores in found) - 1
+    idle = []
+    for (layer, part), own, scores in zip(scored, elements, found, strict=True):
+        if own is None:
+            scores.fill_(last)
+            idle.append(f"{part} of {layer.nas_lora_space[adapter].name}")
+    if idle:
+        warnings.warn(
+            f"{len(idle)} updates of the adapter {adapter!r} (first: {idle[0]}) never had a gradient in the search. "
+            "They are pruned first: the model does not use those modules, or reads their weights without a call. "
+            "Leave them out with exclude_modules.",
+            stacklevel=2,
+        )
+    return [scores.double() for scores in found]
 
 
 def _rewind_head(root: nn.Module, adapter: str, config: NASLoRAConfig, salt: str) -> None:
