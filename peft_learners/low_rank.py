@@ -40,6 +40,11 @@ class LowRankLinear(DeltaLayer):
         """db, differentiable."""
         raise NotImplementedError
 
+    def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
+        """A bias (or None) with db added."""
+        delta = self.bias_delta(adapter)
+        return bias if delta is None else sum_of(bias, [delta])
+
     def dense(self, adapter: str) -> Dense | None:
         """`(D, c)`, differentiable."""
         return None
@@ -51,17 +56,20 @@ class LowRankLinear(DeltaLayer):
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        low_rank, dense, biases = self._updates(adapters)
-        if not (low_rank or dense or biases):
+        low_rank, dense = self._updates(adapters)
+        base: Any = self.get_base_layer()
+        total = base.bias
+        for name in adapters:
+            total = self.bias_with(total, name)
+        if not (low_rank or dense) and total is base.bias:
             return self.base_layer(x, *args, **kwargs)
         weight = readable_weight(self.base_layer)
-        matrices = [a for a, _, _ in low_rank.values()] + [delta for delta, _ in dense.values()]
-        if weight is None or args or kwargs or any(m.dtype != weight.dtype for m in matrices or biases):
-            return self._forward_plain(x, low_rank, dense, biases, *args, **kwargs)
-        base: Any = self.get_base_layer()
+        summands = [a for a, _, _ in low_rank.values()] + [delta for delta, _ in dense.values()]
+        summands += [total] if total is not None else []
+        if weight is None or args or kwargs or any(value.dtype != weight.dtype for value in summands):
+            return self._forward_plain(x, adapters, low_rank, dense, *args, **kwargs)
         dropped = [name for name in low_rank if self.dropout(name) is not None]
         kept = [pair for name, pair in low_rank.items() if name not in dropped]
-        total = sum_of(base.bias, biases)
         if kept or dense:
             out = linear_with_updates(x, weight, total, kept, list(dense.values()))
         else:
@@ -72,24 +80,22 @@ class LowRankLinear(DeltaLayer):
             out = out + F.linear(F.linear(drop(x), a), b) * factor
         return out
 
-    def _updates(self, adapters: list[str]) -> tuple[dict[str, LowRank], dict[str, Dense], list[Tensor]]:
-        low_rank, dense, biases = {}, {}, []
+    def _updates(self, adapters: list[str]) -> tuple[dict[str, LowRank], dict[str, Dense]]:
+        low_rank, dense = {}, {}
         for name in adapters:
-            pair, delta, bias = self.low_rank(name), self.dense(name), self.bias_delta(name)
+            pair, delta = self.low_rank(name), self.dense(name)
             if pair is not None:
                 low_rank[name] = pair
             if delta is not None:
                 dense[name] = delta
-            if bias is not None:
-                biases.append(bias)
-        return low_rank, dense, biases
+        return low_rank, dense
 
     def _forward_plain(
         self,
         x: Tensor,
+        adapters: list[str],
         low_rank: dict[str, LowRank],
         dense: dict[str, Dense],
-        biases: list[Tensor],
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
@@ -101,8 +107,9 @@ class LowRankLinear(DeltaLayer):
             out = out + F.linear(F.linear(cast if drop is None else drop(cast), a), b) * factor
         for delta, factor in dense.values():
             out = out + F.linear(self._cast_input_dtype(x, delta.dtype), delta) * factor
-        for bias in biases:
-            out = out + bias
+        for name in adapters:
+            bias = self.bias_delta(name)
+            out = out if bias is None else out + bias
         return out.to(dtype)
 
     # -- deltas and merging -----------------------------------------------------------------------------------------

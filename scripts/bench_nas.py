@@ -103,6 +103,7 @@ class Bench:
             driver.finish()
 
         start()
+        take_step(variant, self.rows)  # the first scores
         driver.finish()
         variant.around = in_search
         if gathers:

@@ -16,6 +16,13 @@ PLAIN_FAR = {"retention_ratio": 0.1, "priming_ratio": 0.01, "selection": "l1", "
              "discard_unkept": False, "train_embeddings": True}  # fmt: skip
 VARIANTS = {"": {}, "random nodes": {"selection": "random"}, "unkept discarded": {"discard_unkept": True},
             "output nodes": {"granularity": "output_node"}}  # fmt: skip
+NAS = {
+    "U-BitFit, 10 %": {"r": 0, "parameter_budget": 0.1, "nas_granularity": "unstructured", "rounds": 1},
+    "U-BitFit, 10 %, two rounds": {"r": 0, "parameter_budget": 0.1, "nas_granularity": "unstructured", "rounds": 2},
+    "U-BitFit, 50 %": {"r": 0, "parameter_budget": 0.5, "nas_granularity": "unstructured", "rounds": 1},
+    "U-MaM, 321,024": {"r": 16, "parameter_budget": 321_024.0, "nas_granularity": "unstructured", "rounds": 1},
+    "S-MaM, 321,024": {"r": 16, "parameter_budget": 321_024.0, "nas_granularity": "structured", "rounds": 1},
+}  # fmt: skip
 BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
          "the same, `discard_unkept`": "far_after_discard",
          "after, by output node": "far_after_output_node"}  # fmt: skip
@@ -37,6 +44,9 @@ def test_readme_and_results_agree(task, method, values, file):
     if name == "far":
         told = VARIANTS[variant.rstrip(")")]
         assert {key: result["config"][key] for key in PLAIN_FAR} == {**PLAIN_FAR, **told}
+    if name == "nas_lora":
+        told = NAS[variant.rstrip(")")]
+        assert {key: result["config"][key] for key in told} == told
     assert values == " / ".join(f"{100 * result['final'][metric]:.1f}" for metric in METRICS[result["task"]])
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..boundary import Resized, resize
 from ..discovery import base_of
-from ..functional import LowRank
+from ..functional import LowRank, sum_of
 from ..layer import TEST_STD, DeltaLayer, TransparentLayer
 from ..low_rank import LowRankLinear
 from .config import CONTAINERS, NASLoRAConfig
@@ -294,6 +294,16 @@ class NASLoRALayer(DeltaLayer):
     def bias_delta(self, adapter: str) -> Tensor | None:
         return self.full("bias", adapter)
 
+    def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
+        """The bias with the adapter's delta added; entries go in one by one, without a delta in full."""
+        positions = self.positions("bias")
+        if adapter in positions and not self.nas_lora_space[adapter].structured and bias is not None:
+            values = self.values("bias")[adapter]
+            dtype = torch.promote_types(bias.dtype, values.dtype)
+            return bias.to(dtype).index_add(0, positions[adapter], values.to(dtype))
+        delta = self.bias_delta(adapter)
+        return bias if delta is None else sum_of(bias, [delta])
+
     def __repr__(self) -> str:
         return "nas_lora." + super().__repr__()
 
@@ -346,8 +356,7 @@ class NASLoRABias(NASLoRALayer, TransparentLayer):
         base: Any = self.get_base_layer()
         bias = base.bias
         for name in adapters:
-            delta = self.bias_delta(name)
-            bias = bias if delta is None else bias + delta
+            bias = self.bias_with(bias, name)
         if bias is base.bias:
             return self.base_layer(x, *args, **kwargs)
         return self.call_at({"bias": bias}, x, *args, **kwargs)
