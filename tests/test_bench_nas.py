@@ -117,15 +117,17 @@ def test_the_search_and_its_reference_differ_in_importance_alone(bench):
     for space in bench_nas.SPACES:
         variants = bench.variants(f"search_{space}")
         before = {name: p.clone() for name, p in variants["plain"].model.named_parameters() if p.requires_grad}
+        first = [score.clone() for score in scores_of(variants["plain"].model)]
         bench_common.take_rounds(variants, bench.rows, ROUNDS)
         plain, search = (dict(variants[name].model.named_parameters()) for name in ("plain", "search"))
         assert plain.keys() == search.keys()
         assert all(torch.equal(value, search[name]) for name, value in plain.items())
         assert {n for n, p in search.items() if p.requires_grad} == before.keys()
         assert not any(torch.equal(value, search[name]) for name, value in before.items())
-        scores = {name: scores_of(variant.model) for name, variant in variants.items()}
-        assert all(bool(score.any()) for score in scores["search"])
-        assert not any(bool(score.any()) for score in scores["plain"])
+        gathered, kept = (scores_of(variants[name].model) for name in ("search", "plain"))
+        assert len(first) == len(gathered) == len(kept) > 0
+        assert all(torch.equal(score, before_it) for score, before_it in zip(kept, first, strict=True))
+        assert not any(torch.equal(score, before_it) for score, before_it in zip(gathered, first, strict=True))
 
 
 def scores_of(model: torch.nn.Module) -> list[torch.Tensor]:
