@@ -88,6 +88,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
         return False
 
+    def acts(self, adapter: str) -> bool:
+        """Whether the adapter changes what this layer computes."""
+        return self.has_adapter(adapter)
+
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any) -> Tensor:
@@ -104,7 +108,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        adapters = [] if self.merged else [name for name in self.active_adapters if self.has_adapter(name)]
+        adapters = [] if self.merged else [name for name in self.active_adapters if self.acts(name)]
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         return self.forward_with(x, adapters, *args, **kwargs)

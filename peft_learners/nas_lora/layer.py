@@ -97,6 +97,7 @@ class NASLoRALayer(DeltaLayer):
         "nas_lora_V_positions",
         "nas_lora_bias_positions",
         "nas_lora_space",
+        "nas_lora_acts",
         "nas_lora_scores",
     )
 
@@ -107,12 +108,17 @@ class NASLoRALayer(DeltaLayer):
         for part in CONTAINERS:
             setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
         self.nas_lora_space: dict[str, Space] = {}
+        #: Whether anything of the adapter is kept here; layers without are passed by at no cost.
+        self.nas_lora_acts: dict[str, bool] = {}
         #: By adapter and part, during a search, of parts that had a gradient; no buffers, which DDP would exchange in
         #: each step.
         self.nas_lora_scores: dict[str, dict[str, Tensor]] = {}
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.nas_lora_space
+
+    def acts(self, adapter: str) -> bool:
+        return self.nas_lora_acts.get(adapter, False)
 
     def values(self, part: str) -> nn.ParameterDict:
         """The container of a part's values, by adapter."""
@@ -137,6 +143,7 @@ class NASLoRALayer(DeltaLayer):
         if config.architecture is None:
             for part in space.shapes:
                 self.values(part)[adapter] = nn.Parameter(space.initial(part))
+            self.nas_lora_acts[adapter] = True
         else:
             resize(self.take_form(adapter, self._given_positions(space, config)))
         if not config.init_weights:
@@ -196,6 +203,7 @@ class NASLoRALayer(DeltaLayer):
             because an optimizer may hold them; new ones are made where something is kept.
         """
         space, changes = self.nas_lora_space[adapter], []
+        self.nas_lora_acts[adapter] = positions is None or any(len(own) for own in positions.values())
         for part in space.shapes:
             values, held = self.values(part), self.positions(part)
             own = None if positions is None else positions["U" if space.structured and part == "V" else part]
@@ -331,6 +339,8 @@ class NASLoRALinear(NASLoRALayer, LowRankLinear):
     """
 
     def low_rank(self, adapter: str) -> LowRank | None:
+        if "U" not in self.nas_lora_space[adapter].shapes:
+            return None
         u, v = self.full("U", adapter), self.full("V", adapter)
         if u is None and v is None:
             return None
