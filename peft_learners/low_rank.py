@@ -57,11 +57,11 @@ class LowRankLinear(DeltaLayer):
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         low_rank, dense = self._updates(adapters)
-        base: Any = self.get_base_layer()
-        total = base.bias
+        own = getattr(self.get_base_layer(), "bias", None)
+        total = own
         for name in adapters:
             total = self.bias_with(total, name)
-        if not (low_rank or dense) and total is base.bias:
+        if not (low_rank or dense) and total is own:
             return self.base_layer(x, *args, **kwargs)
         weight = readable_weight(self.base_layer)
         summands = [a for a, _, _ in low_rank.values()] + [delta for delta, _ in dense.values()]

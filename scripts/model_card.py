@@ -42,7 +42,7 @@ NO_SETTINGS = {f.name for f in fields(PeftConfig)} | {
     *("completed_phases", "phase_first_steps", "reconfigured", "architecture", "pruned_rounds")
 }
 #: Fields that are completed from the model's structure.
-FOUND = ("target_modules", "priming_modules", "modules_to_save", "ffn_modules")
+FOUND = ("target_modules", "priming_modules", "modules_to_save", "ffn_modules", "bias_modules")
 
 
 @dataclass(frozen=True)

@@ -421,8 +421,12 @@ def test_folder_without_tokenizer_is_named(arguments, model_dir, tmp_path):
 # -- resuming --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", MAIN)
-@pytest.mark.parametrize("broken", ["no state", "cut state", "cut optimizer", "cut weights", "nothing broken"])
+@pytest.mark.parametrize(
+    "method,broken",
+    [(method, "nothing broken") for method in MAIN]
+    + [("learner", broken) for broken in ("no state", "cut state", "cut optimizer", "cut weights")]
+    + [("full", "cut weights")],
+)
 def test_resume_from_the_last_whole_checkpoint(method, broken, arguments, tmp_path, capsys):
     whole = train_glue.main(arguments(method=method, num_train_epochs=3))
     run = tmp_path / "run"
@@ -451,7 +455,7 @@ def test_no_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", ("learner", "nas_lora", "full"))
 def test_killed_run_goes_on(method, arguments, tmp_path):
     settings = {"method": method, "num_train_epochs": 12, "per_device_train_batch_size": 4, "priming_epochs": 1.5}
     command = [sys.executable, str(SCRIPTS / "train_glue.py")]
@@ -482,7 +486,7 @@ LAUNCHERS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", list(LAUNCHERS))
-@pytest.mark.parametrize("method", MAIN)
+@pytest.mark.parametrize("method", ("learner", "nas_lora", "full"))
 def test_launchers(method, launcher, arguments, tmp_path):
     processes, module = LAUNCHERS[launcher]
     command = [sys.executable, "-m", *module, str(SCRIPTS / "train_glue.py")]
