@@ -28,6 +28,17 @@ BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
          "after, by output node": "far_after_output_node"}  # fmt: skip
 
 
+NAS_BENCH = {
+    "search of U-MaM, against the same adapter without importance": ("search_u_mam", "search"),
+    "search of S-MaM, against the same": ("search_s_mam", "search"),
+    "search of U-BitFit, against the same": ("search_u_bitfit", "search"),
+    "retraining 10 % of the biases, against BitFit": ("retraining_bitfit", "u_bitfit_10"),
+    "retraining 1 % of the biases, against BitFit": ("retraining_bitfit", "u_bitfit_1"),
+    "retraining S-MaM at half, against LoRA of rank 8 with biases": ("retraining_lora", "s_mam_half"),
+    "retraining U-MaM at half, against LoRA of rank 8 with biases": ("retraining_lora", "u_mam_half"),
+}
+
+
 def rows() -> list[tuple[str, str, str, str]]:
     """`(task, method, values, file)` of the table in README."""
     table = re.findall(r"^\| (\w+) \| (\w+(?: \([^)]*\))?) \| ([\d. /]+) \| \[.*?\]\((results/glue/.*?\.json)\) \|$",
@@ -72,3 +83,30 @@ def test_the_benchmark_table_is_that_of_its_files(label, variant):
         f"{file / 1e6:.1f} MB" if file else "",
     ]  # fmt: skip
     assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+@pytest.mark.parametrize("label,place", NAS_BENCH.items())
+def test_the_benchmark_table_of_nas_lora_is_that_of_its_files(label, place):
+    comparison, variant = place
+    long, short = (
+        json.loads((ROOT / f"results/bench/nas-minilm-16x{tokens}-cpu-no-dropout.json").read_text())["comparisons"][
+            comparison
+        ]["variants"][variant]
+        for tokens in (128, 32)
+    )
+    times = [found["time_ratios"]["step"] for found in (long, short)]
+    file = long.get("adapter_file_bytes")
+    cells = [
+        *(f"{time['median']:.2f} [{time['q1']:.2f}, {time['q3']:.2f}]" for time in times),
+        f"{long['bytes_ratios']['optimizer']:.2f}", f"{file / 1e6:.2f} MB" if file else "",
+    ]  # fmt: skip
+    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+
+
+def test_kept_shares_in_the_readme_are_those_of_their_files():
+    for init in ("kaiming", "lora"):
+        record = json.loads((ROOT / f"results/architectures/shares-{init}.json").read_text())
+        for row in record["rows"]:
+            cells = [f"{100 * row['kept'][part]['share']:.1f}" for part in ("U", "V", "bias")]
+            line = f"| {init} | {100 * row['budget']:.0f} % | {' | '.join(cells)} |"
+            assert line in (ROOT / "README.md").read_text(), line
