@@ -1,4 +1,4 @@
-"""NAS-LoRA in odd company: files of other ranks and steps, loops that resume, modules that are not called or not usual."""
+"""NAS-LoRA in odd company: files of other ranks and steps, loops that resume, modules that are not called."""
 
 from __future__ import annotations
 
