@@ -89,8 +89,8 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
     assert all(b > a for a, b in pairwise(first_steps))
     scheduler = getattr(scheduler, "scheduler", scheduler)
     name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    own = getattr(scheduler, "optimizer", None)
-    lr = float(own.defaults["lr"]) if own is not None else args.learning_rate
+    optimizer = getattr(scheduler, "optimizer", None)
+    lr = float(optimizer.defaults["lr"]) if optimizer is not None else args.learning_rate
     whole = _factor_of(name, lr, args.get_warmup_steps(total_steps), total_steps, settings)
     if not isinstance(scheduler, LambdaLR) or not all(_is_kind(own, whole) for own in scheduler.lr_lambdas):
         warnings.warn(

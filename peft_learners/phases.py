@@ -345,7 +345,7 @@ class PhaseDriver:
             schedule = self.schedules[name]
             if len(schedule.phases) > 1:
                 configs[name].write("completed_phases", schedule.completed(global_step))
-        for optimizer in [self._optimizer] if self._optimizer is not None else live_optimizers() if stopped else []:
+        for optimizer in live_optimizers() if stopped and self._optimizer is None else [self._optimizer]:
             free_optimizer_state(optimizer, stopped)
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         given = self._wrapper

@@ -199,11 +199,10 @@ class NASLoRAConfig(PhasedConfig):
                 raise ValueError(
                     f"The model has no NAS-LoRA adapter {adapter!r} whose search is over: there is no architecture."
                 )
-            positions: Positions = {}
-            for name, layer in root.named_modules():
-                if adapter in getattr(layer, "nas_lora_space", ()):
-                    positions[name] = layer.kept_positions(adapter)
-            source = Architecture.of(config, positions)
+            from .layer import layers_of  # which imports this module
+
+            layers = layers_of(root, adapter)
+            source = Architecture.of(config, {name: layer.kept_positions(adapter) for name, layer in layers.items()})
         elif not isinstance(source, Architecture):
             source = Architecture.from_pretrained(str(source))
         decided = ("r", "granularity", "parameter_budget", "architecture", "rounds", "pruned_rounds")

@@ -213,17 +213,16 @@ class NASLoRAModel(PhasedModel):
     def enter_phase(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase, entry: Entry) -> None:
         """Prune and rewind where a search is over; begin to gather scores where one starts."""
         index = [p.name for p in config.outline().phases].index(phase.name)
+        layers = layers_of(root, adapter)
         if entry == "crossed":
             prune(root, adapter, config, index)
             cls._record(root, adapter, config, index)
         elif entry == "resumed" and not config.phases_complete:
-            pruned = any(layer.is_pruned(adapter) for layer in layers_of(root, adapter).values())
-            if index and not pruned:
+            if index and not any(layer.is_pruned(adapter) for layer in layers.values()):
                 raise ScheduleError(
                     f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
                     "pruned, but it has not. Load the checkpoint's adapter before."
                 )
-            layers = layers_of(root, adapter)
             space, kept = space_of(layers, adapter), kept_of(layers, adapter)
             if index and kept > budget_path(space, config.budget_in(space), config.rounds)[index - 1]:
                 raise ScheduleError(
@@ -231,14 +230,15 @@ class NASLoRAModel(PhasedModel):
                     "parameters, more than that phase's budget: it was saved at an earlier step."
                 )
             config.write("pruned_rounds", index)
-        for layer in layers_of(root, adapter).values():
-            if phase.name == RETRAINING or config.criterion == "random":
+        gathers = phase.name != RETRAINING and config.criterion != "random"
+        for layer in layers.values():
+            if not gathers:
                 layer.nas_lora_scores.pop(adapter, None)
             elif entry != "resumed" or adapter not in layer.nas_lora_scores:
                 layer.nas_lora_scores[adapter] = {}
-        if entry == "resumed" and phase.name != RETRAINING and config.criterion != "random":
+        if entry == "resumed" and gathers:
             under_way = PhaseDriver.of(root).global_step > phase.first_step
-            if under_way and not any(layer.nas_lora_scores[adapter] for layer in layers_of(root, adapter).values()):
+            if under_way and not any(layer.nas_lora_scores[adapter] for layer in layers.values()):
                 raise ScheduleError(
                     f"The training is resumed in the phase {phase.name!r}, but the scores that the search has "
                     f"gathered for the adapter {adapter!r} were not loaded. An adapter that is saved in its "
