@@ -7,15 +7,18 @@ module is written to by `merge` alone.
 from __future__ import annotations
 
 import functools
+import itertools
 import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from .discovery import is_norm
+from .discovery import is_norm, is_plain_float, stored_as
 from .functional import norm_with
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -27,6 +30,25 @@ TEST_STD = 0.05
 def parameter_at(module: nn.Module, name: str) -> Any:
     """The parameter of a dotted name. Under FSDP it may be a plain tensor, which `get_parameter` refuses."""
     return functools.reduce(getattr, name.split("."), module)
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere, and fetches them for each of its calls."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False)
+
+
+def check_mergeable(root: nn.Module, adapters: Iterable[str]) -> None:
+    """Refuse to merge adapters of which a part could not be merged, before any part is.
+
+    Raises:
+        ValueError: one of their weight updates lies on a quantised layer.
+    """
+    names = list(adapters)
+    for layer in root.modules():
+        if isinstance(layer, DeltaLayer):
+            for name in names:
+                if layer.has_adapter(name):
+                    layer.check_mergeable(name)
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -60,10 +82,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """`{name of the module's parameter: what the adapter adds to it}`, in the parameter's own layout."""
         raise NotImplementedError
 
+    def effective_deltas(self, adapter: str) -> dict[str, Tensor]:
+        """The same with the deltas on parameters that are shared with another layer, which merges them."""
+        return self.get_deltas(adapter)
+
     def merged_values(self, adapter: str) -> dict[str, Tensor]:
         """`{name of the module's parameter: its value with the adapter's delta added}`."""
         base = self.get_base_layer()
-        return {key: self._sum(base, key, delta, 1) for key, delta in self.get_deltas(adapter).items()}
+        return {key: self.sum_with(base, key, delta, 1) for key, delta in self.get_deltas(adapter).items()}
 
     def has_adapter(self, adapter: str) -> bool:
         """Whether the adapter has deltas in this layer."""
@@ -111,7 +137,26 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         adapters = [] if self.merged else [name for name in self.active_adapters if self.acts(name)]
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        return self.forward_with(x, adapters, *args, **kwargs)
+        return self._forward_at_hand(x, adapters, *args, **kwargs)
+
+    def _forward_at_hand(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """`forward_with`, with weights that are offloaded fetched for it."""
+        if not any(is_offloaded(module) for module in self._modules.values() if module is not None):
+            return self.forward_with(x, adapters, *args, **kwargs)
+        # Their own forward would fetch them again, over values that `call_at` has put in their place.
+        modules: list[Any] = [module for module in self.modules() if is_offloaded(module)]
+        hooked = [module.forward for module in modules]
+        out: Any = None
+        try:
+            for module in modules:
+                (x, *args), kwargs = module._hf_hook.pre_forward(module, x, *args, **kwargs)
+                module.forward = module._old_forward
+            out = self.forward_with(x, adapters, *args, **kwargs)
+        finally:
+            for module, forward in zip(modules, hooked, strict=True):
+                module.forward = forward
+                out = module._hf_hook.post_forward(module, out)
+        return out
 
     def _check_mixed(self, x: Tensor, adapter_names: list[str]) -> None:
         if len(x) != len(adapter_names):
@@ -134,7 +179,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             if name == BASE_ADAPTER:
                 result = self.base_layer(part, *args, **kwargs)
             else:
-                result = self.forward_with(part, [name], *args, **kwargs)
+                result = self._forward_at_hand(part, [name], *args, **kwargs)
             if out is None:
                 out = result.new_empty((len(x), *result.shape[1:]))
             out[indices] = result.to(out.dtype)
@@ -155,18 +200,42 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for name in check_adapters_to_merge(self, adapter_names):
             if not self.has_adapter(name):
                 continue
+            self.check_mergeable(name)
             base = self.get_base_layer()
-            sums = self.merged_values(name)
-            if safe_merge:
+            with self._weights_at_hand():
+                sums = self.merged_values(name)
+                if safe_merge:
+                    for key, value in sums.items():
+                        if not torch.isfinite(value).all():
+                            raise ValueError(
+                                f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
+                                f"(parameter {key!r} of a {type(base).__name__})."
+                            )
                 for key, value in sums.items():
-                    if not torch.isfinite(value).all():
-                        raise ValueError(
-                            f"NaNs detected in the merged weights. The adapter {name} seems to be broken "
-                            f"(parameter {key!r} of a {type(base).__name__})."
-                        )
-            for key, value in sums.items():
-                parameter_at(base, key).data = value
+                    parameter_at(base, key).data = value
             self.merged_adapters.append(name)
+
+    def check_mergeable(self, adapter: str) -> None:
+        """Refuse to merge what the module's weight can't take.
+
+        Raises:
+            ValueError: the adapter has a weight update here, and the weight is quantised.
+        """
+
+    @contextmanager
+    def _weights_at_hand(self) -> Iterator[None]:
+        """Weights that are offloaded, fetched to be written to, unless PEFT has done so already."""
+        base = self.get_base_layer()
+        if is_offloaded(base) and any(p.is_meta for p in base.parameters(recurse=False)):
+            with onload_layer(self):
+                yield
+        else:
+            yield
+        for module in base.modules():  # PEFT keeps what was written to the base layer itself, not to its insides
+            if module is not base and is_offloaded(module):
+                hook: Any = module._hf_hook
+                values = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
+                hook.weights_map = {name: value.detach().to("cpu") for name, value in values}
 
     def unmerge(self) -> None:
         """Subtract the merged deltas again; exact to rounding."""
@@ -174,20 +243,27 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         base = self.get_base_layer()
-        while self.merged_adapters:
-            for key, delta in self.get_deltas(self.merged_adapters.pop()).items():
-                parameter_at(base, key).data = self._sum(base, key, delta, -1)
+        with self._weights_at_hand():
+            while self.merged_adapters:
+                for key, delta in self.get_deltas(self.merged_adapters.pop()).items():
+                    parameter_at(base, key).data = self.sum_with(base, key, delta, -1)
 
     @staticmethod
-    def _sum(base: nn.Module, key: str, delta: Tensor, sign: int) -> Tensor:
+    def sum_with(base: nn.Module, key: str, delta: Tensor, sign: int) -> Tensor:
+        if not is_plain_float(parameter_at(base, key)):
+            raise ValueError(cannot_merge_into(base))
         value = parameter_at(base, key).data
-        if not value.is_floating_point():
-            raise ValueError(
-                f"The {type(base).__name__} to merge into stores {value.dtype} values: no delta can be added to them. "
-                "Load the base model in float (without quantisation) and merge there."
-            )
         # In the wider of both types, so that a float32 delta is rounded once.
         return torch.add(value, delta.to(value.device), alpha=sign).to(value.dtype)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` loses nothing here; if not, a warning names what does not lose it."""
+        warnings.warn(
+            "PEFT's convert_to_lora would drop the biases, norms and whole modules of this adapter. Use "
+            "peft_learners.export.to_lora(model, rank), which keeps them.",
+            stacklevel=2,
+        )
+        return False
 
     # -- freezing ---------------------------------------------------------------------------------------------------
 
@@ -221,6 +297,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 parameter.requires_grad_(True)
         return stopped
 
+    def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
+        device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
+        if device is None:  # HQQ's weight has another name
+            values = itertools.chain(base_layer.parameters(), base_layer.buffers())
+            device = next((value.device for value in values), None)
+        if device is not None and device.type == "meta" and is_offloaded(base_layer):
+            device = torch.device(base_layer._hf_hook.execution_device)  # where it computes
+        if dtype is not None and dtype.itemsize < 2:  # fp8: an adapter would lose most of its digits
+            dtype = None
+        return device, dtype
+
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         # PEFT's move makes new parameters, which all require gradients: the flags are put back.
         flags = {
@@ -237,6 +324,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             buffer[adapter_name] = value
         for name, flag in flags.items():
             getattr(self, name)[adapter_name].requires_grad_(flag)
+
+
+def cannot_merge_into(base: nn.Module) -> str:
+    """Sentence of an error."""
+    return (
+        f"The {type(base).__name__} to merge into is quantised (got {stored_as(base)}): the sum would have to be rounded "
+        "again, and the merged model would not be the one that was trained. Keep the adapter unmerged, or merge into "
+        "the base model in float, PeftModel.from_pretrained(float_model, adapter).merge_and_unload(), and quantise "
+        "what comes out."
+    )
 
 
 class TransparentLayer(DeltaLayer):

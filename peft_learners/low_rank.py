@@ -7,37 +7,24 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .discovery import readable_weight
-from .feed_forward import sizes
+from .discovery import float_weight, readable_weight
 from .functional import Dense, LowRank, effective_weight, linear_with_updates, sum_of
-from .layer import DeltaLayer
+from .layer import cannot_merge_into
+from .linear import DeltaLinear
 
 
-class LowRankLinear(DeltaLayer):
+class LowRankLinear(DeltaLinear):
     """`y = x (W + s B A + c D)^T + b + db`, summed over the active adapters; any of the terms may be missing.
 
     Shapes: `x: (..., in_features)`, `A: (r, in_features)`, `B: (out_features, r)`, `D: (out_features, in_features)`,
     `db: (out_features,)`. A subclass says where they come from.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.in_features: Any
-        self.out_features: Any
-        self.in_features, self.out_features = sizes(base_layer)
-        # transformers' Conv1D stores its weight as (in_features, out_features)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-
     # -- for the subclass -------------------------------------------------------------------------------------------
 
     def low_rank(self, adapter: str) -> LowRank | None:
         """`(A, B, s)`, differentiable."""
-        raise NotImplementedError
-
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        """db, differentiable."""
         raise NotImplementedError
 
     def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
@@ -101,6 +88,12 @@ class LowRankLinear(DeltaLayer):
     ) -> Tensor:
         """The same sum through `base_layer(x)`: for weights of another type, quantised, hooked or wrapped."""
         out = self.base_layer(x, *args, **kwargs)
+        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+            raise RuntimeError(
+                f"The {type(self.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
+                "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "
+                "called in eval mode: load the base model again and train before you evaluate.)"
+            )
         dtype = out.dtype
         for name, (a, b, factor) in low_rank.items():
             cast, drop = self._cast_input_dtype(x, a.dtype), self.dropout(name)
@@ -114,8 +107,7 @@ class LowRankLinear(DeltaLayer):
 
     # -- deltas and merging -----------------------------------------------------------------------------------------
 
-    def _matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
-        """What an adapter adds to the weight, without gradients."""
+    def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
         low_rank, dense = self.low_rank(adapter), self.dense(adapter)
         return (
             [(low_rank[0].detach(), low_rank[1].detach(), low_rank[2])] if low_rank is not None else [],
@@ -124,9 +116,12 @@ class LowRankLinear(DeltaLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s B A + c D`, in the layout of the layer's weight; zeros where the adapter has neither."""
-        low_rank, dense = self._matrices(adapter)
+        low_rank, dense = self.matrices(adapter)
         if not (low_rank or dense):
-            return torch.zeros_like(self.get_base_layer().weight)  # type: ignore[arg-type]
+            weight, bias = float_weight(self.base_layer), self.bias_delta(adapter)
+            if weight is not None:
+                return torch.zeros_like(weight)
+            return torch.zeros(self.out_features, self.in_features, device=bias.device if bias is not None else None)
         dtype, delta = (low_rank[0][0] if low_rank else dense[0][0]).dtype, None
         for a, b, factor in low_rank:
             # On a CPU, half-precision matrix products are slow or missing.
@@ -138,9 +133,13 @@ class LowRankLinear(DeltaLayer):
         delta = delta.to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
+    def check_mergeable(self, adapter: str) -> None:
+        if float_weight(self.base_layer) is None and any(self.matrices(adapter)):
+            raise ValueError(cannot_merge_into(self.get_base_layer()))
+
     def merged_values(self, adapter: str) -> dict[str, Tensor]:
         base: Any = self.get_base_layer()
-        low_rank, dense = self._matrices(adapter)
+        low_rank, dense = self.matrices(adapter)
         if any(m.dtype != base.weight.dtype for m in [a for a, _, _ in low_rank] + [delta for delta, _ in dense]):
             return super().merged_values(adapter)
         values: dict[str, Tensor] = {}
@@ -151,11 +150,11 @@ class LowRankLinear(DeltaLayer):
             values["weight"] = full.t().contiguous() if self.fan_in_fan_out else full
         bias = self.bias_delta(adapter)
         if bias is not None:
-            values["bias"] = self._sum(base, "bias", bias.detach(), 1)
+            values["bias"] = self.sum_with(base, "bias", bias.detach(), 1)
         return values
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        low_rank, dense = self._matrices(adapter)
+        low_rank, dense = self.matrices(adapter)
         deltas = {"weight": self.get_delta_weight(adapter)} if low_rank or dense else {}
         bias = self.bias_delta(adapter)
         return deltas if bias is None else {**deltas, "bias": bias.detach()}

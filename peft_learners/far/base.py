@@ -156,8 +156,7 @@ class FARLayer(DeltaLayer):
         return value.to(getattr(base, name).dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if not self._is_called:
-            self._is_called = True
+        self._is_called = True  # unconditionally: a compiled graph that had read it first would be recompiled
         return super().forward(*args, **kwargs)
 
     def unmerge(self) -> None:
@@ -170,12 +169,17 @@ class FARLayer(DeltaLayer):
                 other.unmerge()
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+        return self._deltas(adapter, [p for p in self.far_names[adapter] if p not in self.far_source[adapter]])
+
+    def effective_deltas(self, adapter: str) -> dict[str, Tensor]:
+        return self._deltas(adapter, list(self.far_names[adapter]))
+
+    def _deltas(self, adapter: str, parts: list[str]) -> dict[str, Tensor]:
         deltas: dict[str, Tensor] = {}
-        for part in self.far_names[adapter]:
-            if part not in self.far_source[adapter]:  # merged where it is held
-                value = self.full_delta(part, adapter)
-                assert value is not None
-                deltas.update(self._by_parameter(part, adapter, value.detach()))
+        for part in parts:
+            value = self.full_delta(part, adapter)
+            assert value is not None
+            deltas.update(self._by_parameter(part, adapter, value.detach()))
         return deltas
 
     def _by_parameter(self, part: str, adapter: str, value: Tensor) -> dict[str, Tensor]:

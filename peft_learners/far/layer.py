@@ -8,17 +8,16 @@ from typing import Any, Optional
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..discovery import base_of, readable_weight
-from ..feed_forward import sizes
-from ..functional import effective_linear, separate_linear, sum_of
+from ..functional import Dense, LowRank, effective_linear, separate_linear, sum_of
 from ..layer import TransparentLayer, parameter_at
+from ..linear import DeltaLinear
 from ..sparse import cut_linear, wants_summed_weight
 from .base import BATCHLESS, FARLayer
 
 
-class FARLinear(FARLayer):
+class FARLinear(FARLayer, DeltaLinear):
     """`y = x (W + D)^T + b + db`; `x: (..., in_features)`, `D: (out_features, in_features)`, `db: (out_features,)`.
 
     Once nodes are selected, a layer of an FFN trains `D[kept]` and `db[kept]` (axis 0) or `D[:, kept]` and all of db
@@ -27,14 +26,6 @@ class FARLinear(FARLayer):
     Source: arXiv 2205.01541.
     """
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.in_features: Any
-        self.out_features: Any
-        self.in_features, self.out_features = sizes(base_layer)
-        # transformers' Conv1D stores its weight as (in_features, out_features)
-        self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         return (self.out_features, self.in_features) if part == "far_delta" else (self.out_features,)
 
@@ -42,6 +33,13 @@ class FARLinear(FARLayer):
         if part == "far_delta" and self.fan_in_fan_out:
             value = value.t()
         return super()._by_parameter(part, adapter, value)
+
+    def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
+        delta = self.full_delta("far_delta", adapter)
+        return [], [(delta.detach(), 1.0)] if delta is not None else []
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        return self.full_delta("far_bias_delta", adapter)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """D in the layout of the base layer's weight, without gradients."""

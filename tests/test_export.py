@@ -1,0 +1,372 @@
+"""Export to plain LoRA: exact where it can be, else as near as the rank lets it come, and loaded by stock PEFT."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import zoo
+from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
+from safetensors.torch import load_file, save_model
+from test_contract import Trained, logits_of, train
+from training import adapted, far, learner, nas
+from tuners import TUNERS
+
+from peft_learners import LearnerConfig
+from peft_learners.export import save_as_lora, to_lora
+from peft_learners.export.__main__ import main
+from peft_learners.export.names import rank_patterns, saved_names, target_names
+
+FILE = "adapter_model.safetensors"
+EXACT = ("learner-unprimed", "nas-unstructured", "nas-structured")
+_TRAINED: dict[tuple[str, str], Trained] = {}
+
+
+def trained(tuner: str, arch: str) -> Trained:
+    if (tuner, arch) not in _TRAINED:
+        _TRAINED[tuner, arch] = train(tuner, arch)
+    return _TRAINED[tuner, arch]
+
+
+def error_of(run: Trained, folder: Path) -> float:
+    """Largest difference of the logits of a loaded export, relative to the largest logit."""
+    model = PeftModel.from_pretrained(copy.deepcopy(run.base), folder)
+    assert isinstance(model.peft_config["default"], LoraConfig)
+    return float((logits_of(model, run.inputs) - run.logits).abs().max() / run.logits.abs().max())
+
+
+@pytest.mark.parametrize("arch", ["bert", "mobilebert", "gpt2", "llama", "t5", "vit"])
+@pytest.mark.parametrize("tuner", EXACT)
+def test_unprimed_learners_and_nas_lora_are_exact(tuner, arch, tmp_path: Path):
+    run = trained(tuner, arch)
+    export = save_as_lora(tmp_path, run.model)
+    assert export.exact and all(module.error == 0 for module in export.modules)
+    assert error_of(run, tmp_path) < 1e-6
+
+
+@pytest.mark.parametrize("tuner", ["learner", "far", "far-output-node", "far-discard"])
+@pytest.mark.parametrize("arch", ["bert", "gpt2", "t5"])  # t5: FAR's embeddings are shared by four modules
+def test_dense_updates_at_full_rank_are_exact_to_rounding(tuner, arch, tmp_path: Path):
+    run = trained(tuner, arch)
+    export = save_as_lora(tmp_path, run.model, rank=1.0)
+    assert not export.exact and 0 < export.worst.error < 1e-5
+    assert error_of(run, tmp_path) < 5e-6
+
+
+def test_factors_are_taken_over_bit_for_bit(tmp_path: Path):
+    run = trained("learner-unprimed", "bert")
+    run.model.save_pretrained(tmp_path / "own")
+    save_as_lora(tmp_path / "lora", run.model)
+    own, lora = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "lora" / FILE)
+    layers = [name.removesuffix(".learner_P1") for name in own if name.endswith(".learner_P1")]
+    assert len(layers) == zoo.ZOO["bert"].linears
+    for name in layers:
+        assert torch.equal(lora[f"{name}.lora_A.weight"], own[f"{name}.learner_P1"])
+        assert torch.equal(lora[f"{name}.lora_B.weight"], 2 * own[f"{name}.learner_P2"])  # scaling=2 in tuners.py
+        assert torch.equal(lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta"])
+
+
+def test_pruned_entries_give_the_product_of_the_sparse_factors(tmp_path: Path):
+    """U and V put together from the adapter's file alone, by hand: positions count one column after the other."""
+    run = trained("nas-unstructured", "bert")
+    run.model.save_pretrained(tmp_path / "own")
+    save_as_lora(tmp_path / "lora", run.model)
+    own, lora = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "lora" / FILE)
+    ranks = []
+    for name in (n.removesuffix(".lora_A.weight") for n in lora if n.endswith(".lora_A.weight")):
+        a, b = lora[f"{name}.lora_A.weight"].double(), lora[f"{name}.lora_B.weight"].double()
+        full = {"U": np.zeros((4, len(b))), "V": np.zeros((4, a.shape[1]))}  # transposed: r=4 in tuners.py
+        for part, value in full.items():
+            for position, entry in zip(
+                own.get(f"{name}.nas_lora_{part}_positions", torch.empty(0)).tolist(),
+                own.get(f"{name}.nas_lora_{part}", torch.empty(0)).tolist(),
+                strict=True,
+            ):
+                value[position // value.shape[1], position % value.shape[1]] = entry
+        np.testing.assert_allclose((b @ a).numpy(), full["U"].T @ full["V"], rtol=0, atol=1e-15)
+        ranks.append(len(a))
+    assert min(ranks) >= 1 and max(ranks) <= 4
+
+
+def delta_by_hand(own: dict[str, torch.Tensor], name: str) -> np.ndarray:
+    """`P2 P1 + 0.5 theta` in float64 (scaling 1, priming_lr_scale=0.5 in tuners.py)."""
+    part = {key: own[f"{name}.learner_{key}"].double().numpy() for key in ("P1", "P2", "dense_delta")}
+    return part["P2"] @ part["P1"] + 0.5 * part["dense_delta"]
+
+
+@pytest.mark.parametrize("rank", [3, 0.9])
+def test_primed_layers_become_the_nearest_update_of_their_rank(rank, tmp_path: Path):
+    run = trained("learner", "bert")
+    run.model.save_pretrained(tmp_path / "own")
+    export = save_as_lora(tmp_path / "lora", run.model, rank=rank)
+    own, lora = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "lora" / FILE)
+    primed = {m.name: m for m in export.modules if not m.exact}
+    assert len(primed) == zoo.ZOO["bert"].attention
+    for name, module in primed.items():
+        delta = delta_by_hand(own, f"base_model.model.{name}")
+        squares = np.linalg.svd(delta, compute_uv=False) ** 2
+        kept = rank if isinstance(rank, int) else int(np.argmax(np.cumsum(squares) >= rank * squares.sum())) + 1
+        assert module.rank == kept
+        assert module.error == pytest.approx(np.sqrt(squares[kept:].sum() / squares.sum()), rel=1e-4)
+        product = lora[f"base_model.model.{name}.lora_B.weight"] @ lora[f"base_model.model.{name}.lora_A.weight"]
+        assert np.linalg.norm(product.numpy() - delta) / np.linalg.norm(delta) == pytest.approx(module.error, rel=1e-4)
+    report = json.loads((tmp_path / "lora" / "export_report.json").read_text())
+    assert {m["name"]: m["error"] for m in report["modules"] if not m["exact"]} == {
+        name: module.error for name, module in primed.items()
+    }
+    low, high = error_of(run, tmp_path / "lora"), error_of(run, _at_rank(run, 1, tmp_path))
+    assert 0 < low < high
+
+
+def _at_rank(run: Trained, rank: int, folder: Path) -> Path:
+    save_as_lora(folder / f"rank{rank}", run.model, rank=rank)
+    return folder / f"rank{rank}"
+
+
+def test_dense_updates_need_a_rank():
+    run = trained("learner", "bert")
+    with pytest.raises(ValueError, match=r"8 of the 13 linear layers .* rank=64 .* rank=0.99"):
+        to_lora(run.model)
+    for wrong in (0, -1, 1.5, 0.0, True):
+        with pytest.raises(ValueError, match="rank must be"):
+            to_lora(run.model, rank=wrong)
+
+
+LOADER = """
+import importlib.abc, json, sys
+class Refuse(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "peft_learners":
+            raise ImportError("this process must do without peft_learners")
+sys.meta_path.insert(0, Refuse())
+import torch, zoo
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+out = {}
+for arch, folder, base in json.loads(sys.argv[1]):
+    model = zoo.build(arch)
+    model.load_state_dict(load_file(base))
+    inputs = zoo.inputs_of(arch, model)
+    model = PeftModel.from_pretrained(model, folder).eval()
+    with torch.no_grad():
+        out[folder] = model(**inputs).logits
+        merged = model.merge_and_unload(safe_merge=True).eval()
+        out[folder + " merged"] = merged(**inputs).logits
+assert "peft_learners" not in sys.modules
+save_file(out, sys.argv[2])
+"""
+
+
+@pytest.mark.slow
+def test_exports_load_and_merge_in_a_process_without_this_package(tmp_path: Path):
+    jobs, expected = [], {}
+    for tuner, arch, rank in (
+        ("learner-unprimed", "bert", None),
+        ("nas-unstructured", "bert", None),
+        ("nas-structured", "llama", None),
+        ("learner", "distilbert", 1.0),
+        ("far", "bert", 1.0),
+    ):
+        run = trained(tuner, arch)
+        folder, base = tmp_path / tuner, tmp_path / f"{tuner}.safetensors"
+        save_as_lora(folder, run.model, rank=rank)
+        save_model(run.base, str(base))
+        jobs.append((arch, str(folder), str(base)))
+        expected[str(folder)] = run.logits
+    script = tmp_path / "load.py"
+    script.write_text(LOADER)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, str(script), json.dumps(jobs), str(tmp_path / "out.safetensors")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = load_file(tmp_path / "out.safetensors")
+    for folder, logits in expected.items():
+        torch.testing.assert_close(found[folder], logits, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(found[f"{folder} merged"], logits, rtol=1e-5, atol=1e-5)
+
+
+# -- strict serving --------------------------------------------------------------------------------------------------
+
+
+def test_strict_serving_says_what_would_be_lost():
+    with pytest.raises(ValueError) as error:
+        to_lora(trained("learner-unprimed", "bert").model, strict_serving=True)
+    # 8 x 16 (attention) + 2 x 32 + 2 x 16 (FFN) + 16 (pooler) biases; 4 norms of 2 x 16, a head of 2 x 16 + 2
+    assert "the biases of 13 linear layers (240 parameters" in str(error.value)
+    assert "5 modules that are stored whole (162 parameters" in str(error.value)
+    assert "LearnerConfig(train_biases=False, train_norms=False)" in str(error.value)
+
+
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured", "nas-unstructured"])
+def test_strict_serving_has_one_rank_and_nothing_but_a_and_b(tuner, tmp_path: Path):
+    base = zoo.build("llama")
+    inputs = zoo.inputs_of("llama", base)
+    settings = {"train_biases": False, **({"train_norms": False} if tuner == "learner-unprimed" else {})}
+    model = get_peft_model(copy.deepcopy(base), TUNERS[tuner].config(task_type="CAUSAL_LM", **settings))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    model.base_model.set_schedule(total_steps=4, steps_per_epoch=2, optimizer=optimizer)
+    for step in range(1, 5):
+        model(**inputs).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        model.base_model.update_and_allocate(step)
+    logits = logits_of(model, inputs)
+    export = save_as_lora(tmp_path, model, strict_serving=True)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert not (config["rank_pattern"] or config["alpha_pattern"] or config["modules_to_save"] or config["lora_bias"])
+    assert config["lora_alpha"] == config["r"] and isinstance(config["target_modules"], list)
+    values = load_file(tmp_path / FILE)
+    assert {name.rpartition(".lora_")[2] for name in values} == {"A.weight", "B.weight"}
+    assert {min(value.shape) for value in values.values()} == {config["r"]}
+    assert export.exact
+    again = logits_of(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path), inputs)
+    torch.testing.assert_close(again, logits, rtol=1e-6, atol=1e-6)
+
+
+# -- what an author may not think of ---------------------------------------------------------------------------------
+
+
+def test_biases_alone_become_rank_one_zeros_with_a_bias(tmp_path: Path):
+    model = nas("bert", r=0, init_weights=False)
+    inputs = zoo.inputs_of("bert", model)
+    export = save_as_lora(tmp_path, model)
+    low = [m for m in export.modules if m.kind == "low_rank"]
+    assert len(low) == zoo.ZOO["bert"].linears and {m.rank for m in low} == {1} and all(m.bias for m in low)
+    assert not any(v.any() for n, v in export.state_dict.items() if n.endswith(("lora_A.weight", "lora_B.weight")))
+    again = PeftModel.from_pretrained(zoo.build("bert"), tmp_path)
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_norms_alone_get_a_target_that_changes_nothing(tmp_path: Path):
+    model = adapted(LearnerConfig(target_modules=["LayerNorm"], init_weights=False, task_type="SEQ_CLS"), "bert")
+    inputs = zoo.inputs_of("bert", model)
+    export = save_as_lora(tmp_path, model)
+    assert [m.kind for m in export.modules].count("low_rank") == 1
+    again = PeftModel.from_pretrained(zoo.build("bert"), tmp_path)
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-6, atol=1e-6)
+
+
+def test_layers_without_a_bias_beside_layers_with_one(tmp_path: Path):
+    """Qwen2's query, key and value have biases, its other layers none."""
+    import transformers
+
+    config = transformers.Qwen2Config(**zoo.SMALL, num_key_value_heads=2, max_position_embeddings=32)
+    torch.manual_seed(0)
+    base = transformers.Qwen2ForCausalLM(config).eval()
+    inputs = zoo.inputs_of("llama", base)
+    model = get_peft_model(
+        copy.deepcopy(base), LearnerConfig(r=4, priming_epochs=0, init_weights=False, task_type="CAUSAL_LM")
+    )
+    export = save_as_lora(tmp_path, model)
+    assert "PEFT can't merge" in export.notes[0]
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("verb", ["inject", "second adapter", "half precision", "in search", "in priming"])
+def test_other_ways_to_have_an_adapter(verb, tmp_path: Path):
+    settings = {"r": 4, "priming_epochs": 0, "init_weights": False, "task_type": "SEQ_CLS"}
+    base, rank, name = zoo.build("distilbert"), None, "default"
+    if verb == "inject":
+        model = copy.deepcopy(base)
+        model.add_adapter(LearnerConfig(**settings))
+    elif verb == "in search":
+        model = nas("distilbert")
+    elif verb == "in priming":
+        model, rank = learner("distilbert", init_weights=False), 1.0
+    else:
+        model = get_peft_model(copy.deepcopy(base), LearnerConfig(**settings))
+    if verb == "second adapter":
+        model.add_adapter("other", LearnerConfig(**{**settings, "r": 3}))
+        model.set_adapter("other")
+        name = "other"
+    elif verb == "half precision":
+        base = base.to(torch.bfloat16)
+        model = get_peft_model(copy.deepcopy(base), LearnerConfig(**settings))
+    inputs = zoo.inputs_of("distilbert", model)
+    save_as_lora(tmp_path, model, rank, adapter_name=name)
+    again = PeftModel.from_pretrained(base, tmp_path)
+    tolerance = 0.02 if verb == "half precision" else 1e-6
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=tolerance, atol=tolerance)
+
+
+def test_merged_unknown_and_foreign_adapters_are_refused():
+    model = learner("bert", init_weights=False)
+    with pytest.raises(ValueError, match=r"one of this package's adapters in the model \['default'\], got 'mine'"):
+        to_lora(model, adapter_name="mine")
+    model.merge_adapter()
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        to_lora(model, rank=4)
+    lora = get_peft_model(zoo.build("bert"), LoraConfig(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="this package's adapters"):
+        to_lora(lora)
+
+
+def test_peft_converts_what_it_can_keep_and_refuses_the_rest():
+    """PEFT's own conversion takes weight updates alone: one with nothing else is exact, the others are refused."""
+    model = learner(
+        "llama", priming_epochs=0, train_biases=False, train_norms=False, init_weights=False, task_type="CAUSAL_LM"
+    )
+    config, state = convert_to_lora(model, rank=4)
+    again = get_peft_model(zoo.build("llama"), config)
+    again.load_state_dict({k.replace(".weight", ".default.weight"): v for k, v in state.items()}, strict=False)
+    inputs = zoo.inputs_of("llama", model)
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-5, atol=1e-5)
+    for other in (learner("llama"), learner("bert"), far("bert"), nas("bert")):
+        with pytest.warns(UserWarning, match=r"peft_learners.export.to_lora"), pytest.raises(TypeError):
+            convert_to_lora(other, rank=4)
+
+
+def test_names_match_the_modules_that_are_meant_and_no_others():
+    layers = [f"encoder.layer.{i}.{part}" for i in range(12) for part in ("query", "value", "dense")]
+    assert target_names([n for n in layers if n.endswith("query")], layers) == ["query"]
+    (one,) = target_names(["encoder.layer.1.query"], layers)
+    assert [name for name in layers if name == one or name.endswith(f".{one}")] == ["encoder.layer.1.query"]
+    assert target_names(["lin0"], ["lin0", "x.lin0", "lin1"]) == "lin0"  # as a list it would match x.lin0 too
+    assert rank_patterns({"encoder.layer.1.query": 3}) == {"encoder.layer.1.query": 3}
+    assert saved_names(["norm"], ["norm", "layers.0.layernorm", "head"]) == (["norm"], ["layers.0.layernorm"])
+
+
+@pytest.mark.slow
+def test_command_line(tmp_path: Path):
+    """A saved adapter with three classes, its base model in a folder."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.BertConfig(**zoo.SMALL, max_position_embeddings=32, num_labels=3)
+    base = transformers.BertForSequenceClassification(config).eval()
+    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path / "other")
+    base.save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base")
+    model = get_peft_model(base, LearnerConfig(r=4, init_weights=False, task_type="SEQ_CLS"))
+    model.save_pretrained(tmp_path / "adapter")
+    inputs = {k: v for k, v in zoo.inputs_of("bert", model).items() if k != "labels"}
+
+    call = [str(tmp_path / "adapter"), str(tmp_path / "out")]
+    with pytest.raises(SystemExit, match="error: 8 of the 13 linear layers .* rank=64"):
+        main(call)
+    with pytest.raises(SystemExit, match="would lose the biases of 13 linear layers"):
+        main([*call, "--energy", "0.9", "--strict-serving"])
+    command = [sys.executable, "-m", "peft_learners.export", *call, "--rank", "16"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "largest error" in done.stdout, done.stderr
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == str(tmp_path / "base")
+    again = PeftModel.from_pretrained(base, tmp_path / "out")
+    torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_discarded_far_nodes_need_no_more_rank_than_is_kept(tmp_path: Path):
+    """With `discard_unkept`, a quarter of 32 FFN nodes is left: the updates of both layers have rank 8 at most."""
+    run = trained("far-discard", "bert")
+    export = to_lora(run.model, rank=1.0)
+    ranks = {m.name: m.rank for m in export.modules if m.kind == "low_rank"}
+    ffn = [name for name in ranks if name.endswith(("intermediate.dense", "output.dense")) and "attention" not in name]
+    assert len(ffn) == 4 and all(ranks[name] <= 8 for name in ffn)
