@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .config import PhasedConfig
+from .hub import before_push
 from .lr_schedule import restart_schedule
 from .phases import PhaseDriver, PhaseStart
 from .schedule import ScheduleError
@@ -158,6 +159,12 @@ class PhaseCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         self._freeze_again(model)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            before_push(model, args.output_dir, args.hub_model_id)
 
     @staticmethod
     def _check_same(configs: dict[str, PhasedConfig], record: dict[str, Any]) -> None:

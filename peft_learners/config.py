@@ -160,7 +160,13 @@ class PhasedConfig(PeftConfig):
         self._written[name] = (given, copy.deepcopy(value))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written", "_saved_by")}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        super().save_pretrained(save_directory, **kwargs)
+        from .hub import complete_saved
+
+        complete_saved(self, save_directory)
 
     # -- what a tuner's config answers about its phases ------------------------------------------------------------
 

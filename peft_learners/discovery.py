@@ -45,7 +45,8 @@ def is_linear(module: nn.Module) -> bool:
     if isinstance(base, (nn.Linear, Conv1D)):
         return True
     named_linear = "Linear" in type(base).__name__ and not any(base.children())
-    return named_linear and hasattr(base, "in_features") and hasattr(base, "out_features")
+    sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # the latter: GPTQ
+    return named_linear and any(hasattr(base, into) and hasattr(base, out) for into, out in sizes)
 
 
 def is_norm(module: nn.Module) -> bool:
@@ -119,12 +120,14 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in _in_backbone(model) if is_linear(module)]
 
 
-def bias_of(module: nn.Module) -> nn.Parameter | None:
+def bias_of(module: nn.Module) -> torch.Tensor | None:
     """The bias vector of a linear layer, a norm, a convolution, ...; None for modules without, for those that hold
     others, and for batch norms, whose running statistics would change beside it."""
     base = base_of(module)
     bias = getattr(base, "bias", None)
-    plain = isinstance(bias, nn.Parameter) and bias.dim() == 1 and bias.is_floating_point()
+    # HQQ's linear layers keep theirs as a bare tensor.
+    own = isinstance(bias, torch.Tensor) and (isinstance(bias, nn.Parameter) or is_linear(base))
+    plain = own and bias is not None and bias.dim() == 1 and is_plain_float(bias)
     alone = not any(True for _ in base.children()) and not hasattr(base, "running_mean")
     return bias if plain and alone else None
 
@@ -199,12 +202,59 @@ def _ancestor_in(name: str, names: set[str]) -> bool:
     return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
 
 
+def is_plain_float(value: object) -> bool:
+    """Whether a tensor holds floating-point numbers as they are.
+
+    Quantised ones may pass for such by their dtype: torchao and quanto report that of the numbers they stand for,
+    bitsandbytes that of its storage. They are told by their class. fp8 can't hold a trained sum.
+    """
+    if not isinstance(value, torch.Tensor) or not value.is_floating_point() or value.element_size() < 2:
+        return False
+    return type(value) in (torch.Tensor, nn.Parameter) or type(value).__name__ == "DTensor"
+
+
 def float_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of a linear layer if it is a plain floating-point matrix, else None."""
     weight = getattr(base_of(module), "weight", None)
-    plain = isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dim() == 2
-    # fp8 storage counts as floating point for torch but can't hold a trained sum.
-    return weight if plain and weight is not None and weight.element_size() >= 2 else None
+    return weight if weight is not None and is_plain_float(weight) and weight.dim() == 2 else None
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate keeps the module's weights elsewhere, and fetches them for each of its calls."""
+    return getattr(module.__dict__.get("_hf_hook"), "offload", False)
+
+
+def stored_as(module: nn.Module) -> str:
+    """How a module stores its weight, for error messages: a dtype, or the class of tensor or module that hides it."""
+    base = base_of(module)
+    weight = getattr(base, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return type(base).__name__
+    passes_for_float = weight.is_floating_point() and weight.element_size() >= 2
+    return type(weight).__name__ if passes_for_float and not is_plain_float(weight) else str(weight.dtype)
+
+
+def refuse_unfit_head(model: nn.Module, trained_whole: Iterable[str]) -> None:
+    """Modules that are trained whole need float weights that stay where they are.
+
+    Raises:
+        ValueError: a linear layer in them is quantised or offloaded.
+    """
+    endings = list(trained_whole)
+    for name, module in walk(model):
+        if not any(name == ending or name.endswith(f".{ending}") for ending in endings):
+            continue
+        for part in _original(module).modules():
+            last = name.rpartition(".")[2]
+            whole = f"{name} is trained whole (the model's head, and what modules_to_save names), but its weights are "
+            if is_linear(part) and float_weight(part) is None:
+                raise ValueError(
+                    f"{whole}quantised (got {stored_as(part)}). Leave it in float when the base model is quantised: "
+                    f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{last!r}]), or with other methods "
+                    f"modules_to_not_convert=[{last!r}]."
+                )
+            if is_offloaded(part):
+                raise ValueError(f"{whole}offloaded. Keep it on a device: device_map={{..., {name!r}: 0}}.")
 
 
 def readable_weight(module: nn.Module) -> torch.Tensor | None:

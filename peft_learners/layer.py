@@ -18,7 +18,7 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
 from torch import Tensor, nn
 
-from .discovery import is_norm, is_plain_float, stored_as
+from .discovery import is_norm, is_offloaded, is_plain_float, stored_as
 from .functional import norm_with
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -30,11 +30,6 @@ TEST_STD = 0.05
 def parameter_at(module: nn.Module, name: str) -> Any:
     """The parameter of a dotted name. Under FSDP it may be a plain tensor, which `get_parameter` refuses."""
     return functools.reduce(getattr, name.split("."), module)
-
-
-def is_offloaded(module: nn.Module) -> bool:
-    """Whether accelerate keeps the module's weights elsewhere, and fetches them for each of its calls."""
-    return getattr(module.__dict__.get("_hf_hook"), "offload", False)
 
 
 def check_mergeable(root: nn.Module, adapters: Iterable[str]) -> None:
@@ -103,8 +98,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         base: Any = self.get_base_layer()
         if is_norm(base):
-            bias = values.get("bias", getattr(base, "bias", None))
-            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
+            weight, bias = values.get("weight", base.weight), values.get("bias", getattr(base, "bias", None))
+            if bias is not None:  # a delta on one of them alone may have widened it
+                widest = torch.promote_types(weight.dtype, bias.dtype)
+                weight, bias = weight.to(widest), bias.to(widest)
+            return norm_with(base, x, weight, bias, *args, **kwargs)
         cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
         if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
             return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
@@ -329,10 +327,10 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 def cannot_merge_into(base: nn.Module) -> str:
     """Sentence of an error."""
     return (
-        f"The {type(base).__name__} to merge into is quantised (got {stored_as(base)}): the sum would have to be rounded "
-        "again, and the merged model would not be the one that was trained. Keep the adapter unmerged, or merge into "
-        "the base model in float, PeftModel.from_pretrained(float_model, adapter).merge_and_unload(), and quantise "
-        "what comes out."
+        f"The {type(base).__name__} to merge into is quantised, it stores {stored_as(base)} values: the sum would "
+        "have to be rounded again, and the merged model would not be the one that was trained. Keep the adapter unmerged, "
+        "or merge into the base model in float, PeftModel.from_pretrained(float_model, adapter).merge_and_unload(), "
+        "and quantise what comes out."
     )
 
 

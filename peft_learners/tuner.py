@@ -26,7 +26,9 @@ from torch import nn
 from . import discovery
 from .boundary import Observer
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
+from .combination import Combined, add_combined
 from .config import PhasedConfig
+from .hub import attach
 from .layer import BASE_ADAPTER, DeltaLayer
 from .phases import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
 from .schedule import Phase, Schedule
@@ -149,6 +151,11 @@ class PhasedModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, PhasedConfig)
+        if hasattr(nn.ParameterDict, adapter_name):
+            raise ValueError(
+                f"adapter_name={adapter_name!r} is the name of a method of torch's containers, which hold adapters by "
+                f"their names. Take another: {adapter_name + '_1'!r}."
+            )
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
@@ -317,6 +324,47 @@ class PhasedModel(BaseTuner):
             for handle in handles:
                 handle.remove()
 
+    # -- weighted sums ----------------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(
+        self,
+        adapters: list[str],
+        weights: list[float],
+        adapter_name: str,
+        combination_type: str = "svd",
+        svd_rank: int | None = None,
+    ) -> None:
+        """Add an adapter whose update is `sum_i weights[i] * update_i`, in its last phase, frozen and not active.
+
+        Biases, norms and dense deltas are summed. As in PEFT, several of the adapters may not have a copy each of the
+        same whole module (a head).
+
+        Args:
+            adapters: names of adapters of the model.
+            weights: one for each.
+            adapter_name: name of the new adapter.
+            combination_type: "svd" (PEFT's default): low-rank updates become the nearest one of rank `svd_rank`;
+                "cat": they are put side by side, exact, and their ranks add up.
+            svd_rank: None: the largest rank among the adapters, layer by layer.
+
+        Raises:
+            ValueError: see above, and other arguments that can't be right.
+            NotImplementedError: the sum of such adapters is no adapter of their kind.
+        """
+        add_combined(self, adapters, weights, adapter_name, combination_type, svd_rank)
+
+    def _config_of_sum(self, configs: list[Any], found: Combined) -> tuple[PhasedConfig, Combined]:
+        """Config of an adapter that holds a sum, and of the sum what it holds."""
+        raise NotImplementedError(
+            f"add_weighted_adapter: the weighted sum of {type(configs[0]).__name__} adapters is not an adapter of "
+            "that kind. Use them together (model.base_model.set_adapter([...]) adds them up), or export each to LoRA "
+            "(peft_learners.export) and combine there."
+        )
+
+    def _take_sum(self, adapter: str, found: Combined) -> None:
+        """Give the parameters of an injected adapter the values of a sum."""
+        raise NotImplementedError
+
     # -- unloading and saving ---------------------------------------------------------------------------------------
 
     def _check_merge_allowed(self) -> None:
@@ -355,7 +403,12 @@ class PhasedModel(BaseTuner):
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
+        # PEFT leaves out every key that has another adapter's name in it, modules of that name included.
+        others = tuple(f".{name}." for name in unwanted_adapter_names)
+        own = {k: v for k, v in model.state_dict().items() if f".{cls.prefix}" in k and k.endswith(f".{adapter_name}")}
+        values.update({k: v for k, v in own.items() if k not in values and any(name in k for name in others)})
         driver = PhaseDriver.known(model)
+        attach(model, config)
         cls._warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
             dtype = getattr(torch, config.save_dtype)

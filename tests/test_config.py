@@ -232,3 +232,9 @@ def test_head_of_a_task_model_that_holds_its_backbone_directly():
     model = learner(tf.WhisperForAudioClassification(config))
     assert set(model.peft_config["default"].modules_to_save) == {"projector", "classifier"}
     assert all(name.startswith("encoder.layers.") for name in model.base_model.targeted_module_names)
+
+
+@pytest.mark.parametrize("name", ["copy", "update", "keys"])
+def test_an_adapter_can_not_be_called_as_a_method_of_containers(name):
+    with pytest.raises(ValueError, match=f"adapter_name='{name}' .* Take another: '{name}_1'"):
+        get_peft_model(zoo.build("bert"), LearnerConfig(r=2), name)

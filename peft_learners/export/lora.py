@@ -23,8 +23,8 @@ from ..config import PhasedConfig
 from ..discovery import is_linear, linear_names
 from ..factors import Factored, joined, nearest, total, without_idle
 from ..layer import DeltaLayer
+from ..names import rank_patterns, saved_names, target_names
 from ..phases import injected_model
-from .names import rank_patterns, saved_names, target_names
 
 Values = Mapping[str, Tensor]
 REPORT_NAME = "export_report.json"

@@ -65,12 +65,13 @@ class FARModel(PhasedModel):
             chosen = self._named_targets(config, model)
         chosen = self._with_sharers(config, found, chosen, everything)
         modules = {name: module for name, module in discovery.walk(model) if name in chosen}
-        self._check_modules(modules)
         pairs = feed_forwards(model)
         if config.ffn_modules is not None:
             pairs = named_feed_forwards(model, config.ffn_modules)
         elif pairs:
             config.write("ffn_modules", patterns_of(pairs))
+        self._check_modules(modules, {name for pair in pairs for name in pair.names})
+        discovery.refuse_unfit_head(model, config.modules_to_save or ())
         self._homes = lay_out_homes(model, config, modules, pairs)
         self._owners: dict[int, FARLayer] = {}
         if everything:
@@ -122,17 +123,29 @@ class FARModel(PhasedModel):
                     result |= missing
         return result
 
-    @staticmethod
-    def _check_modules(modules: dict[str, nn.Module]) -> None:
+    def _check_modules(self, modules: dict[str, nn.Module], nodes: set[str]) -> None:
+        """Refuse what can't take a dense delta.
+
+        Args:
+            nodes: names of the linear layers of FFNs.
+        """
+        packed = [name for name, module in modules.items() if not _takes_dense(module)]
+        if packed:
+            more = f" (and to {len(packed) - 1} more)" if len(packed) > 1 else ""
+            reason = (
+                f"FAR adds a dense delta to {packed[0]}{more}, whose weights are not a floating-point matrix (got "
+                f"{discovery.stored_as(modules[packed[0]])}). Load the base model in float, without quantisation, or "
+            )
+            if nodes & set(packed) == nodes & set(modules):
+                raise ValueError(
+                    f"{reason}train low-rank updates, which a quantised base takes: LearnerConfig(priming_epochs=0) "
+                    "or NASLoRAConfig()."
+                )
+            raise ValueError(
+                f"{reason}leave those out: FARConfig(exclude_modules={self._minimal_names(set(packed))})."
+            )
         for name, module in modules.items():
             base: Any = discovery.base_of(module)
-            if discovery.is_linear(module) and discovery.float_weight(module) is None:
-                weight = getattr(base, "weight", None)
-                raise ValueError(
-                    f"FAR adds a dense delta to {name}, whose weights are not a floating-point matrix (got "
-                    f"{getattr(weight, 'dtype', type(weight).__name__)}). Load the base model in float, without "
-                    "quantisation, or leave the layer out with exclude_modules."
-                )
             if isinstance(base, nn.Embedding) and base.max_norm is not None:
                 raise ValueError(
                     f"The embedding {name} has max_norm={base.max_norm}, which rescales its weights in place while "
@@ -293,6 +306,13 @@ class FARModel(PhasedModel):
                 changes += layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept)
             resize(changes, live_optimizers())
         config.write("reconfigured", not config.reconfigured)
+
+
+def _takes_dense(module: nn.Module) -> bool:
+    if discovery.is_linear(module):
+        return discovery.float_weight(module) is not None
+    floats = (p for p in discovery.base_of(module).parameters() if p.is_floating_point())
+    return all(discovery.is_plain_float(p) for p in floats)
 
 
 def _no_pair(model: nn.Module, config: FARConfig) -> str:

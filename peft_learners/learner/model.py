@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections import Counter
+from dataclasses import replace
 from typing import Any, Optional
 
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -9,6 +11,9 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from .. import discovery
+from ..combination import Combined
+from ..layer import check_mergeable
+from ..names import rank_patterns
 from ..phases import tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel, is_named
@@ -46,6 +51,7 @@ class LearnerModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
+        discovery.refuse_unfit_head(model, config.modules_to_save or ())
         given = config.target_modules
         explicit = given is not None and not (
             isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -94,15 +100,32 @@ class LearnerModel(PhasedModel):
                 if not any(is_named(linear, name) for linear in linears):
                     raise ValueError(self._outside_targets(config, name, linears))
             primed = {linear for linear in linears if any(is_named(linear, name) for name in asked)}
-        for name in sorted(primed):
-            if discovery.float_weight(modules[name]) is None:
-                weight = getattr(discovery.base_of(modules[name]), "weight", None)
-                raise ValueError(
-                    f"priming_epochs={config.priming_epochs} adds a dense delta to {name}, whose weights are not a "
-                    f"floating-point matrix (got {getattr(weight, 'dtype', type(weight).__name__)}). Prime float "
-                    "layers only, priming_modules=[...], or none: LearnerConfig(priming_epochs=0)."
-                )
+        packed = sorted(name for name in primed if discovery.float_weight(modules[name]) is None)
+        if packed:
+            raise ValueError(self._cannot_prime(config, modules, primed, packed))
         return primed
+
+    def _cannot_prime(
+        self, config: LearnerConfig, modules: dict[str, nn.Module], primed: set[str], packed: list[str]
+    ) -> str:
+        by_steps, more = config.priming_steps is not None, len(packed) - 1
+        reason = (
+            (f"priming_steps={config.priming_steps}" if by_steps else f"priming_epochs={config.priming_epochs}")
+            + f" adds a dense delta to {packed[0]}{f' (and {more} more)' if more else ''}, whose weights are not a "
+            f"floating-point matrix (got {discovery.stored_as(modules[packed[0]])}). "
+        )
+        if config.completed_phases:
+            return (
+                f"{reason}This adapter was primed on a base model in float: load that one (merge the adapter there "
+                "and quantise what comes out), or train a Learner with LearnerConfig(priming_epochs=0)."
+            )
+        floats = primed - set(packed)
+        if floats:
+            names = self._minimal_names(floats)
+            return (
+                f"{reason}Prime float layers only, LearnerConfig(priming_modules={names}), or none: priming_epochs=0."
+            )
+        return f"{reason}Do without priming: LearnerConfig(priming_epochs=0)."
 
     @staticmethod
     def _outside_targets(config: LearnerConfig, name: str, linears: list[str]) -> str:
@@ -135,6 +158,48 @@ class LearnerModel(PhasedModel):
             layer.update_layer(adapter_name, peft_config)
         if layer is not target:
             self._place(layer, adapter_name, parent, target_name, target)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_mergeable(self.model, self.active_adapters)
+
+    # -- weighted sums ----------------------------------------------------------------------------------------------
+
+    def _config_of_sum(self, configs: list[Any], found: Combined) -> tuple[LearnerConfig, Combined]:
+        ranks = {name: pair.rank for name, pair in found.low_rank.items()}
+        most = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
+        config = replace(
+            configs[0],
+            r=most,
+            rank_pattern=rank_patterns({name: rank for name, rank in ranks.items() if rank != most}),
+            scaling=1.0,
+            learner_dropout=0.0,
+            target_modules=self._minimal_names(found.names),
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            train_biases=any(name in found.low_rank for name in found.biases),
+            train_norms=False,  # those that have deltas are named
+            priming_modules=sorted(found.dense) or None,
+            priming_epochs=1 if found.dense else 0,
+            priming_steps=None,
+            priming_lr_scale=1.0,
+            completed_phases=[PRIMING] if found.dense else [],
+            phase_first_steps=None,
+        )
+        return config, found
+
+    def _take_sum(self, adapter: str, found: Combined) -> None:
+        parts = {
+            "learner_P1": {name: pair.a for name, pair in found.low_rank.items()},
+            "learner_P2": {name: pair.b for name, pair in found.low_rank.items()},
+            DENSE_PART: found.dense,
+            "learner_bias_delta": found.biases,
+            "learner_layernorm_delta": found.norms,
+        }
+        for part, values in parts.items():
+            for name, value in values.items():
+                getattr(self.model.get_submodule(name), part)[adapter].data = value.detach().clone()
 
     # -- phases -----------------------------------------------------------------------------------------------------
 

@@ -165,6 +165,19 @@ class NASLoRALayer(DeltaLayer):
             shapes["bias"], stds["bias"] = (m,), 0.0
         return Space(shapes, stds, config.granularity == "structured", config.init_seed, name)
 
+    def restore_initial(self, adapter: str) -> None:
+        """Undo the rounding of a fresh adapter's initial values to the type of a base in half precision."""
+        _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        space = self.nas_lora_space[adapter]
+        if dtype is None or dtype.itemsize > 2 or self.is_pruned(adapter):
+            return
+        for part in space.shapes:
+            value = self.values(part)[adapter].data
+            if value.dtype == torch.float32 and not value.is_meta:
+                exact = space.initial(part).to(value.device)
+                if torch.equal(value, exact.to(dtype).to(value.dtype)):
+                    value.copy_(exact)
+
     @staticmethod
     def _given_positions(space: Space, config: NASLoRAConfig) -> dict[str, Tensor]:
         """Positions of an architecture: those of the config, random ones for tests, or unknown ones, as many as its
@@ -225,7 +238,8 @@ class NASLoRALayer(DeltaLayer):
         return changes
 
     def _device(self) -> torch.device:
-        return next((p.device for p in self.get_base_layer().parameters()), torch.device("cpu"))
+        device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())
+        return device if device is not None else torch.device("cpu")
 
     def make_whole(self, adapter: str) -> None:
         """Let there be an (empty) parameter for each part of which nothing is kept."""

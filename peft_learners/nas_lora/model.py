@@ -13,12 +13,15 @@ from .. import discovery
 from ..allocation import budget_path
 from ..boundary import Observer, live_optimizers, resize
 from ..checkpoint import Shapes
+from ..combination import Combined, acting
 from ..feed_forward import sizes
+from ..layer import check_mergeable
 from ..phases import Entry, PhaseDriver, injected_model
 from ..saved_modules import rewind_saved_modules
 from ..schedule import Phase, Schedule, ScheduleError
 from ..tuner import PhasedModel, is_named
 from .architecture import Architecture, positions_in
+from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
 from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
 from .importance import Gatherer
@@ -71,6 +74,7 @@ class NASLoRAModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: NASLoRAConfig, model: nn.Module) -> set[str]:
+        discovery.refuse_unfit_head(model, config.modules_to_save or ())
         given = config.target_modules
         self._biases_alone = config.r == 0  # then target_modules says whose
         low_rank: set[str] = set()
@@ -151,9 +155,6 @@ class NASLoRAModel(PhasedModel):
                     stacklevel=2,
                 )
             config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._homes})
-        for name, module in modules.items():
-            if getattr(discovery.base_of(module), "weight", None) is None and self._homes[name][0]:
-                raise ValueError(f"{name} has no weight to put a low-rank update on. Leave it out: exclude_modules.")
 
     # -- injection --------------------------------------------------------------------------------------------------
 
@@ -176,6 +177,38 @@ class NASLoRAModel(PhasedModel):
         layer.update_layer(adapter_name, peft_config, current_key, rank, bias)
         if layer is not target:
             self._place(layer, adapter_name, parent, target_name, target)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in layers_of(self.model, adapter_name).values():
+            layer.restore_initial(adapter_name)
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        check_mergeable(self.model, self.active_adapters)
+
+    # -- weighted sums ----------------------------------------------------------------------------------------------
+
+    def _config_of_sum(self, configs: list[Any], found: Combined) -> tuple[NASLoRAConfig, Combined]:
+        if any(config.granularity != "structured" for config in configs):
+            raise NotImplementedError(
+                "add_weighted_adapter: a sum of updates whose factors keep single entries is not of that form; it "
+                "needs granularity='structured'. Use the adapters together (model.base_model.set_adapter([...]) adds "
+                "them up), or export each to LoRA (peft_learners.export) and combine there."
+            )
+        found = acting(found)
+        return config_of_sum(configs[0], found, self._minimal_names), found
+
+    def _take_sum(self, adapter: str, found: Combined) -> None:
+        values = {
+            "U": {name: pair.b for name, pair in found.low_rank.items()},
+            "V": {name: pair.a.t() for name, pair in found.low_rank.items()},
+            "bias": found.biases,
+        }
+        for part, own in values.items():
+            for name, value in own.items():
+                layer: Any = self.model.get_submodule(name)
+                layer.values(part)[adapter].data = value.detach().clone(memory_format=torch.contiguous_format)
 
     # -- phases -----------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Names for a LoRA config that PEFT resolves to exactly the modules that are meant."""
+"""Names for a config that PEFT resolves to exactly the modules that are meant."""
 
 from __future__ import annotations
 

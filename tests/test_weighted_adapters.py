@@ -1,0 +1,166 @@
+"""`add_weighted_adapter`: a sum of updates as one adapter, where it is one of the same kind."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from peft import PeftModel, get_peft_model
+from test_contract import logits_of
+from tuners import TUNERS
+
+from peft_learners import LearnerConfig, NASLoRAConfig
+
+WEIGHTS = (0.7, -0.4)
+
+
+def learner_of(**settings: Any) -> LearnerConfig:
+    return LearnerConfig(**{"priming_epochs": 0, "init_weights": False, "task_type": "CAUSAL_LM", **settings})
+
+
+def nas_of(**settings: Any) -> NASLoRAConfig:
+    return NASLoRAConfig(
+        **{"granularity": "structured", "init_weights": False, "task_type": "CAUSAL_LM", "init_seed": 1, **settings}
+    )
+
+
+PAIRS = {
+    "learners": (learner_of(r=4), learner_of(r=3, scaling=2.0, target_modules=["q_proj", "o_proj"])),
+    "primed and unprimed": (
+        learner_of(r=4, priming_epochs=1, priming_lr_scale=0.5, completed_phases=["priming"]),
+        learner_of(r=2, train_norms=False),
+    ),
+    "structured": (nas_of(r=4), nas_of(r=2, init_seed=2, target_modules=["q_proj", "o_proj"])),
+    "biases and ranks": (nas_of(r=0), nas_of(r=2, train_biases=False)),
+}
+
+
+def lm(arch: str) -> torch.nn.Module:
+    """A causal model: one without a new head."""
+    if arch == "llama":
+        return zoo.build("llama")
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    return transformers.GPT2LMHeadModel(config).eval()
+
+
+def sum_by_hand(base: torch.nn.Module, model: PeftModel) -> dict[str, torch.Tensor]:
+    """`W + sum_i w_i (W_i - W)` in float64, with W_i from merging each adapter by itself."""
+    total = {name: value.double().clone() for name, value in base.state_dict().items()}
+    for adapter, weight in zip(("one", "two"), WEIGHTS, strict=True):
+        alone = copy.deepcopy(model)
+        alone.set_adapter(adapter)
+        for name, value in alone.merge_and_unload().state_dict().items():
+            total[name] += weight * (value.double() - base.state_dict()[name].double())
+    return total
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2"])
+@pytest.mark.parametrize("pair", list(PAIRS))
+def test_cat_is_the_exact_sum_and_survives_its_file(pair, arch, tmp_path: Path):
+    if arch == "llama" and pair == "biases and ranks":
+        arch = "gpt2"  # Llama has no biases
+    base = lm(arch)
+    first, second = (copy.deepcopy(config) for config in PAIRS[pair])
+    if arch == "gpt2" and second.target_modules:
+        second.target_modules = {"c_attn"}
+    torch.manual_seed(4)
+    model = get_peft_model(copy.deepcopy(base), first, "one")
+    model.add_adapter("two", second)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    active, flags = model.active_adapter, {n: p.requires_grad for n, p in model.named_parameters()}
+    expected = sum_by_hand(base, model)
+
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", combination_type="cat")
+    assert model.active_adapter == active
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    assert {n: p.requires_grad for n, p in model.named_parameters() if n in flags} == flags
+    assert not any(p.requires_grad for n, p in model.named_parameters() if n not in flags)
+
+    model.set_adapter("sum")
+    inputs = zoo.inputs_of("llama", base)
+    logits = logits_of(model, inputs)
+    merged = copy.deepcopy(model).merge_and_unload()
+    for name, value in merged.state_dict().items():
+        torch.testing.assert_close(value.double(), expected[name], rtol=0, atol=1e-6)
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "sum")
+    assert torch.equal(logits_of(again, inputs), logits)
+    assert again.peft_config["default"].phases_complete
+
+
+@pytest.mark.parametrize("pair", ["learners", "structured"])
+def test_svd_is_the_nearest_sum_of_its_rank(pair):
+    base = lm("llama")
+    torch.manual_seed(4)
+    model = get_peft_model(copy.deepcopy(base), copy.deepcopy(PAIRS[pair][0]), "one")
+    model.add_adapter("two", copy.deepcopy(PAIRS[pair][1]))
+    expected = sum_by_hand(base, model)
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", svd_rank=3)
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "wide")
+    for adapter, rank in (("sum", 3), ("wide", 4)):
+        model.set_adapter(adapter)
+        merged = copy.deepcopy(model).merge_and_unload().state_dict()
+        name = "model.layers.0.self_attn.q_proj.weight"
+        delta = expected[name] - base.state_dict()[name].double()
+        found = merged[name].double() - base.state_dict()[name].double()
+        values = torch.linalg.svdvals(delta)
+        assert int((torch.linalg.svdvals(found) > 1e-5).sum()) == rank
+        assert float((found - delta).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3)
+
+
+def test_sums_that_are_no_such_adapter_are_refused_with_a_way_out():
+    base = lm("gpt2")
+    for tuner in ("far", "nas-unstructured"):
+        config = TUNERS[tuner].config
+        model = get_peft_model(copy.deepcopy(base), config(task_type="CAUSAL_LM"), "one")
+        model.add_adapter("two", config(task_type="CAUSAL_LM"))
+        with pytest.raises(NotImplementedError, match=r"set_adapter\(\[\.\.\.\]\) adds them up.*peft_learners.export"):
+            model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum")
+        assert list(model.peft_config) == ["one", "two"]
+
+
+def test_a_head_that_several_adapters_have_is_refused_as_in_peft():
+    model = get_peft_model(zoo.build("bert"), learner_of(task_type="SEQ_CLS"), "one")
+    model.add_adapter("two", learner_of(task_type="SEQ_CLS"))
+    with pytest.raises(ValueError, match="the same module with modules_to_save, but classifier"):
+        model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")
+
+
+def test_one_adapter_with_a_head_is_scaled_and_keeps_its_head():
+    base = zoo.build("bert")
+    inputs = zoo.inputs_of("bert", base)
+    model = get_peft_model(base, learner_of(r=4, task_type="SEQ_CLS"), "one")
+    with torch.no_grad():
+        model.base_model.model.classifier.modules_to_save["one"].weight.mul_(3)
+    logits = logits_of(model, inputs)
+    model.add_weighted_adapter(["one"], [1.0], "same")
+    model.set_adapter("same")
+    torch.testing.assert_close(logits_of(model, inputs), logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"combination_type": "linear"}, r"one of \('cat', 'svd'\), got 'linear'"),
+        ({"combination_type": "ties", "svd_rank": 2}, "got 'ties'"),
+        ({"svd_rank": 0}, "svd_rank must be"),
+        ({"adapters": ["one", "nobody"]}, "names of adapters of the model"),
+        ({"weights": [1.0]}, "one number for each of 2 adapters"),
+        ({"adapter_name": "two"}, "must be a new name"),
+    ],
+)
+def test_wrong_arguments_are_named(arguments, message):
+    model = get_peft_model(lm("gpt2"), learner_of(), "one")
+    model.add_adapter("two", learner_of())
+    call = {"adapters": ["one", "two"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(**call)
+    assert list(model.peft_config) == ["one", "two"]
