@@ -16,6 +16,8 @@ import torch  # noqa: E402
 
 torch.set_num_threads(1)  # the models are tiny: threads only cost
 
+pytest_plugins = ["tiny_glue"]
+
 
 def pytest_collection_modifyitems(items: list) -> None:
     """Files with slow tests go first, so that two workers end at about the same time."""
