@@ -30,13 +30,12 @@ from model_card_methods import (
 from peft import PeftConfig
 from safetensors import safe_open
 
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
+from peft_learners.hub import AUTO_CLASSES, is_hub_id, loading_code, short_name, usage_text
+
+#: Remark on an adapter's name in a card that was written before it was pushed.
+HERE = "this folder, or its id on the Hub"
+#: Of all cards, in Jinja.
+TEMPLATE = Path(__file__).resolve().parents[1] / "model_cards" / "template.md"
 #: Fields that training writes, or that are no settings of the method.
 NO_SETTINGS = {f.name for f in fields(PeftConfig)} | {
     *("completed_phases", "phase_first_steps", "reconfigured", "architecture", "pruned_rounds")
@@ -54,7 +53,8 @@ class Adapter:
         method: learner, far or nas_lora.
         config: its config.
         shapes: shapes of its values by name.
-        base: name of its base model.
+        base: name of its base model, to be shown.
+        base_id: the base model's id on the Hub, if it has one.
     """
 
     folder: Path
@@ -62,6 +62,7 @@ class Adapter:
     config: Config
     shapes: dict[str, tuple[int, ...]]
     base: str
+    base_id: Optional[str]
 
     @property
     def folder_name(self) -> str:
@@ -78,11 +79,13 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
 
     Args:
         folder: of the adapter.
-        base_model: name of its base model, in place of the one in its config.
+        base_model: id of its base model on the Hub, in place of the name in its config.
 
     Raises:
         ValueError: the folder holds no adapter of this package, or the base model is unknown.
     """
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"--base_model must be the id of a model on the Hub (OWNER/NAME), got {base_model!r}.")
     config = run_record.read_json(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     kind = str((config or {}).get("peft_type"))
@@ -99,16 +102,7 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     read: Any = CARD_METHODS[kind.lower()].config.from_pretrained(str(folder))
-    return Adapter(folder, kind.lower(), read, shapes, base_model or base_label(name))
-
-
-def base_label(name: str) -> str:
-    """The base model's name for the card: of a folder (here or elsewhere) its last part."""
-    return Path(name).name if is_folder(name) else name
-
-
-def is_folder(name: str) -> bool:
-    return Path(name).expanduser().is_dir() or name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name
+    return Adapter(folder, kind.lower(), read, shapes, short_name(name), name if is_hub_id(name) else None)
 
 
 def read_results(file: Path, adapter: Adapter) -> dict[str, Any]:
@@ -152,9 +146,9 @@ def metrics_of(results: Mapping[str, Any]) -> list[tuple[str, str, float]]:
     return rows
 
 
-def card_data(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> ModelCardData:
+def card_data(adapter: Adapter, results: Optional[Mapping[str, Any]], title: str) -> ModelCardData:
     """The card's header."""
-    evaluations = None
+    evaluations = metrics = None
     if results is not None:
         task = glue_data.find_task(results["task"])
         evaluations = [
@@ -169,13 +163,16 @@ def card_data(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> ModelCa
             )
             for split, metric, value in metrics_of(results)
         ]
+        metrics = list(dict.fromkeys(metric for _, metric, _ in metrics_of(results)))
     return ModelCardData(
-        base_model=adapter.base,
+        base_model=adapter.base_id,
+        base_model_relation="adapter" if adapter.base_id else None,
         library_name="peft",
         pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
         tags=["peft", "peft-learners", adapter.method],
         datasets=[glue_data.HUB_DATASET] if results is not None else None,
-        model_name=adapter.title if results is not None else None,
+        metrics=metrics,
+        model_name=title if results is not None else None,
         eval_results=evaluations,
     )
 
@@ -238,25 +235,15 @@ def head_size(adapter: Adapter) -> Optional[int]:
     return sizes.pop() if len(sizes) == 1 else None
 
 
-def loading_code(adapter: Adapter) -> str:
-    """Code that loads the adapter, for a process whose folder holds it (or with its Hub id in place of its name)."""
+def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
+    """Code that loads the adapter from the Hub, or in a process whose folder holds it."""
     name = AUTO_CLASSES.get(str(adapter.config.task_type), "AutoModel")
     mapping = adapter.config.auto_mapping
     if adapter.config.task_type is None and mapping:  # written by PEFT where no task type tells the class
         name = mapping["base_model_class"]
     labels = head_size(adapter) if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
-    more = f", num_labels={labels}" if labels else ""
-    return "\n".join(
-        (
-            "import peft_learners  # first: it makes the adapter's type known to PEFT",
-            "from peft import PeftModel",
-            f"from transformers import {name}",
-            "",
-            f'base = {name}.from_pretrained("{adapter.base}"{more})',
-            f'model = PeftModel.from_pretrained(base, "{adapter.folder_name}")  # this folder, or its id on the Hub',
-            "merged = model.merge_and_unload()  # a plain transformers model, if you want one",
-        )
-    )
+    where, remark = (repo_id, "") if repo_id else (adapter.folder_name, HERE)
+    return usage_text(loading_code(name, adapter.base, where, num_labels=labels, remark=remark, merge=True))
 
 
 def results_text(results: Mapping[str, Any]) -> str:
@@ -300,31 +287,40 @@ def limits_text(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def card(adapter: Adapter, results: Optional[Mapping[str, Any]] = None, picture: Optional[str] = None) -> ModelCard:
+def card(
+    adapter: Adapter,
+    results: Optional[Mapping[str, Any]] = None,
+    picture: Optional[str] = None,
+    repo_id: Optional[str] = None,
+) -> ModelCard:
     """The whole card.
 
     Args:
         adapter: what it is of.
         results: of the run that made it.
         picture: name of a picture in the adapter's folder.
+        repo_id: where the adapter is pushed to.
     """
-    task = f" for GLUE's {task_name(results)}" if results is not None else ""
-    # Sections by heading; None are left out.
-    sections: dict[str, Optional[str]] = {
-        "Use": f"With the package peft-learners installed:\n\n```python\n{loading_code(adapter)}\n```",
-        "Results": results_text(results) if results is not None else None,
-        "Training": training_text(adapter, results),
-        "What is kept": kept_text(adapter.folder, adapter.config, adapter.shapes),
-        "Settings": settings_text(adapter),
-        "Picture": f"![Picture of the adapter]({picture})" if picture is not None else None,
-        "What this is not": limits_text(adapter, results),
-        "Versions": ", ".join(f"{name} {v}" for name, v in results["versions"].items() if v) if results else None,
-    }
-    body = "\n\n".join(f"## {heading}\n\n{text}" for heading, text in sections.items() if text is not None)
-    method = CARD_METHODS[adapter.method]
-    intro = f"{method.adapter} of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT. {method.about}"
-    header = card_data(adapter, results).to_yaml()
-    return ModelCard(f"---\n{header}\n---\n\n# {adapter.title}\n\n{intro}\n\n{body}\n")
+    method, title = CARD_METHODS[adapter.method], repo_id.rpartition("/")[2] if repo_id else adapter.title
+    made = ModelCard.from_template(
+        card_data(adapter, results, title),
+        template_path=str(TEMPLATE),
+        title=title,
+        kind=method.adapter,
+        base=adapter.base,
+        task=task_name(results) if results is not None else None,
+        about=method.about,
+        usage=usage(adapter, repo_id),
+        results=results_text(results) if results is not None else None,
+        training=training_text(adapter, results),
+        kept=kept_text(adapter.folder, adapter.config, adapter.shapes),
+        settings=settings_text(adapter),
+        picture=picture,
+        limits=limits_text(adapter, results),
+        versions=", ".join(f"{name} {v}" for name, v in results["versions"].items() if v) if results else None,
+    )
+    made.text = made.text.rstrip() + "\n"
+    return made
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -340,7 +336,7 @@ def main(argv: Optional[list[str]] = None) -> None:
         shutil.copyfile(args.picture, args.adapter / args.picture.name)
     written = args.adapter / "README.md"
     card(adapter, results, args.picture.name if args.picture else None).save(written)
-    if args.base_model is None and is_folder(str(adapter.config.base_model_name_or_path)):
+    if adapter.base_id is None:
         print(
             f"The adapter was trained on a local folder; the card calls the base model {adapter.base!r}. If it is on "
             "the Hub, give its id: --base_model OWNER/NAME.",

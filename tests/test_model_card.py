@@ -97,10 +97,21 @@ def test_the_code_of_the_card_gives_the_same_logits(method, classes):
 @pytest.mark.parametrize("method", METHODS)
 def test_header(method):
     saved(method)
-    data = card_of().data
-    assert (data.base_model, data.library_name, data.pipeline_tag) == ("tiny-bert", "peft", "text-classification")
-    assert data.tags == ["peft", "peft-learners", method] and data.eval_results is None
-    assert card_of("--base_model", "somebody/tiny-bert").data.base_model == "somebody/tiny-bert"
+    data = card_of().data.to_dict()
+    assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-classification"
+    assert data["tags"] == ["peft", "peft-learners", method] and "model-index" not in data
+    assert "base_model" not in data and "base_model_relation" not in data  # it is a local folder
+    data = card_of("--base_model", "somebody/tiny-bert").data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("somebody/tiny-bert", "adapter")
+
+
+def test_a_base_model_that_is_no_id_is_refused():
+    saved("far")
+    for name in ("./tiny-bert", "/models/tiny-bert", "tiny-bert"):
+        with pytest.raises(
+            ValueError, match=re.escape(f"must be the id of a model on the Hub (OWNER/NAME), got {name!r}")
+        ):
+            card_of("--base_model", name)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -112,6 +123,7 @@ def test_results_are_in_header_and_body(method, folder):
     (dataset,) = {(r.dataset_type, r.dataset_config, r.dataset_split, r.task_type) for r in card.data.eval_results}
     assert dataset == ("nyu-mll/glue", "mrpc", "validation", "text-classification")
     assert card.data.model_name == "my-adapter"
+    assert (card.data.datasets, card.data.metrics) == (["nyu-mll/glue"], ["accuracy", "f1"])
     # 75.0 / 83.6 in the README
     assert "| validation | 408 | accuracy | 75.0 |" in card.content
     assert "| validation | 408 | f1 | 83.6 |" in card.content
@@ -310,3 +322,35 @@ def test_without_a_task_type_the_class_is_the_models_own():
     card = card_of("--base_model", "somebody/vit")
     assert 'ViTForImageClassification.from_pretrained("somebody/vit")' in card.content
     assert card.data.pipeline_tag is None
+
+
+COMMITTED = {
+    "far10-mrpc-minilm": ("far", "mrpc-far10-minilm-seed0"),
+    "learner-r64-mrpc-minilm": ("learner", "mrpc-learner-r64-minilm-seed0"),
+    "u-bitfit10-mrpc-minilm": ("nas_lora", "mrpc-u-bitfit10-minilm-seed0"),
+}
+
+
+def test_every_method_has_a_card_in_the_repository():
+    assert {f.stem for f in (ROOT / "model_cards").glob("*.md")} == {"template", *COMMITTED}
+    assert {method for method, _ in COMMITTED.values()} == set(METHODS)
+
+
+@pytest.mark.parametrize("name", COMMITTED)
+def test_cards_in_the_repository_tell_committed_results(name):
+    method, run = COMMITTED[name]
+    record = json.loads((ROOT / f"results/glue/{run}.json").read_text())
+    card = ModelCard.load(ROOT / f"model_cards/{name}.md")
+    assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2" and method in card.data.tags
+    found = {f"eval_{r.metric_type}": r.metric_value for r in card.data.eval_results}
+    assert found == {key: record["final"][key] for key in found} and set(found) == {"eval_accuracy", "eval_f1"}
+    for phase in record["phases"]:
+        assert f"| {phase['name']} | {phase['steps']:,} | {phase['trained_parameters']:,} |" in card.text
+    assert "/tmp" not in card.content and "/home" not in card.content
+    for picture in re.findall(r"!\[.*?\]\((.*?)\)", card.text):
+        assert (ROOT / "model_cards" / picture).is_file()
+    template = (ROOT / "model_cards/template.md").read_text()
+    headings = re.findall(r"^#+ [A-Z].*", template, re.M)
+    in_card = re.findall(r"^## .*", card.text, re.M)
+    assert in_card == [heading for heading in headings if heading in in_card]
+    assert {"## Use", "## Results", "## Training", "## Settings", "## What this is not"} <= set(in_card)

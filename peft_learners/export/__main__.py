@@ -15,15 +15,9 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 
 from ..config import PhasedConfig
+from ..hub import AUTO_CLASSES
 from .lora import LoraExport, save_as_lora
 
-_AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-}
 _HEADS = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
 
 
@@ -39,7 +33,7 @@ def load(adapter: str, base_model: Optional[str] = None) -> PeftModel:
     name = base_model or config.base_model_name_or_path
     if not name:
         raise ValueError(f"The config in {adapter} names no base model: give it with --base_model.")
-    kind = _AUTO_CLASSES.get(str(config.task_type), "AutoModel")
+    kind = AUTO_CLASSES.get(str(config.task_type), "AutoModel")
     if config.task_type is None and config.auto_mapping:  # written by PEFT where no task type tells the class
         kind = config.auto_mapping["base_model_class"]
     options = {}

@@ -1,0 +1,281 @@
+"""The Hub: what is pushed can be loaded from there, its card is right, and nothing half remains of a failed push.
+
+Real pushes to a real server on loopback (hub_server.py), in processes of their own (runs/hub_run.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import zoo
+from hub_server import DROP, DROP_AFTER, HANG, HubServer
+from huggingface_hub import ModelCard
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "tests" / "runs" / "hub_run.py"
+FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+OWN_README = b"---\nlicense: mit\ntags:\n- by-hand\n---\n\n# Mine\n\nWords of my own.\n"
+
+
+def start(hub: HubServer, home: Path, *command: object) -> subprocess.Popen:
+    environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen) -> str:
+    said, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-4000:]
+    return said
+
+
+@dataclass
+class Pushed:
+    hub: HubServer
+    report: dict
+    same: dict[str, bool]
+    folder: Path
+
+    def card(self, repo_id: str, branch: str = "main") -> ModelCard:
+        return ModelCard(self.hub.repos[repo_id].branches[branch]["README.md"].decode())
+
+    def commits(self, repo_id: str) -> int:
+        """Number of commits by the server's record of requests, and by its own count."""
+        asked = [r for r in self.hub.asked("POST", f"^/api/models/{repo_id}/commit/") if r.status == 200]
+        assert len(asked) == len(self.hub.repos[repo_id].commits)
+        return len(asked)
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
+    out = tmp_path_factory.mktemp("hub")
+    zoo.build("distilbert").distilbert.save_pretrained(out / "base")
+    with HubServer() as hub:
+        hub.add_repo("me/tiny-base", {f.name: f.read_bytes() for f in (out / "base").iterdir()})
+        hub.add_repo("me/written", {"README.md": OWN_README})
+        hub.add_repo("me/filled", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
+        hub.add_repo("me/updated", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
+        hub.add_repo("me/empty", {})
+        hub.fail("POST", "/api/repos/create .*create-502", 502)
+        hub.fail("PUT", "/lfs/me/put-403/", 403)
+        hub.fail("PUT", "/lfs/me/put-503/", 503)
+        hub.fail("PUT", "/lfs/me/put-drop/", DROP)
+        hub.fail("PUT", "/lfs/me/put-flaky/", 503, times=1)
+        hub.fail("POST", "/me/(commit-500|left-empty)/commit/", 500)
+        hub.fail("DELETE", "left-empty", 503)
+        hub.fail("POST", "/me/commit-drop/commit/", DROP)
+        hub.fail("POST", "/me/commit-lost-answer/commit/", DROP_AFTER)
+        finish(start(hub, out / "home", RUN, "push", out))
+        finish(start(hub, out / "another home", RUN, "load", out))
+        reports = [json.loads((out / f"{name}.json").read_text()) for name in ("push", "load")]
+        yield Pushed(hub, *reports, out)
+
+
+pytestmark = pytest.mark.timeout(600)
+
+
+# -- the round trip ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_what_is_pushed_loads_by_its_id_with_the_same_logits_bit_for_bit(pushed):
+    assert pushed.report["learner"] == "pushed"
+    assert set(pushed.same) > {
+        *("me/learner", "me/learner, by its card", "me/learner, by the auto class", "me/local, by the auto class"),
+        *("me/far, by its card", "me/nas, by its card", "me/every-save, by its card", "me/branch", "me/updated"),
+    }
+    assert all(pushed.same.values()), pushed.same
+
+
+@pytest.mark.slow
+def test_a_push_is_one_commit_of_the_files_that_belong(pushed):
+    for repo_id in ("me/learner", "me/far", "me/from-folder", "me/branch", "me/local", "me/put-flaky"):
+        assert pushed.commits(repo_id) == 1
+        (commit,) = pushed.hub.repos[repo_id].commits
+        assert set(commit.files) == FILES
+    assert pushed.commits("me/nas") == 1
+    assert [commit.message for commit in pushed.hub.repos["me/learner"].commits] == ["Upload learner adapter"]
+    assert {"optimizer.pt", "notes.txt"} <= {f.name for f in (pushed.folder / "learner").iterdir()}
+
+
+@pytest.mark.slow
+def test_every_card_on_the_hub_says_what_the_adapter_is(pushed):
+    for repo_id, method in {
+        **{"me/learner": "learner", "me/far": "far", "me/nas": "nas_lora", "me/every-save": "learner"},
+        **{"me/written": "far", "me/from-folder-named": "learner", "me/local": "learner", "me/updated": "learner"},
+    }.items():
+        card = pushed.card(repo_id)
+        data = card.data.to_dict()
+        assert data["library_name"] == "peft"
+        assert (data["base_model"], data["base_model_relation"]) == ("me/tiny-base", "adapter")
+        assert {"peft-learners", method} <= set(data["tags"])
+        assert "```python\nimport peft_learners" in card.text and f'from_pretrained(base, "{repo_id}")' in card.text
+        assert 'from_pretrained("me/tiny-base", num_labels=3)' in card.text
+        assert str(pushed.folder) not in card.content and "[More Information Needed]" not in card.text
+
+
+@pytest.mark.slow
+def test_tags_that_the_user_gives_stay(pushed):
+    data = pushed.card("me/far").data
+    assert set(data.tags) == {"mine", "far", "peft-learners", "transformers", "base_model:adapter:me/tiny-base"}
+    assert {"mine", "generated_from_trainer", "nas_lora"} <= set(pushed.card("me/nas").data.tags)
+
+
+@pytest.mark.slow
+def test_a_card_written_by_hand_keeps_its_text(pushed):
+    assert not pushed.report["warnings"]
+    for repo_id in ("me/written", "me/updated"):
+        card = pushed.card(repo_id)
+        assert card.text.startswith("\n# Mine\n\nWords of my own.\n\n## Use\n")
+        assert card.data.license == "mit" and "by-hand" in card.data.tags
+        assert "Framework versions" not in card.text and "## Settings" not in card.text
+
+
+@pytest.mark.slow
+def test_results_and_picture_are_in_the_pushed_card(pushed):
+    assert pushed.report["results"] == ["pushed", "pushed"]
+    for repo_id in ("me/results", "me/with-card"):
+        assert pushed.hub.repos[repo_id].branches["main"].keys() == {*FILES, "nodes.png"}
+        card = pushed.card(repo_id)
+        assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == (
+            [("accuracy", 0.75), ("f1", 0.8360128617363344)]  # results/glue/mrpc-learner-r64-minilm-seed0.json
+        )
+        assert (
+            "| validation | 408 | accuracy | 75.0 |" in card.text
+            and "![Picture of the adapter](nodes.png)" in card.text
+        )
+        assert f'PeftModel.from_pretrained(base, "{repo_id}")' in card.text
+    assert pushed.card("me/results").data.model_name == "results"
+
+
+@pytest.mark.slow
+def test_trainers_card_keeps_its_text_and_metrics(pushed):
+    card = pushed.card("me/nas")
+    data = card.data.to_dict()
+    assert data["metrics"] == ["accuracy"] and data["datasets"] == ["me/parity"]
+    (result,) = card.data.eval_results
+    assert (result.metric_type, result.dataset_type, result.task_type) == (
+        *("accuracy", "me/parity", "text-classification"),
+    )
+    assert 0 <= result.metric_value <= 1
+    text = card.text
+    assert text.index("## Use") < text.index("## Model description") < text.index("### Training hyperparameters")
+    assert "- learning_rate: 0.01" in text and "- PEFT 0." in text and text.count("import peft_learners") == 1
+
+
+@pytest.mark.slow
+def test_commits_of_a_running_training_hold_a_card_too(pushed):
+    commits = pushed.hub.repos["me/every-save"].commits
+    assert commits[0].message.startswith("Training in progress, step") and commits[-1].message == "End of training"
+    for commit in commits:
+        card = ModelCard(commit.files["README.md"].decode())
+        assert set(commit.files) >= FILES and card.data.to_dict()["base_model"] == "me/tiny-base"
+        assert 'model = PeftModel.from_pretrained(base, "me/every-save")' in card.text
+    assert "## Training procedure" not in ModelCard(commits[0].files["README.md"].decode()).text
+
+
+@pytest.mark.slow
+def test_a_local_base_model_is_not_told_to_the_world(pushed):
+    (warning,) = pushed.report["local warnings"]  # of the first of two pushes
+    assert f"names the local folder {str(pushed.folder / 'local-base')!r}" in warning
+    assert "model.peft_config['default'].base_model_name_or_path = \"OWNER/NAME\"" in warning
+    card = pushed.card("me/from-folder")
+    assert "base_model" not in card.data.to_dict() and str(pushed.folder) not in card.content
+    assert 'from_pretrained("local-base", num_labels=3)' in card.text
+    assert (
+        "Give the id of that model on the Hub: --base_model OWNER/NAME. Nothing was pushed." in pushed.report["local"]
+    )
+    assert pushed.report["local, named"] == "pushed"
+    for repo_id in ("me/local", "me/from-folder-named"):
+        config = json.loads(pushed.hub.repos[repo_id].branches["main"]["adapter_config.json"])
+        assert config["base_model_name_or_path"] == "me/tiny-base"
+
+
+# -- failures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "case,said",
+    [
+        ("no-token", ["no token", "`hf auth login`", "HF_TOKEN", "Nothing was pushed"]),
+        ("wrong-token", ["does not accept the token (401)", "HF_TOKEN", "Nothing was pushed"]),
+        ("refused", ["The connection to http://127.0.0.1:9 failed", "Nothing was pushed"]),
+        ("other-owner", ["may not write to other/adapter (403)", "Nothing was pushed"]),
+        ("no-id", ["must have the form OWNER/NAME, got 'a/b/c'", "Nothing was pushed"]),
+        ("create-502", ["The Hub failed (502)", "Nothing was pushed"]),
+        ("put-403", ["(403)", "me/put-403, made for this, was removed again. Run the same command again"]),
+        ("put-503", ["The Hub failed (503)", "me/put-503, made for this, was removed again"]),
+        ("put-drop", ["failed", "me/put-drop, made for this, was removed again"]),
+        ("commit-500", ["The Hub failed (500)", "me/commit-500, made for this, was removed again"]),
+        ("commit-drop", ["failed", "me/commit-drop, made for this, was removed again"]),
+        ("no-pull-request", ["me/missing does not exist"]),
+    ],
+)
+def test_a_push_that_fails_says_why_and_leaves_nothing(pushed, case, said):
+    message = pushed.report["attempts"][case]
+    for part in said:
+        assert part in message
+    assert f"me/{case}" not in pushed.hub.repos and "\n" not in message and ".." not in message
+
+
+@pytest.mark.slow
+def test_an_existing_repository_is_refused_and_untouched(pushed):
+    message = pushed.report["attempts"]["existing"]
+    assert "me/filled exists already and holds README.md, adapter_model.safetensors" in message
+    assert "Give --update" in message and "Nothing was pushed" in message
+    files = pushed.hub.repos["me/filled"].branches["main"]
+    assert files["README.md"] == OWN_README and files["adapter_model.safetensors"] == b"old"
+    assert pushed.report["attempts"]["updated"] == "pushed"
+
+
+@pytest.mark.slow
+def test_other_ways_to_push(pushed):
+    said, repos = pushed.report["attempts"], pushed.hub.repos
+    assert (
+        said["pull-request"] == said["branch"] == said["bare-name"] == said["empty"] == said["put-flaky"] == "pushed"
+    )
+    assert set(repos["me/filled"].branches["refs/pr/1"]) == FILES
+    assert set(repos["me/branch"].branches["main"]) == {".gitattributes"}
+    assert repos["me/bare-name"].private and not repos["me/learner"].private
+    assert set(repos["me/empty"].branches["main"]) == FILES
+
+
+@pytest.mark.slow
+def test_what_the_hub_did_is_found_out_when_its_answer_is_lost(pushed):
+    assert (
+        "But the commit had arrived: me/commit-lost-answer holds the adapter"
+        in (pushed.report["attempts"]["commit-lost-answer"])
+    )
+    assert set(pushed.hub.repos["me/commit-lost-answer"].branches["main"]) == FILES
+    assert "me/left-empty may be left, empty. Run the same command again" in pushed.report["attempts"]["left-empty"]
+    assert set(pushed.hub.repos["me/left-empty"].branches["main"]) == {".gitattributes"}
+
+
+@pytest.mark.slow
+def test_a_push_that_is_killed_leaves_an_empty_repository_and_goes_on(pushed):
+    command = (ROOT / "scripts" / "push.py", pushed.folder / "learner", "me/killed")
+    pushed.hub.fail("PUT", "/lfs/me/killed/", HANG)
+    process = start(pushed.hub, pushed.folder / "home", *command)
+    pushed.hub.wait_for("PUT", "/lfs/me/killed/")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert set(pushed.hub.repos["me/killed"].branches["main"]) == {".gitattributes"}
+    pushed.hub.failures.clear()
+    assert "/me/killed/commit/" in finish(start(pushed.hub, pushed.folder / "home", *command))
+    assert pushed.commits("me/killed") == 1 and set(pushed.hub.repos["me/killed"].branches["main"]) == FILES
+    before, after = (pushed.hub.repos[name].branches["main"] for name in ("me/learner", "me/killed"))
+    assert before["adapter_model.safetensors"] == after["adapter_model.safetensors"]
