@@ -159,8 +159,8 @@ def add_combined(
     if twice:
         raise ValueError(
             f"Cannot add weighted adapters if they target the same module with modules_to_save, but {twice[0]} "
-            f"belongs to several of {list(adapters)}: no one head does what the others do. Use them together in a mixed batch "
-            "(adapter_names=[...]), or combine adapters of a model without a new head."
+            f"belongs to several of {list(adapters)}: no one head does what the others do. Use them together in a "
+            "mixed batch (adapter_names=[...]), or combine adapters of a model without a new head."
         )
     layers = {n: m for n, m in root.named_modules() if isinstance(m, DeltaLayer)}
     if any(layer.merged for layer in layers.values()):

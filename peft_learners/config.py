@@ -65,8 +65,10 @@ class PhasedConfig(PeftConfig):
     target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={
-            "help": "Names (or a regex) of the modules to adapt. None or 'all-linear': every linear layer of the "
-            "backbone, found from the model's structure; a pooler only if the model has a head that uses it."
+            "help": "Names (or a regex) of the modules to adapt. None: found from the model's structure; Learners "
+            "take every linear layer of the backbone (a pooler only if the model has a head that uses it) and, with "
+            "train_norms, the norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value "
+            "projections; FAR all that has parameters. 'all-linear': every linear layer of the backbone."
         },
     )
     exclude_modules: Optional[Union[list[str], set[str], str]] = field(

@@ -10,7 +10,7 @@ import functools
 import itertools
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
 import torch
@@ -36,14 +36,21 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str]) -> None:
     """Refuse to merge adapters of which a part could not be merged, before any part is.
 
     Raises:
-        ValueError: one of their weight updates lies on a quantised layer.
+        ValueError: one of their weight updates lies on a quantised layer, or on a weight that other modules use too.
     """
     names = list(adapters)
-    for layer in root.modules():
+    users: dict[int, list[str]] = {}
+    for name, module in root.named_modules():
+        for parameter in module.parameters(recurse=False):
+            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+    for place, layer in root.named_modules():
         if isinstance(layer, DeltaLayer):
             for name in names:
                 if layer.has_adapter(name):
                     layer.check_mergeable(name)
+                    sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+                    if len(sharing) > 1 and layer.acts(name):
+                        raise ValueError(cannot_merge_shared(name, place, sharing))
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -142,16 +149,18 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if not any(is_offloaded(module) for module in self._modules.values() if module is not None):
             return self.forward_with(x, adapters, *args, **kwargs)
         # Their own forward would fetch them again, over values that `call_at` has put in their place.
-        modules: list[Any] = [module for module in self.modules() if is_offloaded(module)]
-        hooked = [module.forward for module in modules]
+        fetched: list[tuple[Any, Any]] = []
         out: Any = None
         try:
-            for module in modules:
-                (x, *args), kwargs = module._hf_hook.pre_forward(module, x, *args, **kwargs)
-                module.forward = module._old_forward
+            for module in self.modules():
+                if is_offloaded(module):
+                    hook: Any = module._hf_hook
+                    (x, *args), kwargs = hook.pre_forward(module, x, *args, **kwargs)
+                    fetched.append((module, module.forward))
+                    module.forward = module._old_forward  # type: ignore[assignment]
             out = self.forward_with(x, adapters, *args, **kwargs)
         finally:
-            for module, forward in zip(modules, hooked, strict=True):
+            for module, forward in fetched:
                 module.forward = forward
                 out = module._hf_hook.post_forward(module, out)
         return out
@@ -224,16 +233,16 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def _weights_at_hand(self) -> Iterator[None]:
         """Weights that are offloaded, fetched to be written to, unless PEFT has done so already."""
         base = self.get_base_layer()
-        if is_offloaded(base) and any(p.is_meta for p in base.parameters(recurse=False)):
-            with onload_layer(self):
-                yield
-        else:
+        absent = is_offloaded(base) and any(p.is_meta for p in base.parameters(recurse=False))
+        with onload_layer(self) if absent else nullcontext():
             yield
-        for module in base.modules():  # PEFT keeps what was written to the base layer itself, not to its insides
-            if module is not base and is_offloaded(module):
-                hook: Any = module._hf_hook
-                values = itertools.chain(module.named_parameters(recurse=False), module.named_buffers(recurse=False))
-                hook.weights_map = {name: value.detach().to("cpu") for name, value in values}
+            for module in base.modules():  # PEFT keeps what was written to the base layer itself, not to its insides
+                if module is not base and is_offloaded(module):
+                    hook: Any = module._hf_hook
+                    values = itertools.chain(
+                        module.named_parameters(recurse=False), module.named_buffers(recurse=False)
+                    )
+                    hook.weights_map = {name: value.detach().to("cpu") for name, value in values}
 
     def unmerge(self) -> None:
         """Subtract the merged deltas again; exact to rounding."""
@@ -328,9 +337,20 @@ def cannot_merge_into(base: nn.Module) -> str:
     """Sentence of an error."""
     return (
         f"The {type(base).__name__} to merge into is quantised, it stores {stored_as(base)} values: the sum would "
-        "have to be rounded again, and the merged model would not be the one that was trained. Keep the adapter unmerged, "
-        "or merge into the base model in float, PeftModel.from_pretrained(float_model, adapter).merge_and_unload(), "
-        "and quantise what comes out."
+        "have to be rounded again, and the merged model would not be the one that was trained. Keep the adapter "
+        "unmerged, or merge into the base model in float and quantise what comes out: "
+        "PeftModel.from_pretrained(float_model, adapter).merge_and_unload()."
+    )
+
+
+def cannot_merge_shared(adapter: str, place: str, sharing: list[str]) -> str:
+    """Sentence of an error."""
+    others = [name for name in sharing if name != place]
+    return (
+        f"{place} shares its weight with {' and '.join(others)}, which the update of the adapter {adapter!r} would "
+        "change, too, if it were merged. Keep the adapter unmerged; or train one with exclude_modules="
+        f"[{place.rpartition('.')[2]!r}]; or load the base model with tie_word_embeddings=False and give each its "
+        "own copy of the weight before you merge."
     )
 
 

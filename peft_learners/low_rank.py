@@ -14,6 +14,23 @@ from .layer import cannot_merge_into
 from .linear import DeltaLinear
 
 
+def _leads_back(out: Tensor, x: Tensor) -> bool:
+    """Whether gradients of a layer's output reach its input.
+
+    An operator without a backward leaves a node of this name, which only warns, and only once, as it drops them.
+    """
+    if not out.requires_grad or torch.compiler.is_compiling():
+        return out.requires_grad
+    node: Any = out.grad_fn
+    for _ in range(3):  # the operator itself, behind a cast or a view
+        if node is None or node is x.grad_fn:
+            break
+        if node.name().endswith("WarnNotImplemented"):
+            return False
+        node = node.next_functions[0][0] if node.next_functions else None
+    return True
+
+
 class LowRankLinear(DeltaLinear):
     """`y = x (W + s B A + c D)^T + b + db`, summed over the active adapters; any of the terms may be missing.
 
@@ -88,7 +105,7 @@ class LowRankLinear(DeltaLinear):
     ) -> Tensor:
         """The same sum through `base_layer(x)`: for weights of another type, quantised, hooked or wrapped."""
         out = self.base_layer(x, *args, **kwargs)
-        if x.requires_grad and torch.is_grad_enabled() and not out.requires_grad:
+        if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
             raise RuntimeError(
                 f"The {type(self.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
                 "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "

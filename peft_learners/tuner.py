@@ -151,10 +151,11 @@ class PhasedModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, PhasedConfig)
-        if hasattr(nn.ParameterDict, adapter_name):
+        if hasattr(nn.ParameterDict, adapter_name) or "." in adapter_name:
+            better = adapter_name.replace(".", "_") if "." in adapter_name else f"{adapter_name}_1"
             raise ValueError(
-                f"adapter_name={adapter_name!r} is the name of a method of torch's containers, which hold adapters by "
-                f"their names. Take another: {adapter_name + '_1'!r}."
+                "adapter_name must have no dot, nor be the name of a method of torch's containers, which hold "
+                f"adapters by their names, got {adapter_name!r}. Take another: {better!r}."
             )
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -403,10 +404,12 @@ class PhasedModel(BaseTuner):
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
-        # PEFT leaves out every key that has another adapter's name in it, modules of that name included.
-        others = tuple(f".{name}." for name in unwanted_adapter_names)
-        own = {k: v for k, v in model.state_dict().items() if f".{cls.prefix}" in k and k.endswith(f".{adapter_name}")}
-        values.update({k: v for k, v in own.items() if k not in values and any(name in k for name in others)})
+        # PEFT leaves out each key that has another adapter's name in it, even as that of a module, or none at all.
+        others, own = tuple(f".{name}." for name in unwanted_adapter_names), f".{adapter_name}"
+        values = {key: value for key, value in values.items() if key.endswith(own)}
+        for key, value in model.state_dict().items():
+            if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
+                values.setdefault(key, value)
         driver = PhaseDriver.known(model)
         attach(model, config)
         cls._warn_if_never_driven(model, adapter_name, config, "saved")

@@ -94,10 +94,12 @@ def test_structure_is_found(run):
     assert tuple(discovery.new_head(run.base)) == entry.head
 
 
+@pytest.mark.verb("get_peft_model", limit={"NAS-LoRA": "a fresh adapter changes the function, unless init='lora'"})
 def test_fresh_adapter_leaves_the_function_as_it_is(run):
     assert torch.equal(run.fresh_logits, run.base_logits) == TUNERS[run.tuner].fresh_is_identity
 
 
+@pytest.mark.verb("get_peft_model")
 def test_training_goes_through_all_phases_and_changes_the_function(run):
     assert tuple(run.phases) == TUNERS[run.tuner].phases
     assert run.model.peft_config["default"].completed_phases == list(TUNERS[run.tuner].phases[:-1])
@@ -127,12 +129,16 @@ def test_base_weights_are_never_written_to(run):
         assert torch.equal(inside[place], value), name
 
 
+@pytest.mark.verb("disable_adapter")
 def test_disabled_adapter_gives_the_base_back_bit_for_bit(run):
     with run.model.disable_adapter():
         assert torch.equal(logits_of(run.model, run.inputs), run.base_logits)
     assert torch.equal(logits_of(run.model, run.inputs), run.logits)
 
 
+@pytest.mark.verb("add_adapter")
+@pytest.mark.verb("delete_adapter")
+@pytest.mark.verb("set_requires_grad")
 def test_what_is_frozen_stays_frozen(run):
     model = run.model
     expected = {n for n, p in model.named_parameters() if p.requires_grad}
@@ -151,6 +157,8 @@ def test_what_is_frozen_stays_frozen(run):
     assert torch.equal(logits_of(model, run.inputs), run.logits)
 
 
+@pytest.mark.verb("PeftModel.from_pretrained")
+@pytest.mark.verb("low_cpu_mem_usage=True")
 def test_reloaded_adapter_gives_the_same_logits_bit_for_bit(run, tmp_path: Path):
     run.model.save_pretrained(tmp_path)
     for low in (False, True):
@@ -159,6 +167,7 @@ def test_reloaded_adapter_gives_the_same_logits_bit_for_bit(run, tmp_path: Path)
         assert not any(p.requires_grad for p in again.parameters())
 
 
+@pytest.mark.verb("save_pretrained")
 def test_saved_is_everything_that_contributes_and_nothing_else(run, tmp_path: Path):
     run.model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
@@ -172,6 +181,7 @@ def test_saved_is_everything_that_contributes_and_nothing_else(run, tmp_path: Pa
     assert all(value.any() for value in saved.values() if value.is_floating_point())
 
 
+@pytest.mark.verb("PeftModel.from_pretrained(is_trainable=True)")
 def test_adapter_loaded_for_training_goes_on_in_its_last_phase(run, tmp_path: Path):
     run.model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(run.base), tmp_path, is_trainable=True)
@@ -184,6 +194,7 @@ def test_adapter_loaded_for_training_goes_on_in_its_last_phase(run, tmp_path: Pa
     assert [s.phase for s in starts] == [TUNERS[run.tuner].phases[0]]
 
 
+@pytest.mark.verb("merge_and_unload")
 def test_merged_agrees_to_1e_5_and_is_the_plain_model(run):
     merged = run.model.merge_and_unload(safe_merge=True)
     assert type(merged) is type(run.base)
@@ -194,6 +205,7 @@ def test_merged_agrees_to_1e_5_and_is_the_plain_model(run):
     assert error < 1e-5
 
 
+@pytest.mark.verb("merge_adapter, unmerge_adapter")
 def test_merge_and_unmerge_in_place(run):
     run.model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(logits_of(run.model, run.inputs), run.logits, rtol=1e-5, atol=1e-5)
@@ -201,6 +213,7 @@ def test_merge_and_unmerge_in_place(run):
     torch.testing.assert_close(logits_of(run.model, run.inputs), run.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.verb("unload")
 def test_unload_gives_the_original_back_bit_for_bit(run):
     back = run.model.unload()
     assert type(back) is type(run.base)
@@ -210,6 +223,10 @@ def test_unload_gives_the_original_back_bit_for_bit(run):
     assert torch.equal(logits_of(back, run.inputs), run.base_logits)
 
 
+@pytest.mark.verb("add_adapter")
+@pytest.mark.verb("set_adapter")
+@pytest.mark.verb("load_adapter")
+@pytest.mark.verb("delete_adapter")
 def test_two_adapters_live_on_one_base_and_switch(run, tmp_path: Path):
     run.model.save_pretrained(tmp_path)
     model = run.model
@@ -228,6 +245,7 @@ def test_two_adapters_live_on_one_base_and_switch(run, tmp_path: Path):
     assert torch.equal(logits_of(model, run.inputs), run.logits)
 
 
+@pytest.mark.verb("load_adapter in place", limit="the weights alone: the config, phases included, stays as it is")
 def test_in_place_reload_of_another_adapters_weights(run, tmp_path: Path):
     run.model.save_pretrained(tmp_path)
     torch.manual_seed(5)

@@ -90,6 +90,7 @@ pytestmark = pytest.mark.timeout(600)
 # -- the round trip ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.verb("push_to_hub")
 @pytest.mark.slow
 def test_what_is_pushed_loads_by_its_id_with_the_same_logits_bit_for_bit(pushed):
     assert pushed.report["learner"] == "pushed"

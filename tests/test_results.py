@@ -1,4 +1,4 @@
-"""The numbers in README are those of the committed results files."""
+"""The numbers in README and in the tuners' pages are those of the committed results files."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ NAS = {
     "U-MaM, 321,024": {"r": 16, "parameter_budget": 321_024.0, "nas_granularity": "unstructured", "rounds": 1},
     "S-MaM, 321,024": {"r": 16, "parameter_budget": 321_024.0, "nas_granularity": "structured", "rounds": 1},
 }  # fmt: skip
+PAGES = ("learner.md", "far.md", "nas_lora.md")
 BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
          "the same, `discard_unkept`": "far_after_discard",
          "after, by output node": "far_after_output_node"}  # fmt: skip
@@ -82,7 +83,7 @@ def test_the_benchmark_table_is_that_of_its_files(label, variant):
         f"{on['bytes_ratios']['stored']:.2f}", f"{off['bytes_ratios']['total']:.2f}",
         f"{file / 1e6:.1f} MB" if file else "",
     ]  # fmt: skip
-    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "docs/far.md").read_text()
 
 
 @pytest.mark.parametrize("label,place", NAS_BENCH.items())
@@ -100,13 +101,30 @@ def test_the_benchmark_table_of_nas_lora_is_that_of_its_files(label, place):
         *(f"{time['median']:.2f} [{time['q1']:.2f}, {time['q3']:.2f}]" for time in times),
         f"{long['bytes_ratios']['optimizer']:.2f}", f"{file / 1e6:.2f} MB" if file else "",
     ]  # fmt: skip
-    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "README.md").read_text()
+    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "docs/nas_lora.md").read_text()
 
 
-def test_kept_shares_in_the_readme_are_those_of_their_files():
+def test_kept_shares_are_those_of_their_files():
     for init in ("kaiming", "lora"):
         record = json.loads((ROOT / f"results/architectures/shares-{init}.json").read_text())
         for row in record["rows"]:
             cells = [f"{100 * row['kept'][part]['share']:.1f}" for part in ("U", "V", "bias")]
             line = f"| {init} | {100 * row['budget']:.0f} % | {' | '.join(cells)} |"
-            assert line in (ROOT / "README.md").read_text(), line
+            assert line in (ROOT / "docs/nas_lora.md").read_text(), line
+
+
+def cost_rows() -> list[tuple[str, str, str, str]]:
+    """`(trained in the first phase, in the last, size of the file, path)` of the cost tables in the tuners' pages."""
+    form = r"^\| [^|]+ \| ([\d,]+) \| ([\d,]+) \| ([\d.]+) MB \| \[json\]\(\.\./(results/glue/[\w-]+\.json)\) \|$"
+    pages = {page: re.findall(form, (ROOT / "docs" / page).read_text(), re.M) for page in PAGES}
+    assert all(pages.values())
+    return [row for found in pages.values() for row in found]
+
+
+@pytest.mark.parametrize("first,last,size,file", cost_rows())
+def test_costs_in_the_pages_are_those_of_the_runs(first, last, size, file):
+    result = json.loads((ROOT / file).read_text())
+    trained = result["parameters"]
+    assert (first, last) == (f"{trained['trained_first_phase']:,}", f"{trained['trained_last_phase']:,}")
+    digits = len(size.partition(".")[2])
+    assert size == f"{result['adapter_bytes'] / 1e6:.{digits}f}"

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model, inject_adapter_in_model
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_contract import logits_of
 from training import adapter_values, arguments, learner, trainer
-
-from peft_learners import LearnerConfig
 
 FILE = "adapter_model.safetensors"
 
@@ -113,59 +109,6 @@ def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):
         model.load_adapter(path, "default", ignore_mismatched_sizes=True)
 
 
-def test_transformers_own_verbs(trained, tmp_path: Path):
-    _, path, inputs, logits = trained
-    model = zoo.build("distilbert")
-    model.load_adapter(str(path), adapter_name="mine")
-    assert torch.equal(logits_of(model, inputs), logits)
-    model.add_adapter(LearnerConfig(r=2, init_weights=False), "other")
-    other = logits_of(model, inputs)
-    assert not torch.allclose(other, logits, atol=1e-3)
-    model.set_adapter("mine")
-    assert torch.equal(logits_of(model, inputs), logits)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.mine" in n)
-    model.delete_adapter("other")
-    assert torch.equal(logits_of(model, inputs), logits)
-    model.save_pretrained(tmp_path)
-    assert torch.equal(logits_of(load(tmp_path), inputs), logits)
-
-
-def test_transformers_disable_and_enable():
-    """On a model without a new head: transformers' `enable_adapters` leaves `modules_to_save` disabled."""
-    model = zoo.build("llama")
-    inputs = zoo.inputs_of("llama", model)
-    base = logits_of(model, inputs)
-    model.add_adapter(LearnerConfig(r=2, init_weights=False))
-    adapted = logits_of(model, inputs)
-    model.disable_adapters()
-    assert torch.equal(logits_of(model, inputs), base)
-    model.enable_adapters()
-    assert torch.equal(logits_of(model, inputs), adapted) and not torch.allclose(adapted, base, atol=1e-3)
-
-
-def test_injection_and_state_dicts_without_a_peft_model(trained):
-    model, _, inputs, logits = trained
-    prefix = "base_model.model."
-    state = {name.removeprefix(prefix): v for name, v in get_peft_model_state_dict(model).items()}
-    config = copy.deepcopy(model.peft_config["default"])
-    bare = inject_adapter_in_model(config, zoo.build("distilbert"))
-    set_peft_model_state_dict(bare, state)
-    assert torch.equal(logits_of(bare, inputs), logits)
-    again = get_peft_model_state_dict(bare)
-    assert again.keys() == state.keys() and all(torch.equal(again[n], v) for n, v in state.items())
-
-
-def test_auto_class(trained, tmp_path: Path):
-    base = zoo.build("distilbert")
-    base.save_pretrained(tmp_path / "base")
-    loaded = type(base).from_pretrained(tmp_path / "base")
-    model = get_peft_model(loaded, LearnerConfig(r=2, task_type="SEQ_CLS", init_weights=False))
-    model.save_pretrained(tmp_path / "adapter")
-    inputs = trained[2]
-    again = AutoPeftModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    assert torch.equal(logits_of(again, inputs), logits_of(model, inputs))
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_base_with_float32_adapter(trained, dtype):
     _, path, inputs, logits = trained
@@ -190,26 +133,3 @@ def test_a_merged_layer_rounds_as_the_unmerged_one(arch):
         unmerged = layer(x)
         layer.merge()
         assert layer.merged and torch.equal(layer(x), unmerged)
-
-
-def test_mixed_batches_on_a_transformers_model(trained):
-    _, path, inputs, logits = trained
-    model = load(path)
-    torch.manual_seed(3)
-    model.add_adapter("other", LearnerConfig(r=2, init_weights=False, task_type="SEQ_CLS"))
-    model.set_adapter("other")
-    other = logits_of(model, inputs)
-    with model.disable_adapter():
-        base = logits_of(model, inputs)
-    model.set_adapter("default")
-    mixed = logits_of(model, {**inputs, "adapter_names": ["default", "__base__", "other"]})
-    for row, expected in enumerate((logits, base, other)):
-        torch.testing.assert_close(mixed[row], expected[row], rtol=1e-5, atol=1e-5)
-    with pytest.raises(ValueError, match="non-existing adapter"):
-        logits_of(model, {**inputs, "adapter_names": ["default", "__base__", "nobody"]})
-
-
-def test_compiled_inference_has_no_graph_break(trained):
-    model, _, inputs, logits = trained
-    compiled = torch.compile(model.base_model.model, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(logits_of(compiled, inputs), logits, rtol=1e-5, atol=1e-5)

@@ -61,6 +61,11 @@ def sum_by_hand(base: torch.nn.Module, model: PeftModel) -> dict[str, torch.Tens
     return total
 
 
+@pytest.mark.verb(
+    "add_weighted_adapter",
+    tuners=["Learner", "NAS-LoRA"],
+    limit={"NAS-LoRA": "structured adapters alone: unstructured ones are no such sum"},
+)
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("pair", list(PAIRS))
 def test_cat_is_the_exact_sum_and_survives_its_file(pair, arch, tmp_path: Path):
@@ -116,6 +121,11 @@ def test_svd_is_the_nearest_sum_of_its_rank(pair):
         assert float((found - delta).norm()) == pytest.approx(float(values[rank:].norm()), rel=1e-3)
 
 
+@pytest.mark.verb(
+    "add_weighted_adapter",
+    tuners=["FAR"],
+    no="refused: use the adapters together, or export each to LoRA and combine there",
+)
 def test_sums_that_are_no_such_adapter_are_refused_with_a_way_out():
     base = lm("gpt2")
     for tuner in ("far", "nas-unstructured"):

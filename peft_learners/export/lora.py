@@ -242,12 +242,12 @@ def _refuse_to_lose(
     trained = {name: bias for name, bias in biases.items() if bool(bias.any())}
     if trained:
         count = sum(bias.numel() for bias in trained.values())
-        lost.append(f"the biases of {len(trained)} linear layers ({count:,} parameters; first: {next(iter(trained))})")
+        lost.append(f"biases of linear layers ({count:,} parameters in {len(trained)}; first: {next(iter(trained))})")
         fields.append("train_biases=False")
     if whole:
         count, first = sum(v.numel() for values in whole.values() for v in values.values()), ", ".join(list(whole)[:3])
-        lost.append(f"{len(whole)} modules that are stored whole ({count:,} parameters; first: {first})")
-        fields += ["train_norms=False"] if hasattr(config, "train_norms") else []
+        lost.append(f"what is stored whole ({count:,} parameters in {len(whole)} modules; first: {first})")
+        fields += [f"{name}=False" for name in ("train_norms", "train_embeddings") if hasattr(config, name)]
     if lost:
         without = f", or train without them: {type(config).__name__}({', '.join(fields)})" if fields else ""
         raise ValueError(

@@ -163,6 +163,8 @@ class FARLayer(DeltaLayer):
         """Subtract the merged deltas again, here and in the layers that share a parameter with this one."""
         sharing = [other for others in self.far_sharers.values() for other in others]
         sharing += [holder for holders in self.far_source.values() for holder in holders.values()]
+        if sharing and not self.merged:
+            return  # it was unmerged with one of them
         super().unmerge()
         for other in sharing:
             if other.merged:

@@ -146,6 +146,12 @@ class FARModel(PhasedModel):
             )
         for name, module in modules.items():
             base: Any = discovery.base_of(module)
+            if any(discovery.is_offloaded(part) for part in base.modules()):
+                raise ValueError(
+                    f"The weights of {name} are offloaded. FAR's deltas are as large as the weights, so there would "
+                    "be no room for them either: train low-rank updates, LearnerConfig(priming_epochs=0) or "
+                    "NASLoRAConfig()."
+                )
             if isinstance(base, nn.Embedding) and base.max_norm is not None:
                 raise ValueError(
                     f"The embedding {name} has max_norm={base.max_norm}, which rescales its weights in place while "

@@ -169,7 +169,7 @@ class NASLoRALayer(DeltaLayer):
         """Undo the rounding of a fresh adapter's initial values to the type of a base in half precision."""
         _, dtype = self._get_base_layer_device_and_dtype(self.get_base_layer())
         space = self.nas_lora_space[adapter]
-        if dtype is None or dtype.itemsize > 2 or self.is_pruned(adapter):
+        if dtype not in (torch.bfloat16, torch.float16) or self.is_pruned(adapter):
             return
         for part in space.shapes:
             value = self.values(part)[adapter].data

@@ -1,0 +1,176 @@
+"""torch.compile: whole graphs, and no compilation more than the adapters' forms need.
+
+The graphs are those that every backend gets. They are run as they are ("eager"), or, where gradients count, through
+AOTAutograd ("aot_eager"); one slow test runs what inductor makes of them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import zoo
+from peft import PeftModel, get_peft_model
+from test_contract import logits_of, train
+from torch._dynamo.utils import counters
+from tuners import TUNERS
+from verb_cases import config_of, many, switched
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def one_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of BERT and Llama: compiling takes long."""
+    monkeypatch.setitem(zoo.SMALL, "num_hidden_layers", 1)
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def compiled(model: torch.nn.Module, **settings: Any) -> Any:
+    return torch.compile(model, **{"fullgraph": True, "backend": "eager", **settings})
+
+
+def two_adapters(tuner: str, arch: str) -> tuple[PeftModel, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A trained adapter and one in its first phase; their logits, from a copy that was not called before."""
+    run = train(tuner, arch)
+    torch.manual_seed(3)
+    run.model.add_adapter("other", config_of(tuner, arch))
+    eager, inputs = copy.deepcopy(run.model), many(run.inputs)
+    return run.model, inputs, {name: switched(eager, name, inputs) for name in ("default", "other")}
+
+
+def saved_with_other_values(model: PeftModel, out: Path) -> PeftModel:
+    """A copy of the model whose active adapter has other values in the same places; its adapter's file."""
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            if parameter.requires_grad:
+                parameter.mul_(1.5)
+    twin.save_pretrained(out)
+    return twin
+
+
+@pytest.mark.verb("torch.compile, inference")
+@pytest.mark.verb("torch.compile, then set_adapter")
+@pytest.mark.verb("torch.compile, then load_adapter in place")
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+def test_each_form_is_compiled_once(tuner, tmp_path: Path):
+    model, inputs, own = two_adapters(tuner, "bert")
+    twin = saved_with_other_values(model, tmp_path)
+    run = compiled(model.eval())
+    for count, name in enumerate(("default", "other"), start=1):
+        torch.testing.assert_close(switched(model, name, inputs), own[name], rtol=1e-5, atol=1e-5)
+        model.set_adapter(name)
+        for _ in range(2):  # a flag that is set by the first call would show in the second
+            torch.testing.assert_close(logits_of(run, inputs), own[name], rtol=1e-5, atol=1e-5)
+        assert graphs() == count
+    with torch.compiler.set_stance("fail_on_recompile"):
+        for name in ("default", "other", "default"):
+            model.set_adapter(name)
+            torch.testing.assert_close(logits_of(run, inputs), own[name], rtol=1e-5, atol=1e-5)
+        model.load_adapter(tmp_path, "default")
+        reloaded = logits_of(run, inputs)
+    torch.testing.assert_close(reloaded, logits_of(twin, inputs), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(reloaded, own["default"], atol=1e-3)
+
+
+@pytest.mark.verb("torch.compile, inference")
+@pytest.mark.parametrize(("tuner", "arch"), [("learner", "llama"), ("far-output-node", "gpt2")])
+def test_other_architectures_are_one_graph_too(tuner, arch):
+    run = train(tuner, arch)
+    inputs, fresh = many(run.inputs), copy.deepcopy(run.model).eval()
+    torch.testing.assert_close(logits_of(compiled(fresh), inputs)[:3], run.logits, rtol=1e-5, atol=1e-5)
+    assert graphs() == 1
+
+
+@pytest.mark.verb("torch.compile, inference")
+@pytest.mark.parametrize("tuner", ["far", "nas-structured"])
+def test_disabled_and_merged_adapters_are_seen(tuner):
+    """A compiled model must not go on with what it was compiled with."""
+    run = train(tuner, "bert")
+    model, inputs = run.model.eval(), many(run.inputs)
+    call = compiled(model)
+    assert not torch.allclose(logits_of(call, inputs)[:3], run.base_logits, atol=1e-3)
+    with model.disable_adapter():
+        torch.testing.assert_close(logits_of(call, inputs)[:3], run.base_logits, rtol=1e-5, atol=1e-5)
+    model.merge_adapter()
+    torch.testing.assert_close(logits_of(call, inputs)[:3], run.logits, rtol=1e-5, atol=1e-5)
+    assert graphs() == 3
+    model.unmerge_adapter()
+    torch.testing.assert_close(logits_of(call, inputs)[:3], run.logits, rtol=1e-5, atol=1e-5)
+    assert graphs() == 3
+
+
+@pytest.mark.verb("torch.compile, training")
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+def test_compiled_training_is_the_eager_one_across_the_boundary(tuner):
+    """A boundary compiles once more, since parts freeze or shrink; no step between does."""
+    ends, counts = [], []
+    for compile_it in (False, True):
+        base = zoo.build("bert")
+        inputs = many(zoo.inputs_of("bert", base))
+        base.config.problem_type = "single_label_classification"  # else the first call writes it
+        torch.manual_seed(4)
+        model = get_peft_model(base, TUNERS[tuner].config(task_type="SEQ_CLS"))
+        call = compiled(model, backend="aot_eager") if compile_it else model
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        model.base_model.set_schedule(total_steps=4, steps_per_epoch=2, optimizer=optimizer)
+        model.train()
+        losses = []
+        for step in range(1, 5):
+            loss = call(**inputs).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.base_model.update_and_allocate(step)
+            losses.append(loss.detach())
+            counts.append(graphs())
+        ends.append((torch.stack(losses), logits_of(model, inputs)))
+    assert counts == [0, 0, 0, 0, 1, 1, 2, 2]
+    for eager, ours in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.verb("torch.compile, adapter_names=", limit="not with `fullgraph=True`, as with LoRA")
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+def test_mixed_batches_go_through_a_compiled_model(tuner):
+    model, inputs, own = two_adapters(tuner, "bert")
+    mixed = {**inputs, "adapter_names": ["default", "other", "default"] * 3}
+    expected = torch.stack([own[name][row] for row, name in enumerate(mixed["adapter_names"])])
+    out = logits_of(compiled(model.eval(), fullgraph=False), mixed)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch._dynamo.reset()
+    # PEFT's own `_enable_peft_forward_hooks` registers hooks inside the call, and so does ours.
+    with pytest.raises(torch._dynamo.exc.Unsupported):
+        logits_of(compiled(model), mixed)
+
+
+@pytest.mark.slow
+@pytest.mark.verb("torch.compile, inference", tuners=["FAR"])
+@pytest.mark.verb("torch.compile, training", tuners=["FAR"])
+def test_inductor():
+    """FAR has the most arithmetic of its own."""
+    run = train("far", "bert")
+    model, inputs, call = run.model, many(run.inputs), compiled(run.model, backend="inductor")
+    torch.testing.assert_close(logits_of(call, inputs)[:3], run.logits, rtol=1e-4, atol=1e-5)
+    model.train()
+    gradients = []
+    for forward in (model, call):
+        model.zero_grad()
+        forward(**inputs).loss.backward()
+        gradients.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)

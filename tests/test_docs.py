@@ -1,0 +1,312 @@
+"""The documentation: fields are those of the configs, quoted messages exist, snippets run, links lead somewhere."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import field_tables
+import pytest
+import torch
+import zoo
+from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
+from peft.utils.hotswap import hotswap_adapter
+from safetensors.torch import load_file, save_file
+from test_contract import logits_of
+from test_weighted_adapters import lm
+from training import Rows, arguments, far, learner, nas, trainer
+
+from peft_learners import LearnerConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text()
+every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+
+# -- fields ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name,config", field_tables.PAGES.items())
+def test_the_table_of_fields_is_the_configs(name, config):
+    text = (field_tables.DOCS / name).read_text()
+    assert field_tables.with_tables(text, config) == text, "run: python scripts/field_tables.py"
+    table = text.partition(field_tables.BEGIN)[2].partition(field_tables.END)[0]
+    rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", table, re.M)
+    assert sorted(row[0] for row in rows) == sorted(f.name for f in fields(config))
+    made, found = config(), {row[0]: row[1] for row in rows}
+    for name in set(found) - {"peft_type", "peft_version"}:  # filled in by __post_init__
+        assert found[name] == repr(getattr(made, name))
+
+
+def test_a_page_that_is_not_up_to_date_is_told_and_mended(tmp_path: Path):
+    for name in field_tables.PAGES:
+        shutil.copy(field_tables.DOCS / name, tmp_path)
+    page = tmp_path / "far.md"
+    good = page.read_text()
+    page.write_text(good.replace("| `retention_ratio` | `0.1` |", "| `retention_ratio` | `0.2` |"))
+    with pytest.raises(SystemExit, match=r"Not up to date: far\.md\. Run: python scripts/field_tables.py"):
+        field_tables.main(["--check", "--docs", str(tmp_path)])
+    assert page.read_text() != good
+    field_tables.main(["--docs", str(tmp_path)])
+    assert page.read_text() == good
+    field_tables.main(["--check", "--docs", str(tmp_path)])
+    page.write_text(good.replace(field_tables.END, ""))
+    with pytest.raises(ValueError, match="must hold"):
+        field_tables.main(["--docs", str(tmp_path)])
+
+
+# -- messages --------------------------------------------------------------------------------------------------------
+
+
+def quotes(text: str) -> list[str]:
+    """The code spans in the first column of tables headed "you see"."""
+    found, inside = [], False
+    for line in text.splitlines():
+        inside = line.startswith("| you see |") or (inside and line.startswith("|"))
+        if inside:
+            cell = line[2:].split(" | ")[0]
+            found += [(a or b).strip() for a, b in re.findall(r"``(.+?)``|`([^`]+)`", cell)]
+    return found
+
+
+def words(quote: str) -> re.Pattern[str]:
+    """A quote with `...` for what changes."""
+    return re.compile(".*".join(re.escape(part) for part in quote.split("...")), re.S)
+
+
+def fixed_text(node: ast.expr) -> str | None:
+    """The text of a string in the source, a NUL in each place where a value is put in."""
+    if isinstance(node, ast.Constant):
+        return node.value if isinstance(node.value, str) else None
+    if isinstance(node, ast.JoinedStr):
+        return "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
+    return None
+
+
+@lru_cache
+def sentences() -> list[str]:
+    """All strings in the package's source but docstrings."""
+    found = []
+    for path in sorted((ROOT / "peft_learners").rglob("*.py")):
+        tree = ast.parse(path.read_text())
+        docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+        strings = [n for n in ast.walk(tree) if isinstance(n, ast.expr) and n not in docstrings]
+        found += [text for text in map(fixed_text, strings) if text]
+    return found
+
+
+def in_source(quote: str) -> bool:
+    return any(words(quote).search(text) for text in sentences())
+
+
+PLUGIN_MISSING = tuple(f"KeyError: '{name}'" for name in ("LEARNER", "FAR", "NAS_LORA"))
+
+
+def lora() -> LoraConfig:
+    return LoraConfig(r=2, target_modules=["query"])
+
+
+def two_heads(folder: Path) -> None:
+    model = learner("bert")
+    model.add_adapter("other", LearnerConfig(r=2, task_type="SEQ_CLS"))
+    model.base_model.set_adapter(["default", "other"])
+
+
+def several_by_name(folder: Path) -> None:
+    model = learner("llama")
+    model.add_adapter("other", LearnerConfig(r=2, task_type="CAUSAL_LM"))
+    model.set_adapter(["default", "other"])
+
+
+def hotswap(folder: Path) -> None:
+    model = learner("bert")
+    model.save_pretrained(folder)
+    hotswap_adapter(model, folder, "default")
+
+
+def convert(folder: Path) -> None:
+    with pytest.warns(UserWarning, match=r"peft_learners\.export"):
+        convert_to_lora(learner("bert", init_weights=False), rank=2)
+
+
+def load_without_head(folder: Path) -> None:
+    learner("bert").save_pretrained(folder)
+    file = folder / "adapter_model.safetensors"
+    save_file({k: v for k, v in load_file(file).items() if "classifier.weight" not in k}, file)
+    PeftModel.from_pretrained(zoo.build("bert"), folder)
+
+
+#: What others say about our adapters, provoked for real.
+FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "Cannot combine adapters with different peft types.": lambda folder: learner("bert").add_adapter("other", lora()),
+    "is not compatible with the `PeftMixedModel`.": lambda folder: get_peft_model(
+        zoo.build("bert"), LearnerConfig(r=2), mixed=True
+    ),
+    "Hotswapping only supports LORA but ... was passed.": hotswap,
+    "Only one adapter can be set at a time for ModulesToSaveWrapper": two_heads,
+    "TypeError: unhashable type: 'list'": several_by_name,
+    "Some module types on this model do not support LoRA conversion": convert,
+    "KeyError: 'base_model.model.classifier.weight'": load_without_head,
+    "Old embeddings are of type ..., which is not an instance of": lambda folder: far("bert").resize_token_embeddings(
+        70
+    ),
+    "AttributeError: ... is neither a parameter, buffer, nor extra state.": lambda folder: far("t5").tie_weights(),
+}
+
+
+@pytest.mark.parametrize("quote", dict.fromkeys([*quotes(TROUBLES), *quotes((ROOT / "README.md").read_text())]))
+def test_a_quoted_message_is_the_packages_or_was_provoked(quote):
+    assert len(quote.replace("...", "").strip()) >= 12 or quote in PLUGIN_MISSING, "a quote that matches anything"
+    assert quote in PLUGIN_MISSING or quote in FOREIGN or in_source(quote)
+
+
+def test_words_that_no_message_has_are_found_out():
+    assert in_source("is merged and can't train: call ...() first.")
+    for wrong in ("is merged and can not train", "first ... is merged and can't train", "Fields that every tuner of"):
+        assert not in_source(wrong)
+
+
+@pytest.mark.parametrize("quote", FOREIGN)
+def test_what_peft_and_transformers_say_is_what_the_page_says(quote, tmp_path: Path):
+    assert quote in quotes(TROUBLES)
+    with pytest.raises(Exception) as error:
+        FOREIGN[quote](tmp_path)
+    assert words(quote).search(f"{error.type.__name__}: {error.value}")
+
+
+WITHOUT_THE_PLUGIN = """
+import sys, transformers, zoo
+from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel
+for number, folder in enumerate(sys.argv[1:]):
+    loads = [
+        lambda path: PeftModel.from_pretrained(zoo.build("bert"), path),
+        PeftConfig.from_pretrained,
+        AutoPeftModelForSequenceClassification.from_pretrained,
+        lambda path: zoo.build("bert").load_adapter(path),
+        transformers.AutoModelForSequenceClassification.from_pretrained,
+        lambda path: transformers.pipeline("text-classification", model=path),
+    ]
+    for load in loads[: 1 if number else None]:
+        try:
+            load(folder)
+        except KeyError as error:
+            print("KeyError:", error)
+assert "peft_learners" not in sys.modules
+import peft_learners
+for folder in sys.argv[1:]:
+    PeftModel.from_pretrained(zoo.build("bert"), folder)
+"""
+
+
+@pytest.mark.slow
+def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_cures_it(tmp_path: Path):
+    zoo.build("bert").save_pretrained(tmp_path / "base")
+    folders = []
+    for make in (learner, far, nas):
+        model = make("bert")
+        model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+        folders.append(str(tmp_path / make.__name__))
+        model.save_pretrained(folders[-1])
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [line for line in done.stdout.splitlines() if line] == [PLUGIN_MISSING[0]] * 5 + list(PLUGIN_MISSING)
+    assert set(PLUGIN_MISSING) <= set(quotes(TROUBLES))
+
+
+def test_a_head_that_transformers_left_disabled_is_switched_on_as_the_page_says():
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
+    model = zoo.build("bert")
+    inputs = zoo.inputs_of("bert", model)
+    model.add_adapter(LearnerConfig(r=2, init_weights=False))
+    with torch.no_grad():
+        model.classifier.modules_to_save["default"].weight.mul_(3)
+    logits = logits_of(model, inputs)
+    model.disable_adapters()
+    model.enable_adapters()
+    model.set_adapter("default")
+    assert not torch.allclose(logits_of(model, inputs), logits, atol=1e-3)
+    for module in model.modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            module.enable_adapters(True)
+    assert torch.equal(logits_of(model, inputs), logits)
+
+
+# -- snippets and links ----------------------------------------------------------------------------------------------
+
+BLOCK = re.compile(r"^(?:<!-- (run|not run: [^>]+?) -->\n)?```python\n(.*?)^```$", re.M | re.S)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """`(mark, code)` of the Python snippets of a page; the mark is empty where there is none."""
+    return ((match[1], match[2]) for match in BLOCK.finditer(page.read_text()))
+
+
+@every_page
+def test_every_python_snippet_is_marked(page):
+    assert len(list(blocks(page))) == page.read_text().count("```python")
+    assert all(mark for mark, _ in blocks(page)), "put <!-- run --> or <!-- not run: why --> above it"
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that holds what the snippets load by name: a base model, and a trained Learner for it."""
+    out = tmp_path_factory.mktemp("hub")
+    zoo.build("distilbert").save_pretrained(out / "distilbert-base-uncased")
+    lm("gpt2").save_pretrained(out / "gpt2")
+    model = learner()
+    trainer(model, arguments(out / "run")).train()
+    model.save_pretrained(out / "my-learner")
+    return out
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if "<!-- run -->" in p.read_text()], ids=lambda path: path.name)
+def test_snippets_run_one_after_the_other(page, hub: Path, tmp_path: Path, monkeypatch):
+    shutil.copytree(hub, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    settings = {"warmup_steps": 0, "num_train_epochs": 4}
+    names: dict[str, Any] = {"args": arguments(tmp_path / "out", **settings), "data": Rows(24)}
+    codes = [code for mark, code in blocks(page) if mark == "run"]
+    assert codes
+    for number, code in enumerate(codes, 1):
+        exec(compile(code, f"{page.name}, snippet {number}", "exec"), names)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub makes of the page's headings."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return {
+        re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+        for heading in re.findall(r"^#+ (.+?)\s*$", text, re.M)
+    }
+
+
+def links(page: Path) -> list[str]:
+    """Relative links of a page."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_every_page_can_be_reached_from_the_readme():
+    reached = {(ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])}
+    assert not set(PAGES[1:]) - reached
