@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import re
 from collections.abc import Iterator
 from typing import Any
+
+from peft import PeftConfig
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 
 LIN0: dict[str, Any] = {"target_modules": ["lin0"]}
 BOTH: dict[str, Any] = {"target_modules": ["lin0", "lin1"]}
 PRIMED: dict[str, Any] = {"priming_modules": ["lin0"], "priming_epochs": 1}
+CLASSES: dict[str, type] = {"Learner": LearnerConfig, "FAR": FARConfig, "NAS": NASLoRAConfig}
 NETWORK = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
 
 
 def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
-    """`(name, model, config class, fields)`; '@' names a family of transformers models."""
+    """`(name, model, config class, fields)`; the model is one of PEFT's toys, or a family of transformers models."""
     mlp = {
         "lin0": LIN0,
         "both r=3": {**BOTH, "r": 3},
@@ -70,6 +75,9 @@ def far_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "FAR Conv1D", "EmbConv1D", FARConfig, {"target_modules": ["conv1d", "emb"]}
     yield "FAR norms", "MLP_LayerNorm", FARConfig, {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
     yield "FAR convolutions", "Conv2d", FARConfig, {"target_modules": ["conv2d", "lin0"]}
+    yield "FAR grouped convolutions", "Conv2dGroups", FARConfig, {"target_modules": ["conv2d"]}
+    yield "FAR 3d convolutions", "Conv3d", FARConfig, {"target_modules": ["conv3d", "lin0"]}
+    yield "FAR attention", "MHA", FARConfig, {"target_modules": ["mha", "lin0"]}
 
 
 def nas_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
@@ -106,34 +114,32 @@ def nas_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "NAS Conv1D", "EmbConv1D", NASLoRAConfig, {"target_modules": ["conv1d"], "init": "lora"}
     yield "NAS norms", "MLP_LayerNorm", NASLoRAConfig, {"r": 0, "target_modules": ["layernorm0", "layernorm1", "lin0"]}
     yield "NAS convolutions", "Conv2d", NASLoRAConfig, {"r": 0, "target_modules": ["conv2d", "lin0"]}
+    yield "NAS 3d convolutions", "Conv3d", NASLoRAConfig, {"r": 0, "target_modules": ["conv3d", "lin0"]}
 
 
 def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     tasks = {
-        "@decoder": "CAUSAL_LM",
-        "@encoder": "FEATURE_EXTRACTION",
-        "@seq_cls": "SEQ_CLS",
-        "@seq2seq": "SEQ_2_SEQ_LM",
-        "@token_cls": "TOKEN_CLS",
-        "@qa": "QUESTION_ANS",
+        "decoder": "CAUSAL_LM",
+        "encoder": "FEATURE_EXTRACTION",
+        "sequence classification": "SEQ_CLS",
+        "encoder-decoder": "SEQ_2_SEQ_LM",
+        "token classification": "TOKEN_CLS",
+        "question answering": "QUESTION_ANS",
     }
     for family, task in tasks.items():
         yield f"Learner {task}", family, LearnerConfig, {"task_type": task, "r": 8}
         yield f"Learner {task} unprimed", family, LearnerConfig, {"task_type": task, "r": 4, "priming_epochs": 0}
         # PEFT's training tests of the other families want a gradient on every adapter parameter, which the frozen
         # deltas of a primed adapter can't have; tests/test_contract.py trains those.
-        if family in ("@seq_cls", "@token_cls", "@qa"):
+        if family in ("sequence classification", "token classification", "question answering"):
             fields = {"task_type": task, "r": 4, "completed_phases": ["priming"]}
             yield f"Learner {task} primed", family, LearnerConfig, fields
         yield f"FAR {task}", family, FARConfig, {"task_type": task}
-        yield f"FAR small {task}", family, FARConfig, {"task_type": task, "train_embeddings": False}
-        yield f"FAR {task} reconfigured", family, FARConfig, {"task_type": task, "reconfigured": True}
+        fields = {"task_type": task, "train_embeddings": False, "reconfigured": True}
+        yield f"FAR small {task} reconfigured", family, FARConfig, fields
         fields = {"task_type": task, "r": 4, "init": "lora"}
         yield f"NAS {task}", family, NASLoRAConfig, fields
         yield f"NAS {task} structured", family, NASLoRAConfig, {**fields, "granularity": "structured"}
-    yield "Learner config", "@config", LearnerConfig, {}
-    yield "FAR config", "@config", FARConfig, {}
-    yield "NAS config", "@config", NASLoRAConfig, {}
 
 
 def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
@@ -153,20 +159,73 @@ def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
     yield "NAS biases", "nas_lora", NASLoRAConfig, {**three, "r": 0}, {**three, "granularity": "structured"}
 
 
-def mixed() -> Iterator[tuple[str, LearnerConfig, LearnerConfig]]:
-    """Mixed batches."""
-    one = {**LIN0, "init_weights": False}
-    yield "Learner mixed", LearnerConfig(**one, r=3), LearnerConfig(**one, r=6)
-    yield "FAR mixed", FARConfig(**one), FARConfig(**one, train_biases=False)
-    yield "NAS mixed", NASLoRAConfig(**one, r=3), NASLoRAConfig(**one, r=6, train_biases=False)
-    yield "Learner mixed primed", LearnerConfig(**one, r=3, **PRIMED), LearnerConfig(**one, r=6)
+def mixed(test: str) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
+    """Two adapters for a test of mixed batches, on the layers that it is about."""
+    learner, far, nas = (functools.partial(of, init_weights=False) for of in CLASSES.values())
+
+    def each(name: str, one: dict[str, Any], two: dict[str, Any]) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
+        for tuner, of in (("Learner", learner), ("FAR", far), ("NAS", nas)):
+            yield f"{tuner} {name}", of(**one), of(**two)
+
+    conv1d, conv2d = {"target_modules": ["conv1d"]}, {"target_modules": ["conv2d"]}
+    match test.removeprefix("test_mixed_adapter_batches_"):
+        case "different_target_layers":
+            yield from each("other layer", LIN0, {"target_modules": ["lin1"]})
+        case "partly_overlapping_target_layers":
+            yield from each("overlapping", LIN0, BOTH)
+        case "multiple_modules_to_save":
+            yield from each("modules_to_save", *[{**LIN0, "modules_to_save": ["lin1"]}] * 2)
+        case "unsupported_layer_raises":
+            yield from each("GRU to save", *[{**LIN0, "modules_to_save": ["gru"]}] * 2)
+        case "lora_conv1d_emb_multiple_modules_to_save":
+            yield from each("Conv1D, modules_to_save", *[{**conv1d, "modules_to_save": ["lin0"]}] * 2)
+        case "lora_conv1d_emb":
+            yield "Learner Conv1D", learner(**conv1d), learner(**conv1d, r=3)
+            yield "FAR Conv1D", far(target_modules=["conv1d", "emb"]), far(target_modules=["emb"])
+            yield "NAS Conv1D", nas(**conv1d), nas(**conv1d, r=3)
+        case "lora_conv2d":
+            yield "FAR convolution", far(**conv2d), far(**conv2d, train_biases=False)
+            yield "NAS convolution", nas(**conv2d, r=0), nas(**conv2d, r=0, granularity="structured")
+        case _:
+            yield "Learner mixed", learner(**LIN0, r=3), learner(**LIN0, r=6)
+            yield "Learner mixed primed", learner(**LIN0, r=3, **PRIMED), learner(**LIN0, r=6)
+            yield "FAR mixed", far(**LIN0), far(**LIN0, train_biases=False)
+            yield "NAS mixed", nas(**LIN0, r=3), nas(**LIN0, r=6, train_biases=False)
 
 
-def expected(test: str, case: str) -> tuple[str, str] | None:
+def single() -> Iterator[tuple[str, PeftConfig]]:
+    """One adapter that changes what the model computes."""
+    for name, of in CLASSES.items():
+        yield f"{name} lin0", of(**LIN0, init_weights=False)
+
+
+def by_regex() -> Iterator[tuple[str, type, dict[str, Any]]]:
+    """Target modules by a regex that would match what an adapter adds below them."""
+    for name, of in CLASSES.items():
+        yield f"{name} linear", of, {"target_modules": "l1.*"}
+    yield "FAR convolution", FARConfig, {"target_modules": "l2.*"}
+    yield "NAS convolution", NASLoRAConfig, {"target_modules": "l2.*", "r": 0, "parameter_budget": 1}
+
+
+def skipped(test: str, case: str) -> str | None:
+    """Why a test of PEFT's can't hold for a case, and what would let it run.
+
+    Args:
+        case: the test's parameters, as pytest writes them.
+    """
     if test in NETWORK:
-        return "skip", "fetches a config from the Hub; runs where the network allows (unset HF_HUB_OFFLINE)"
-    if test.startswith("test_prepare_for_training") and case.startswith("FAR") and "small" not in case:
-        return "skip", "wants no gradient at the embeddings' output; FAR trains the embeddings (FAR small does not)"
-    if test.startswith("test_disable_adapters") and case.startswith("NAS pruned"):
-        return "skip", "wants an adapter that changes nothing; a pruned one has its positions and values from a file"
+        return "fetches a config from the Hub -- runs once CI may depend on the Hub: peft_suite/runner.py is offline"
+    if test.startswith("test_prepare_for_training") and "FAR" in case and "small" not in case:
+        return "wants no gradient at the embeddings' output -- runs for FAR with train_embeddings=False (FAR small)"
+    if test.startswith("test_disable_adapters") and "NAS pruned" in case:
+        return "wants an adapter that changes nothing -- runs for one that is not pruned: values come with the pruning"
+    if test == "test_inject_from_state_dict_and_from_config_target_same_layers" and "FAR" in case and tied(case):
+        return "layers that share a delta have no keys in a file, by which PEFT injects -- runs on untied embeddings"
+    if test == "test_save_load_roundtrip_fsdp_wrapped" and case == "FAR attention":
+        return "FSDP hides parameters from functional_call, by which composites are called -- runs for other modules"
     return None
+
+
+def tied(case: str) -> bool:
+    """Whether the model of a test's parameters ties its embeddings; of the decoders, Llama does not."""
+    return re.search(r"decoder-\d", case) is not None and not case.endswith("FAR-decoder-0")

@@ -1,0 +1,69 @@
+"""Tiny models of each family of PEFT's suite, saved so that its tests load them as they would from the Hub.
+
+PEFT's tests skip by the names of architectures (all merging on Llamas, for one), because of what some of PEFT's own
+tuners can't do. So the folders' names say nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import transformers as tf
+import zoo
+
+SMALL = zoo.SMALL
+BART = {
+    "vocab_size": 64, "d_model": 16, "max_position_embeddings": 32,
+    "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 32,
+}  # fmt: skip
+
+
+def _bert(of: type) -> Callable[[], tf.PreTrainedModel]:
+    return lambda: of(tf.BertConfig(**SMALL, max_position_embeddings=32))
+
+
+def _roberta(of: type) -> Callable[[], tf.PreTrainedModel]:
+    return lambda: of(tf.RobertaConfig(**SMALL, max_position_embeddings=34))
+
+
+def _opt() -> tf.PreTrainedModel:
+    sizes = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 2}
+    return tf.OPTForCausalLM(tf.OPTConfig(**sizes, num_attention_heads=2, vocab_size=64, max_position_embeddings=32))
+
+
+def _gpt2() -> tf.PreTrainedModel:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32))
+
+
+def _bart() -> tf.PreTrainedModel:
+    return tf.BartForConditionalGeneration(tf.BartConfig(**BART))
+
+
+FAMILIES: dict[str, list[Callable[[], torch.nn.Module]]] = {
+    "decoder": [zoo.llama, _opt, _gpt2],
+    "encoder": [_bert(tf.BertModel), _roberta(tf.RobertaModel)],
+    "sequence classification": [
+        _bert(tf.BertForSequenceClassification),
+        _roberta(tf.RobertaForSequenceClassification),
+    ],
+    "encoder-decoder": [zoo.t5, _bart],
+    "token classification": [_bert(tf.BertForTokenClassification)],
+    "question answering": [_bert(tf.BertForQuestionAnswering)],
+}
+
+
+@functools.cache
+def saved(family: str, folder: Path) -> list[str]:
+    """Folders of a family's models, each with the same weights in every run."""
+    paths = []
+    for number, build in enumerate(FAMILIES[family]):
+        path = folder / f"{family.replace(' ', '-')}-{number}"
+        torch.manual_seed(number)
+        model = build()
+        model.save_pretrained(path)
+        paths.append(str(path))
+    return paths

@@ -1,0 +1,89 @@
+"""Starts PEFT's suite in a process of its own and reads its report."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+TESTS = Path(__file__).resolve().parents[1]
+MODULES = (
+    "test_custom_models",
+    "test_decoder_models",
+    "test_encoder_decoder_models",
+    "test_feature_extraction_models",
+    "test_seq_classifier",
+    "test_token_classification_qa",
+    "test_config",
+    "test_low_level_api",
+    "test_other",
+)
+
+
+@dataclass
+class Report:
+    """What a run of pytest came to.
+
+    Attributes:
+        counts: by outcome ("passed", "skipped", "failure", "error"), then by PEFT's module and the tuner of the case.
+    """
+
+    status: int
+    closing_line: str
+    output: str
+    counts: dict[str, Counter[tuple[str, str]]] = field(default_factory=dict)
+    skip_reasons: Counter[str] = field(default_factory=Counter)
+
+    def total(self, outcome: str) -> int:
+        return sum(self.counts.get(outcome, {}).values())
+
+
+def arguments(suite: Path, report: Path, modules: Sequence[str] = MODULES) -> list[str]:
+    """Arguments of a pytest that runs modules of the suite, from the folder `suite`."""
+    fixed = ["-p", "peft_suite.plugin", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(suite)]
+    fixed += ["--import-mode", "prepend", "-q", "-W", "ignore", "--tb", "short", "-rfE", "--junitxml", str(report)]
+    return [*fixed, *(f"tests/{module}.py" for module in modules)]
+
+
+def environment() -> dict[str, str]:
+    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # Only what the suite needs: a plugin that some environment has must not change what it does.
+    own = {"PYTHONPATH": os.pathsep.join(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+    single = {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}  # the models are tiny: threads only cost
+    return {**os.environ, **own, **offline, **single, "TRANSFORMERS_VERBOSITY": "error"}
+
+
+def run(suite: Path, folder: Path, *options: str, modules: Sequence[str] = MODULES) -> Report:
+    """Run the suite with our cases.
+
+    Args:
+        suite: what `source.fetch` returned.
+        folder: for the report.
+    """
+    report = folder / "report.xml"
+    command = [sys.executable, "-m", "pytest", *arguments(suite, report, modules), *options]
+    done = subprocess.run(command, cwd=suite, env=environment(), capture_output=True, text=True, timeout=850)
+    return read(report, done.returncode, done.stdout, done.stderr)
+
+
+def read(report: Path, status: int, output: str, errors: str = "") -> Report:
+    """What a JUnit report says, which may be missing where pytest came to no end."""
+    lines = output.strip().splitlines()
+    result = Report(status, lines[-1] if lines else "", output + errors)
+    if not report.is_file():
+        return result
+    for case in ElementTree.parse(report).iter("testcase"):
+        outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
+        module = case.get("classname", "").split(".")[1]
+        tuner = re.search(r"\b(Learner|FAR|NAS)\b", case.get("name", ""))
+        result.counts.setdefault(outcome, Counter())[module, tuner[0] if tuner else ""] += 1
+        for skipped in case.iter("skipped"):
+            result.skip_reasons[skipped.get("message", "")] += 1
+    return result

@@ -1,0 +1,206 @@
+"""Faults put into copies of the package, each of which has to make tests fail: those of PEFT's suite, or ours.
+
+PEFT's suite sees no phases, so what it can't see (a freeze that has to last) is left to tests/test_contract.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from peft_suite import forks, runner, source
+from peft_suite.forks import Job
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "peft_learners"
+PEFTS = "test_custom_models.py::TestPeftCustomModel::"
+CONTRACT = "test_contract.py::"
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="copies are tried in forks -- runs on Linux and macOS"),
+]
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A textual edit, and the test that must fail with it (and not without)."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    test: str
+
+    def __str__(self) -> str:
+        return self.name
+
+
+MOVE = "        self._move_adapter_to_device_of_base_layer(adapter)\n"
+MUTANTS = [
+    Mutant(
+        "Learner merges no bias",
+        "low_rank.py",
+        '        if bias is not None:\n            values["bias"]',
+        '        if False:\n            values["bias"]',
+        PEFTS + "test_merge_layers[Learner both r=3]",
+    ),
+    Mutant(
+        "NAS-LoRA merges no bias",
+        "low_rank.py",
+        '        if bias is not None:\n            values["bias"]',
+        '        if False:\n            values["bias"]',
+        PEFTS + "test_merge_layers[NAS both]",
+    ),
+    Mutant(
+        "Learner merges no bias of norms",
+        "learner/layer.py",
+        'deltas["bias"] = self.learner_bias_delta[adapter].detach()',
+        "pass",
+        PEFTS + "test_merge_layers[Learner norms alone]",
+    ),
+    Mutant(
+        "NAS-LoRA merges no bias of other modules",
+        "nas_lora/layer.py",
+        'return {} if bias is None else {"bias": bias.detach()}',
+        "return {}",
+        PEFTS + "test_merge_layers[NAS norms]",
+    ),
+    Mutant(
+        "FAR merges no bias",
+        "far/base.py",
+        "deltas.update(self._by_parameter(part, adapter, value.detach()))",
+        'deltas.update({} if "bias" in part else self._by_parameter(part, adapter, value.detach()))',
+        PEFTS + "test_merge_layers[FAR both]",
+    ),
+    *(
+        Mutant(
+            f"{tuner} does not move new adapters",
+            file,
+            MOVE,
+            "",
+            PEFTS + f"test_adapter_dtype_autocast[False-False-dtype1-{case}]",
+        )
+        for tuner, file, case in (
+            ("Learner", "learner/layer.py", "Learner both r=3"),
+            ("FAR", "far/base.py", "FAR both"),
+            ("NAS-LoRA", "nas_lora/layer.py", "NAS both"),
+        )
+    ),
+    Mutant(
+        "Learner does not cast the input of low-rank updates",
+        "low_rank.py",
+        "self._cast_input_dtype(x, a.dtype)",
+        "x",
+        PEFTS + "test_forward_bfloat16[Learner both r=3]",
+    ),
+    Mutant(
+        "NAS-LoRA does not cast the input of low-rank updates",
+        "low_rank.py",
+        "self._cast_input_dtype(x, a.dtype)",
+        "x",
+        PEFTS + "test_forward_bfloat16[NAS both]",
+    ),
+    Mutant(
+        "Learner does not cast the input of dense deltas",
+        "low_rank.py",
+        "self._cast_input_dtype(x, delta.dtype)",
+        "x",
+        PEFTS + "test_forward_bfloat16[Learner in priming]",
+    ),
+    Mutant(
+        "FAR does not cast the input",
+        "far/layer.py",
+        "self._cast_input_dtype(x, delta.dtype)",
+        "x",
+        PEFTS + "test_forward_bfloat16[FAR both]",
+    ),
+    *(
+        Mutant(
+            f"{tuner} freezes by requires_grad alone",
+            "layer.py",
+            "self.frozen_peft_weight_names[adapter] = parts",
+            "pass",
+            CONTRACT + f"test_what_is_frozen_stays_frozen[{case}]",
+        )
+        for tuner, case in (("Learner", "learner-distilbert"), ("NAS-LoRA", "nas-structured-distilbert"))
+    ),
+    Mutant(
+        "Learner loads a primed adapter unfrozen",
+        "learner/layer.py",
+        "self.frozen_peft_weight_names[adapter] = (DENSE_PART,)",
+        "pass",
+        CONTRACT + "test_adapter_loaded_for_training_goes_on_in_its_last_phase[learner-distilbert]",
+    ),
+]
+CONTROL = "control"
+TESTS = sorted({mutant.test for mutant in MUTANTS})
+
+
+def occurrences(mutant: Mutant) -> int:
+    return (PACKAGE / mutant.file).read_text().count(mutant.old)
+
+
+def copy_of_package(folder: Path, mutant: Mutant | None) -> Path:
+    """The folder, with a copy of the package in it that has the mutant's edit."""
+    shutil.copytree(PACKAGE, folder / "peft_learners", ignore=shutil.ignore_patterns("__pycache__"))
+    if mutant is not None:
+        path = folder / "peft_learners" / mutant.file
+        path.write_text(path.read_text().replace(mutant.old, mutant.new))
+    return folder
+
+
+def job_of(folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> Job:
+    """A run of the mutant's test; without one, of all tests that are ours, or PEFT's."""
+    tests = [mutant.test] if mutant is not None else TESTS
+    chosen = [f"tests/{test}" for test in tests if test.startswith(CONTRACT) == of_ours]
+    report = folder / "report.xml"
+    if of_ours:
+        options = ["-p", "no:cacheprovider", "-q", "-W", "ignore", "-o", "addopts=", "--junitxml", str(report)]
+    else:
+        options = runner.arguments(suite, report, modules=())
+    package = str(copy_of_package(folder, mutant))
+    return Job(package, str(ROOT if of_ours else suite), [*options, *chosen], str(folder / "log"))
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[runner.Report]]:
+    """By the name of each mutant, what its runs reported."""
+    try:
+        suite = source.fetch()
+    except source.SuiteUnavailable as error:
+        pytest.skip(str(error))
+    jobs: list[tuple[str, Job]] = []
+
+    def add(mutant: Mutant | None, of_ours: bool) -> None:
+        folder = tmp_path_factory.mktemp("mutant")
+        jobs.append((CONTROL if mutant is None else mutant.name, job_of(folder, mutant, suite, of_ours)))
+
+    add(None, False)
+    add(None, True)
+    for mutant in MUTANTS:
+        if occurrences(mutant) == 1:
+            add(mutant, mutant.test.startswith(CONTRACT))
+    statuses = forks.run([job for _, job in jobs])
+    reports: dict[str, list[runner.Report]] = {}
+    for (name, job), status in zip(jobs, statuses, strict=True):
+        log = Path(job.log)
+        reports.setdefault(name, []).append(runner.read(log.with_name("report.xml"), status, log.read_text()))
+    return reports
+
+
+def test_unchanged_copy_passes_the_tests_that_mutants_fail(reports: dict[str, list[runner.Report]]):
+    for report in reports[CONTROL]:
+        assert report.status == 0, report.output[-3000:]
+    assert sum(report.total("passed") for report in reports[CONTROL]) == len(TESTS)
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=str)
+def test_mutant_makes_its_test_fail(mutant: Mutant, reports: dict[str, list[runner.Report]]):
+    assert occurrences(mutant) == 1, f"{mutant.file} has changed: edit it as the mutant's name says"
+    (report,) = reports[mutant.name]
+    assert report.status == 1, report.output[-3000:]
+    assert report.total("failure") == 1 and report.total("error") == report.total("passed") == 0
