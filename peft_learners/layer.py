@@ -32,8 +32,11 @@ def parameter_at(module: nn.Module, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), module)
 
 
-def check_mergeable(root: nn.Module, adapters: Iterable[str]) -> None:
+def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bool = False) -> None:
     """Refuse to merge adapters of which a part could not be merged, before any part is.
+
+    Args:
+        shared_weights: whether weights that several modules use may be merged into.
 
     Raises:
         ValueError: one of their weight updates lies on a quantised layer, or on a weight that other modules use too.
@@ -49,7 +52,7 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str]) -> None:
                 if layer.has_adapter(name):
                     layer.check_mergeable(name)
                     sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-                    if len(sharing) > 1 and layer.acts(name):
+                    if len(sharing) > 1 and layer.acts(name) and not shared_weights:
                         raise ValueError(cannot_merge_shared(name, place, sharing))
 
 
@@ -113,6 +116,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
         if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
             return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
+        if not all(isinstance(parameter_at(base, name), nn.Parameter) for name in cast):
+            raise NotImplementedError(
+                f"FSDP hides the parameters of a {type(base).__name__} from the call that adds deltas to them. Leave "
+                "it out: exclude_modules, with the module's name."
+            )
         return torch.func.functional_call(self.base_layer, cast, (x, *args), kwargs)
 
     def is_pruned_away(self, adapter: str, part: str) -> bool:

@@ -1,37 +1,25 @@
-"""What the models of all tuners share: choice of modules, the head, phases, unloading, saving."""
+"""What the models of all tuners share: phases, injection, mixed batches, weighted sums, unloading, saving."""
 
 from __future__ import annotations
 
-import copy
-import re
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from peft.config import PeftConfig
-from peft.tuners.tuners_utils import (
-    BaseTuner,
-    _ExcludedModule,
-    _find_minimal_target_modules,
-    check_target_module_exists,
-)
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from . import discovery
 from .boundary import Observer
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .combination import Combined, add_combined
 from .config import PhasedConfig
 from .hub import attach
-from .layer import BASE_ADAPTER, DeltaLayer
+from .layer import BASE_ADAPTER, DeltaLayer, check_mergeable
 from .phases import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
 from .schedule import Phase, Schedule
+from .targets import TargetChoice
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -43,15 +31,14 @@ def _no_change(module: nn.Module, args: Any) -> None:
     """A hook that does nothing."""
 
 
-class PhasedModel(BaseTuner):
+class PhasedModel(TargetChoice):
     """Base class of this package's tuners.
 
     A subclass sets `prefix` and `tuner_layer_cls` and defines `_resolve_targets` and `_create_and_replace`.
     """
 
-    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
-    #: Sentence of an error: what `_is_supported` takes.
-    supported: ClassVar[str] = ""
+    #: Whether it merges deltas into a weight that several modules use as what they all compute with.
+    merges_shared_weights: ClassVar[bool] = False
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -160,100 +147,6 @@ class PhasedModel(BaseTuner):
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
-
-    def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
-        """Names of all modules to adapt; may complete the config."""
-        raise NotImplementedError
-
-    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
-        assert isinstance(peft_config, PhasedConfig)
-        head = discovery.new_head(self.model)
-        if head:
-            saved = list(peft_config.modules_to_save or [])
-            peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
-        excluded = peft_config.exclude_modules
-        if excluded and not isinstance(excluded, str):
-            names = [name for name, _ in discovery.walk(self.model)]
-            lost = sorted(e for e in excluded if not any(n == e or n.endswith(f".{e}") for n in names))
-            if lost:
-                warnings.warn(f"exclude_modules={lost} match no module of the model.", stacklevel=2)
-        self._targets: set[str] = set()
-        if peft_config.target_modules != DUMMY_TARGET_MODULES:
-            self._targets = self._resolve_targets(peft_config, self.model)
-        return peft_config
-
-    def _matches(self, config: PhasedConfig, key: str) -> Any:
-        """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
-        return check_target_module_exists(config, key)
-
-    def _names_among(self, config: PhasedConfig, names: list[str]) -> set[str]:
-        """Those of `names` (found by structure) that exclude_modules and layers_to_transform leave in."""
-        # A bare full name would bypass layers_to_transform in PEFT's rule: match by last component.
-        probe = copy.copy(config)
-        probe.target_modules = {name.rpartition(".")[2] for name in names}
-        found = set()
-        for name in names:
-            # Top-level names match exactly in PEFT's rule, which skips the layer check: they lie in no layer.
-            if "." not in name and config.layers_to_transform is not None:
-                continue
-            result = self._matches(probe, name)
-            # PEFT saves every module whose name *ends* like this whole.
-            saved = any(name.endswith(ending) for ending in config.modules_to_save or ())
-            if result and not isinstance(result, _ExcludedModule) and not saved:
-                found.add(name)
-        return found
-
-    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        if key in self._targets:
-            return True
-        if peft_config.target_modules == DUMMY_TARGET_MODULES:
-            return False
-        if peft_config.target_modules is None:  # all that structure says; PEFT wants to hear what was excluded
-            excluded = peft_config.exclude_modules or ()
-            if isinstance(excluded, str):
-                return _ExcludedModule() if re.fullmatch(excluded, key) else False
-            return _ExcludedModule() if any(is_named(key, name) for name in excluded) else False
-        result = self._matches(peft_config, key)
-        return result if isinstance(result, _ExcludedModule) else False
-
-    def _is_supported(self, module: nn.Module) -> bool:
-        """Whether the tuner has a layer that can stand in for this module."""
-        return discovery.is_linear(module) or discovery.is_norm(module)
-
-    def _named_targets(self, config: PhasedConfig, model: nn.Module) -> set[str]:
-        """The modules that the user's target_modules name, less the excluded ones."""
-        chosen, modules = set(), dict(discovery.walk(model))
-        for name, module in modules.items():
-            result = self._matches(config, name) if name else None
-            if not result or isinstance(result, _ExcludedModule):
-                continue
-            parent = modules.get(name.rpartition(".")[0])
-            if isinstance(parent, nn.MultiheadAttention):
-                raise ValueError(
-                    f"Target module {name} lies inside a torch.nn.MultiheadAttention, which reads its weight without "
-                    "calling it, so that an adapter there would have no effect. Leave it out of `target_modules`."
-                )
-            if not self._is_supported(module):
-                kind = type(discovery.base_of(module)).__name__
-                raise ValueError(f"Target module {name} ({kind}) is not supported. {self.supported}")
-            chosen.add(name)
-        given = config.target_modules or ()
-        if not chosen and not isinstance(given, str) and not any(is_named(n, t) for n in modules for t in given):
-            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
-            raise NoMatchingPeftModuleError(
-                f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
-                "leave `target_modules` out to adapt them all."
-            )
-        if chosen and not isinstance(config.target_modules, str):
-            lost = [t for t in config.target_modules or () if not any(is_named(n, t) for n in modules)]
-            if lost:
-                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
-        return chosen
-
-    def _minimal_names(self, names: set[str]) -> list[str]:
-        """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets."""
-        others = [name for name, _ in discovery.walk(self.model) if name and name not in names]
-        return sorted(_find_minimal_target_modules(names, others)) if names else []
 
     def _place(
         self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module
@@ -370,6 +263,7 @@ class PhasedModel(BaseTuner):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        check_mergeable(self.model, self.active_adapters, self.merges_shared_weights)
         for name in self.active_adapters:
             if name in self.peft_config:
                 self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
@@ -454,8 +348,3 @@ class PhasedModel(BaseTuner):
     @classmethod
     def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
         """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits."""
-
-
-def is_named(module_name: str, name: str) -> bool:
-    """Whether PEFT lets `name` stand for the module: its whole name, or the end of it."""
-    return module_name == name or module_name.endswith(f".{name}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -219,13 +218,6 @@ def skipped(test: str, case: str) -> str | None:
         return "wants no gradient at the embeddings' output -- runs for FAR with train_embeddings=False (FAR small)"
     if test.startswith("test_disable_adapters") and "NAS pruned" in case:
         return "wants an adapter that changes nothing -- runs for one that is not pruned: values come with the pruning"
-    if test == "test_inject_from_state_dict_and_from_config_target_same_layers" and "FAR" in case and tied(case):
-        return "layers that share a delta have no keys in a file, by which PEFT injects -- runs on untied embeddings"
     if test == "test_save_load_roundtrip_fsdp_wrapped" and case == "FAR attention":
-        return "FSDP hides parameters from functional_call, by which composites are called -- runs for other modules"
+        return "ours raises: FSDP hides parameters that functional_call needs for composites -- runs for others"
     return None
-
-
-def tied(case: str) -> bool:
-    """Whether the model of a test's parameters ties its embeddings; of the decoders, Llama does not."""
-    return re.search(r"decoder-\d", case) is not None and not case.endswith("FAR-decoder-0")

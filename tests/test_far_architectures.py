@@ -231,3 +231,28 @@ def test_a_sharer_that_is_left_out_leaves_all_out_and_says_so():
     with pytest.warns(UserWarning, match=r"lm_head and transformer\.wte share a weight, and lm_head is left out"):
         model = get_peft_model(base, FARConfig(exclude_modules=["lm_head"]))
     assert model.get_nb_trainable_parameters()[0] == total - table
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_composites_under_fsdp_are_refused_and_not_computed_wrong(tmp_path: Path):
+    """FSDP takes the parameters of an attention that computes with them itself out of torch's sight."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.attention(x, x, x)[0]
+
+    model = get_peft_model(Model(), FARConfig(target_modules=["attention"], init_weights=False)).eval()
+    x = torch.randn(2, 3, 16)
+    assert model(x).isfinite().all()
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/ranks", rank=0, world_size=1)
+    try:
+        sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+        with pytest.raises(NotImplementedError, match="MultiheadAttention .* exclude_modules"):
+            sharded(x)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -128,3 +128,23 @@ def test_costs_in_the_pages_are_those_of_the_runs(first, last, size, file):
     assert (first, last) == (f"{trained['trained_first_phase']:,}", f"{trained['trained_last_phase']:,}")
     digits = len(size.partition(".")[2])
     assert size == f"{result['adapter_bytes'] / 1e6:.{digits}f}"
+
+
+@pytest.mark.parametrize("file", ["mrpc-learner-r64-minilm", "mrpc-far10-minilm"])
+def test_what_exports_cost_is_what_their_files_say(file):
+    record, page = (
+        json.loads((ROOT / f"results/export/{file}.json").read_text()),
+        (ROOT / "docs/export.md").read_text(),
+    )
+    table = page.partition(f"(../results/export/{file}.json)")[2].partition("\n\nAnd FAR")[0]
+
+    def scores(dev: dict[str, float]) -> str:
+        return f"{100 * dev['accuracy']:.1f} / {100 * dev['f1']:.1f}"
+
+    for row in record["exports"]:
+        errors = f"{row['median_error']:.2f} | {row['largest_error']:.2f}"
+        line = f"| {row['rank']} | {errors} | {row['bytes'] / 1e6:.1f} MB | {scores(row['dev'])} |"
+        assert f"{line} {row['changed_predictions']} |" in table
+    assert f"{scores(record['adapter']['dev'])} by itself" in page
+    assert f"{record['adapter']['bytes'] / 1e6:.1f} MB" in page
+    assert record["rows"] == 408

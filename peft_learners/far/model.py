@@ -46,6 +46,7 @@ class FARModel(PhasedModel):
 
     prefix = "far_"
     tuner_layer_cls = FARLayer
+    merges_shared_weights = True
     supported = (
         "FAR supports linear layers in floating point, embeddings, norms, convolutions and modules with parameters of "
         "their own."
@@ -159,6 +160,18 @@ class FARModel(PhasedModel):
                 )
 
     # -- injection --------------------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        given = kwargs.get("state_dict")
+        if given is not None:  # PEFT injects where a file has keys: those that share a delta have none
+            held = {key.rsplit(f".{self.prefix}", 1)[0] for key in given}
+            own = {
+                n: {id(p) for p in discovery.base_of(m).parameters(recurse=False)} for n, m in model.named_modules()
+            }
+            shared: set[int] = set().union(*(ids for name, ids in own.items() if name in held))
+            sharers = [name for name, ids in own.items() if name not in held and ids & shared]
+            kwargs["state_dict"] = {**given, **dict.fromkeys(f"{name}.{self.prefix}shared" for name in sharers)}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _create_and_replace(
         self,

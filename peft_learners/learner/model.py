@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from .. import discovery
 from ..combination import Combined
-from ..layer import check_mergeable
 from ..names import rank_patterns
 from ..phases import tuner_layers
 from ..schedule import Phase, Schedule, ScheduleError
-from ..tuner import PhasedModel, is_named
+from ..targets import is_named
+from ..tuner import PhasedModel
 from .config import DENSE_PART, PRIMING, LearnerConfig
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 
@@ -158,10 +158,6 @@ class LearnerModel(PhasedModel):
             layer.update_layer(adapter_name, peft_config)
         if layer is not target:
             self._place(layer, adapter_name, parent, target_name, target)
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        check_mergeable(self.model, self.active_adapters)
 
     # -- weighted sums ----------------------------------------------------------------------------------------------
 

@@ -15,11 +15,11 @@ from ..boundary import Observer, live_optimizers, resize
 from ..checkpoint import Shapes
 from ..combination import Combined, acting
 from ..feed_forward import sizes
-from ..layer import check_mergeable
 from ..phases import Entry, PhaseDriver, injected_model
 from ..saved_modules import rewind_saved_modules
 from ..schedule import Phase, Schedule, ScheduleError
-from ..tuner import PhasedModel, is_named
+from ..targets import is_named
+from ..tuner import PhasedModel
 from .architecture import Architecture, positions_in
 from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
@@ -182,10 +182,6 @@ class NASLoRAModel(PhasedModel):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in layers_of(self.model, adapter_name).values():
             layer.restore_initial(adapter_name)
-
-    def _check_merge_allowed(self) -> None:
-        super()._check_merge_allowed()
-        check_mergeable(self.model, self.active_adapters)
 
     # -- weighted sums ----------------------------------------------------------------------------------------------
 

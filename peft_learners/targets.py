@@ -1,0 +1,129 @@
+"""Which modules of a model an adapter is put on: by structure, or by the names that the user gives."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from typing import Any, ClassVar
+
+from peft.config import PeftConfig
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    _ExcludedModule,
+    _find_minimal_target_modules,
+    check_target_module_exists,
+)
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from . import discovery
+from .config import PhasedConfig
+
+
+class TargetChoice(BaseTuner):
+    """The part of a tuner that chooses modules. A subclass defines `_resolve_targets`."""
+
+    target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
+    #: Sentence of an error: what `_is_supported` takes.
+    supported: ClassVar[str] = ""
+
+    def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
+        """Names of all modules to adapt; may complete the config."""
+        raise NotImplementedError
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        assert isinstance(peft_config, PhasedConfig)
+        head = discovery.new_head(self.model)
+        if head:
+            saved = list(peft_config.modules_to_save or [])
+            peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
+        excluded = peft_config.exclude_modules
+        if excluded and not isinstance(excluded, str):
+            names = [name for name, _ in discovery.walk(self.model)]
+            lost = sorted(e for e in excluded if not any(n == e or n.endswith(f".{e}") for n in names))
+            if lost:
+                warnings.warn(f"exclude_modules={lost} match no module of the model.", stacklevel=2)
+        self._targets: set[str] = set()
+        if peft_config.target_modules != DUMMY_TARGET_MODULES:
+            self._targets = self._resolve_targets(peft_config, self.model)
+        return peft_config
+
+    def _matches(self, config: PhasedConfig, key: str) -> Any:
+        """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
+        return check_target_module_exists(config, key)
+
+    def _names_among(self, config: PhasedConfig, names: list[str]) -> set[str]:
+        """Those of `names` (found by structure) that exclude_modules and layers_to_transform leave in."""
+        # A bare full name would bypass layers_to_transform in PEFT's rule: match by last component.
+        probe = copy.copy(config)
+        probe.target_modules = {name.rpartition(".")[2] for name in names}
+        found = set()
+        for name in names:
+            # Top-level names match exactly in PEFT's rule, which skips the layer check: they lie in no layer.
+            if "." not in name and config.layers_to_transform is not None:
+                continue
+            result = self._matches(probe, name)
+            # PEFT saves every module whose name *ends* like this whole.
+            saved = any(name.endswith(ending) for ending in config.modules_to_save or ())
+            if result and not isinstance(result, _ExcludedModule) and not saved:
+                found.add(name)
+        return found
+
+    def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
+        if key in self._targets:
+            return True
+        if peft_config.target_modules == DUMMY_TARGET_MODULES:
+            return False
+        if peft_config.target_modules is None:  # all that structure says; PEFT wants to hear what was excluded
+            excluded = peft_config.exclude_modules or ()
+            if isinstance(excluded, str):
+                return _ExcludedModule() if re.fullmatch(excluded, key) else False
+            return _ExcludedModule() if any(is_named(key, name) for name in excluded) else False
+        result = self._matches(peft_config, key)
+        return result if isinstance(result, _ExcludedModule) else False
+
+    def _is_supported(self, module: nn.Module) -> bool:
+        """Whether the tuner has a layer that can stand in for this module."""
+        return discovery.is_linear(module) or discovery.is_norm(module)
+
+    def _named_targets(self, config: PhasedConfig, model: nn.Module) -> set[str]:
+        """The modules that the user's target_modules name, less the excluded ones."""
+        chosen, modules = set(), dict(discovery.walk(model))
+        for name, module in modules.items():
+            result = self._matches(config, name) if name else None
+            if not result or isinstance(result, _ExcludedModule):
+                continue
+            parent = modules.get(name.rpartition(".")[0])
+            if isinstance(parent, nn.MultiheadAttention):
+                raise ValueError(
+                    f"Target module {name} lies inside a torch.nn.MultiheadAttention, which reads its weight without "
+                    "calling it, so that an adapter there would have no effect. Leave it out of `target_modules`."
+                )
+            if not self._is_supported(module):
+                kind = type(discovery.base_of(module)).__name__
+                raise ValueError(f"Target module {name} ({kind}) is not supported. {self.supported}")
+            chosen.add(name)
+        given = config.target_modules or ()
+        if not chosen and not isinstance(given, str) and not any(is_named(n, t) for n in modules for t in given):
+            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
+            raise NoMatchingPeftModuleError(
+                f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
+                "leave `target_modules` out to adapt them all."
+            )
+        if chosen and not isinstance(config.target_modules, str):
+            lost = [t for t in config.target_modules or () if not any(is_named(n, t) for n in modules)]
+            if lost:
+                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
+        return chosen
+
+    def _minimal_names(self, names: set[str]) -> list[str]:
+        """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets."""
+        others = [name for name, _ in discovery.walk(self.model) if name and name not in names]
+        return sorted(_find_minimal_target_modules(names, others)) if names else []
+
+
+def is_named(module_name: str, name: str) -> bool:
+    """Whether PEFT lets `name` stand for the module: its whole name, or the end of it."""
+    return module_name == name or module_name.endswith(f".{name}")
