@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
+from .config import is_number, is_positive_int
 from .factors import Factored, joined, nearest, total, without_idle
 from .functional import sum_of
 from .layer import DeltaLayer
 from .linear import DeltaLinear
+from .names import check_adapter_name
 
 TYPES = ("cat", "svd")
 
@@ -54,21 +57,25 @@ def check_combination(
         ValueError: unknown or missing adapters, a name that is taken, another type of combination.
     """
     missing = [adapter for adapter in adapters if adapter not in known]
-    if missing or not adapters:
-        raise ValueError(f"adapters must be names of adapters of the model {list(known)}, got {list(adapters)}.")
-    if len(weights) != len(adapters):
-        raise ValueError(f"weights must be one number for each of {len(adapters)} adapters, got {list(weights)}.")
-    if name in known:
+    if missing or not adapters or len(set(adapters)) < len(adapters):
         raise ValueError(
-            f"adapter_name must be a new name, got {name!r}, which is there already: delete_adapter first."
+            f"adapters must be different names of adapters of the model {list(known)}, got {list(adapters)}."
         )
+    if len(weights) != len(adapters) or not all(is_number(weight) for weight in weights):
+        raise ValueError(f"weights must be one finite number for each of {len(adapters)} adapters, got {weights!r}.")
+    check_adapter_name(name)
+    if name in known:
+        raise ValueError(f"adapter_name must be a new name, got {name!r}, which is there: delete_adapter({name!r}).")
     if combination_type not in TYPES:
         raise ValueError(
             f"combination_type must be one of {TYPES}, got {combination_type!r}, which combines the factors of LoRA "
             "one by one and not the updates that they make. combination_type='cat' is their exact sum."
         )
-    if svd_rank is not None and (combination_type != "svd" or svd_rank < 1):
-        raise ValueError(f"svd_rank must be None, or at least 1 with combination_type='svd', got {svd_rank!r}.")
+    if svd_rank is not None and (combination_type != "svd" or not is_positive_int(svd_rank)):
+        raise ValueError(
+            "svd_rank must be None, or a whole number of at least 1 with combination_type='svd', got "
+            f"{svd_rank!r} with {combination_type!r}."
+        )
 
 
 def combine(
@@ -116,7 +123,7 @@ def _combine_weights(
         dense += [delta * (factor * weight) for delta, factor in deltas]
         bias = layer.bias_delta(adapter)
         biases += [bias.detach() * weight] if bias is not None else []
-    if pairs and combination_type == "svd" and len(pairs) > 1:
+    if pairs and combination_type == "svd" and (len(pairs) > 1 or svd_rank is not None):
         pair = nearest(total(pairs, []), svd_rank or max(len(a) for a, _, _ in pairs))
         found.low_rank[name] = Factored(pair.a.to(pairs[0][0].dtype), pair.b.to(pairs[0][1].dtype), pair.error)
     elif pairs:
@@ -169,14 +176,24 @@ def add_combined(
     config, found = tuner._config_of_sum([tuner.peft_config[adapter] for adapter in adapters], found)
     config.modules_to_save = sorted({n for a in adapters for n in tuner.peft_config[a].modules_to_save or ()}) or None
     tuner.peft_config[name] = config
-    tuner.inject_adapter(root, name)
-    set_additional_trainable_modules(root, config, tuner.get_model_config(root), name, activate_adapter=False)
-    with torch.no_grad():
-        for module, owners in saved.items():
-            if owners:
-                copies = wrappers[module].modules_to_save
-                copies[name].load_state_dict(copies[owners[0]].state_dict())
-        tuner._take_sum(name, found)
-    for parameter_name, parameter in root.named_parameters():
-        if parameter_name.endswith(f".{name}") or f".{name}." in parameter_name:
-            parameter.requires_grad_(False)
+    try:
+        tuner.inject_adapter(root, name)
+        set_additional_trainable_modules(root, config, tuner.get_model_config(root), name, activate_adapter=False)
+        with torch.no_grad():
+            for module, owners in saved.items():
+                if owners:
+                    copies = wrappers[module].modules_to_save
+                    copies[name].load_state_dict(copies[owners[0]].state_dict())
+            tuner._take_sum(name, found)
+    except BaseException:
+        with suppress(Exception):
+            tuner.delete_adapter(name)
+        tuner.peft_config.pop(name, None)
+        raise
+    for holder in root.modules():
+        if isinstance(holder, DeltaLayer):
+            for part in holder.adapter_layer_names:
+                if name in getattr(holder, part):
+                    getattr(holder, part)[name].requires_grad_(False)
+        elif isinstance(holder, ModulesToSaveWrapper) and name in holder.modules_to_save:
+            holder.modules_to_save[name].requires_grad_(False)

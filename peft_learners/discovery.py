@@ -17,6 +17,9 @@ from transformers.pytorch_utils import Conv1D
 
 _ATTENTION_CLASS = re.compile(r"attention|attn", re.IGNORECASE)
 _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)s?$", re.IGNORECASE)
+#: Of these models some layers' weights are read by kernels, and the layers are not called.
+_STATE_SPACE_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_READ_NOT_CALLED = {"conv1d", "dt_proj", "out_proj"}
 _VALUE_NAME = re.compile(r"(v|value|values)(_?(proj|projection|lin|linear|layer|head|net))?", re.IGNORECASE)
 _FEED_FORWARD_NAME = re.compile(r"(^|_)(mlp|ffn?|feed_forward|feedforward|intermediate|experts?)$", re.IGNORECASE)
 
@@ -106,6 +109,8 @@ def _in_backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
     outside = [f"{name}." for name in head]
+    if getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE_MODELS:
+        outside += [f"{name}." for name, _ in walk(model) if name.rpartition(".")[2] in _READ_NOT_CALLED]
     outside += [f"{name}." for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
     for name, module in walk(model):
         if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head:
@@ -219,6 +224,12 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if weight is not None and is_plain_float(weight) and weight.dim() == 2 else None
 
 
+def is_computed(module: nn.Module, name: str) -> bool:
+    """Whether a weight is made anew from other parameters in each call (weight norm, a parametrization)."""
+    older = any(f"{name}_{end}" in module._parameters for end in ("g", "v", "orig"))
+    return older or nn.utils.parametrize.is_parametrized(module, name)
+
+
 def is_offloaded(module: nn.Module) -> bool:
     """Whether accelerate keeps the module's weights elsewhere, and fetches them for each of its calls."""
     return getattr(module.__dict__.get("_hf_hook"), "offload", False)
@@ -264,7 +275,8 @@ def readable_weight(module: nn.Module) -> torch.Tensor | None:
     """
     if type(module) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
-    if hasattr(module, "_hf_hook") or module._forward_hooks or module._forward_pre_hooks:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if hasattr(module, "_hf_hook") or any(hooks):
         return None
     weight = float_weight(module)
     return weight.t() if weight is not None and isinstance(module, Conv1D) else weight

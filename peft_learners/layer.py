@@ -32,6 +32,11 @@ def parameter_at(module: nn.Module, name: str) -> Any:
     return functools.reduce(getattr, name.split("."), module)
 
 
+def _rows_of(value: Any, indices: list[int], length: int) -> Any:
+    """Some rows of what has a row for each of a batch, and other values as they are."""
+    return value[indices] if isinstance(value, Tensor) and value.dim() and len(value) == length else value
+
+
 def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bool = False) -> None:
     """Refuse to merge adapters of which a part could not be merged, before any part is.
 
@@ -69,6 +74,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.frozen_peft_weight_names = {}
         self._disable_adapters = False
+        #: Read by PEFT's `_cast_input_dtype`, and switched by its `disable_input_dtype_casting`.
+        self.cast_input_dtype_enabled = True
         #: Set by the tuner while the model computes a batch whose rows have different adapters.
         self.in_mixed_batch = False
 
@@ -190,11 +197,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             rows.setdefault(name if self.has_adapter(name) else BASE_ADAPTER, []).append(row)
         out: Tensor | None = None
         for name, indices in rows.items():
-            part = x[indices]
+            part, *own = (_rows_of(value, indices, len(x)) for value in (x, *args))
+            options = {key: _rows_of(value, indices, len(x)) for key, value in kwargs.items()}
             if name == BASE_ADAPTER:
-                result = self.base_layer(part, *args, **kwargs)
+                result = self.base_layer(part, *own, **options)
             else:
-                result = self._forward_at_hand(part, [name], *args, **kwargs)
+                result = self._forward_at_hand(part, [name], *own, **options)
             if out is None:
                 out = result.new_empty((len(x), *result.shape[1:]))
             out[indices] = result.to(out.dtype)

@@ -7,9 +7,10 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .discovery import float_weight, is_computed
 from .feed_forward import sizes
 from .functional import Dense, LowRank
-from .layer import DeltaLayer
+from .layer import DeltaLayer, cannot_merge_into
 
 
 class DeltaLinear(DeltaLayer):
@@ -34,6 +35,19 @@ class DeltaLinear(DeltaLayer):
     def bias_delta(self, adapter: str) -> Tensor | None:
         """db, differentiable; None if the adapter has none here."""
         raise NotImplementedError
+
+    def check_mergeable(self, adapter: str) -> None:
+        if not any(self.matrices(adapter)):
+            return
+        base = self.get_base_layer()
+        if float_weight(self.base_layer) is None:
+            raise ValueError(cannot_merge_into(base))
+        if is_computed(base, "weight"):
+            raise ValueError(
+                f"The weight of a {type(base).__name__} is computed from other parameters (weight norm, a "
+                "parametrization), so that nothing can be merged into it. Remove that from the base model before you "
+                "adapt it, or keep the adapter unmerged."
+            )
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """PEFT's conversion keeps weight updates alone."""

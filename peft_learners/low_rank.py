@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from .discovery import float_weight, readable_weight
 from .functional import Dense, LowRank, effective_weight, linear_with_updates, sum_of
-from .layer import cannot_merge_into
 from .linear import DeltaLinear
 
 
@@ -149,10 +148,6 @@ class LowRankLinear(DeltaLinear):
         assert delta is not None
         delta = delta.to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
-
-    def check_mergeable(self, adapter: str) -> None:
-        if float_weight(self.base_layer) is None and any(self.matrices(adapter)):
-            raise ValueError(cannot_merge_into(self.get_base_layer()))
 
     def merged_values(self, adapter: str) -> dict[str, Tensor]:
         base: Any = self.get_base_layer()

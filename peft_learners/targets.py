@@ -11,7 +11,6 @@ from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
-    _find_minimal_target_modules,
     check_target_module_exists,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -20,6 +19,7 @@ from torch import nn
 
 from . import discovery
 from .config import PhasedConfig
+from .names import target_names
 
 
 class TargetChoice(BaseTuner):
@@ -118,10 +118,19 @@ class TargetChoice(BaseTuner):
                 warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
         return chosen
 
-    def _minimal_names(self, names: set[str]) -> list[str]:
-        """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets."""
-        others = [name for name, _ in discovery.walk(self.model) if name and name not in names]
-        return sorted(_find_minimal_target_modules(names, others)) if names else []
+    def _minimal_names(self, names: set[str]) -> list[str] | str:
+        """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets; a regex
+        where one's whole name is the end of another's."""
+        every = [name for name, _ in discovery.walk(self.model) if name]
+        return target_names(sorted(names), every) if names else []
+
+    def _write_targets(self, config: PhasedConfig, names: set[str]) -> None:
+        """Let the config name exactly these modules, so that a saved one finds them again."""
+        found = self._minimal_names(names)
+        if isinstance(found, str):  # PEFT allows no choice of layers beside a regex, and this one has made it
+            config.write("layers_to_transform", None)
+            config.write("layers_pattern", None)
+        config.write("target_modules", found if isinstance(found, str) else set(found) or None)
 
 
 def is_named(module_name: str, name: str) -> bool:

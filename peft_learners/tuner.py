@@ -17,6 +17,7 @@ from .combination import Combined, add_combined
 from .config import PhasedConfig
 from .hub import attach
 from .layer import BASE_ADAPTER, DeltaLayer, check_mergeable
+from .names import check_adapter_name
 from .phases import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
 from .schedule import Phase, Schedule
 from .targets import TargetChoice
@@ -39,6 +40,7 @@ class PhasedModel(TargetChoice):
 
     #: Whether it merges deltas into a weight that several modules use as what they all compute with.
     merges_shared_weights: ClassVar[bool] = False
+    _to_merge: list[str] | None = None
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -138,12 +140,7 @@ class PhasedModel(TargetChoice):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         config = self.peft_config[adapter_name]
         assert isinstance(config, PhasedConfig)
-        if hasattr(nn.ParameterDict, adapter_name) or "." in adapter_name:
-            better = adapter_name.replace(".", "_") if "." in adapter_name else f"{adapter_name}_1"
-            raise ValueError(
-                "adapter_name must have no dot, nor be the name of a method of torch's containers, which hold "
-                f"adapters by their names, got {adapter_name!r}. Take another: {better!r}."
-            )
+        check_adapter_name(adapter_name)
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
@@ -263,10 +260,23 @@ class PhasedModel(TargetChoice):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
-        check_mergeable(self.model, self.active_adapters, self.merges_shared_weights)
-        for name in self.active_adapters:
-            if name in self.peft_config:
-                self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
+        names = [name for name in self._to_merge or self.active_adapters if name in self.peft_config]
+        check_mergeable(self.model, names, self.merges_shared_weights)
+        for name in names:
+            self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
+
+    @contextmanager
+    def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
+        """PEFT's check before merging is not told which adapters it is about."""
+        self._to_merge = adapter_names
+        try:
+            yield
+        finally:
+            self._to_merge = None
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        with self._merging(adapter_names):
+            super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
 
     @classmethod
     def _warn_if_never_driven(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
@@ -282,8 +292,15 @@ class PhasedModel(TargetChoice):
                 module._active_adapter = []
         return super().unload()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> Any:
+        with self._merging(adapter_names):
+            model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         PhaseDriver.forget(model)
         return model
 

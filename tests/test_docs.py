@@ -127,6 +127,11 @@ def several_by_name(folder: Path) -> None:
     model.set_adapter(["default", "other"])
 
 
+def mixed_with_a_head_of_several_layers(folder: Path) -> None:
+    model = get_peft_model(zoo.build("roberta"), LearnerConfig(r=2, task_type="SEQ_CLS")).eval()
+    model(**zoo.inputs_of("roberta", model), adapter_names=["default", "__base__", "default"])
+
+
 def hotswap(folder: Path) -> None:
     model = learner("bert")
     model.save_pretrained(folder)
@@ -147,6 +152,7 @@ def load_without_head(folder: Path) -> None:
 
 #: What others say about our adapters, provoked for real.
 FOREIGN: dict[str, Callable[[Path], Any]] = {
+    "Mixed batching is only supported for the following modules: ...": mixed_with_a_head_of_several_layers,
     "Cannot combine adapters with different peft types.": lambda folder: learner("bert").add_adapter("other", lora()),
     "is not compatible with the `PeftMixedModel`.": lambda folder: get_peft_model(
         zoo.build("bert"), LearnerConfig(r=2), mixed=True

@@ -134,9 +134,10 @@ def test_dense_updates_need_a_rank():
     run = trained("learner", "bert")
     with pytest.raises(ValueError, match=r"8 of the 13 linear layers .* rank=64 .* rank=0.99"):
         to_lora(run.model)
-    for wrong in (0, -1, 1.5, 0.0, True):
+    for wrong in (0, -1, 1.5, 0.0, True, "4"):
         with pytest.raises(ValueError, match="rank must be"):
             to_lora(run.model, rank=wrong)
+    assert to_lora(run.model, rank=np.int64(4)).worst.rank == 4
 
 
 LOADER = """
@@ -231,6 +232,85 @@ def test_strict_serving_has_one_rank_and_nothing_but_a_and_b(tuner, tmp_path: Pa
 
 
 # -- what an author may not think of ---------------------------------------------------------------------------------
+
+
+def test_ranks_of_modules_whose_names_end_alike(tmp_path: Path):
+    def base() -> torch.nn.Module:
+        torch.manual_seed(0)
+        inner = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 8))
+        return torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), inner)
+
+    config = LearnerConfig(
+        r=4, init_weights=False, priming_epochs=0, target_modules=r"0|2\.0|2\.2", rank_pattern={"^0": 2}
+    )
+    model, x = get_peft_model(base(), config).eval(), torch.randn(3, 8)
+    export = save_as_lora(tmp_path, model)
+    assert {m.name: m.rank for m in export.modules} == {"0": 2, "2.0": 4, "2.2": 4}
+    torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), model(x), rtol=1e-6, atol=1e-6)
+
+
+def test_what_a_half_precision_base_rounds_away_is_said():
+    """Deltas of 1.5e-3 on norms of weight 1: bfloat16 has steps of 2^-7 there, so that all of them are lost."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**zoo.SMALL, num_key_value_heads=2, max_position_embeddings=32)
+    base = transformers.LlamaForCausalLM(config).to(torch.bfloat16)
+    model = get_peft_model(base, LearnerConfig(r=2, priming_epochs=0, task_type="CAUSAL_LM"))
+    for name, parameter in model.named_parameters():
+        if "layernorm_delta" in name:
+            parameter.data.fill_(1.5e-3)
+    export = to_lora(model)
+    norms = [module for module in export.modules if module.kind == "whole"]
+    assert len(norms) == 4 and all(module.error == pytest.approx(1, abs=1e-3) for module in norms)
+    assert not export.exact and "rounded to the base model's type" in export.notes[0]
+
+
+def test_torchs_encoder_layers_are_refused_where_stock_lora_has_no_effect():
+    layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = torch.nn.Sequential(
+        torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.nn.Linear(8, 2)
+    )
+    adapter = get_peft_model(model, LearnerConfig(r=2, priming_epochs=0, train_norms=False, init_weights=False))
+    with pytest.raises(ValueError, match="TransformerEncoderLayer.*merge_and_unload"):
+        to_lora(adapter)
+
+
+def test_an_export_does_not_overwrite_the_adapter_it_is_made_of(tmp_path: Path):
+    model = learner("bert", priming_epochs=0, init_weights=False)
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "adapter_config.json").read_text()
+    with pytest.raises(ValueError, match="holds an adapter of type LEARNER"):
+        save_as_lora(tmp_path, model)
+    assert (tmp_path / "adapter_config.json").read_text() == before
+    save_as_lora(tmp_path / "lora", model)
+    save_as_lora(tmp_path / "lora", model)  # an earlier export may be replaced
+
+
+def test_offloaded_weights_are_refused():
+    from accelerate import cpu_offload
+
+    model = learner("bert", priming_epochs=0, init_weights=False)
+    cpu_offload(model.base_model.model.bert, execution_device="cpu")
+    with pytest.raises(ValueError, match="offloaded, or on meta"):
+        to_lora(model)
+
+
+def test_strict_serving_takes_biases_that_never_moved():
+    model = learner("gpt2", priming_epochs=0, train_norms=False, modules_to_save=None)
+    export_of = get_peft_model(_gpt2_lm(), LearnerConfig(r=4, priming_epochs=0, task_type="CAUSAL_LM"))
+    export = to_lora(export_of, strict_serving=True)  # fresh: biases and norms are there, and zero
+    assert not export.config.lora_bias and not export.config.modules_to_save
+    assert not any("bias" in name for name in export.state_dict)
+    with pytest.raises(ValueError, match="what is stored whole"):  # a head
+        to_lora(model, strict_serving=True)
+
+
+def _gpt2_lm() -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64))
 
 
 def test_biases_alone_become_rank_one_zeros_with_a_bias(tmp_path: Path):
@@ -337,7 +417,9 @@ def test_names_match_the_modules_that_are_meant_and_no_others():
     (one,) = target_names(["encoder.layer.1.query"], layers)
     assert [name for name in layers if name == one or name.endswith(f".{one}")] == ["encoder.layer.1.query"]
     assert target_names(["lin0"], ["lin0", "x.lin0", "lin1"]) == "lin0"  # as a list it would match x.lin0 too
-    assert rank_patterns({"encoder.layer.1.query": 3}) == {"encoder.layer.1.query": 3}
+    ranks = {"encoder.layer.1.query": 3, "encoder.layer.2.query": 4}
+    assert rank_patterns(ranks, usual=4) == {"encoder.layer.1.query": 3}
+    assert rank_patterns({"0": 2, "2.0": 4, "2.2": 4}, usual=4) == {"^0": 2}  # "0" would fit 2.0 too
     assert saved_names(["norm"], ["norm", "layers.0.layernorm", "head"]) == (["norm"], ["layers.0.layernorm"])
 
 

@@ -169,10 +169,7 @@ def job_of(folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> J
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[runner.Report]]:
     """By the name of each mutant, what its runs reported."""
-    try:
-        suite = source.fetch()
-    except source.SuiteUnavailable as error:
-        pytest.skip(str(error))
+    suite = source.fetch_or_skip()
     jobs: list[tuple[str, Job]] = []
 
     def add(mutant: Mutant | None, of_ours: bool) -> None:

@@ -15,10 +15,7 @@ TUNERS = ("Learner", "FAR", "NAS")
 
 @pytest.fixture
 def suite() -> Path:
-    try:
-        return source.fetch()
-    except source.SuiteUnavailable as error:
-        pytest.skip(str(error))
+    return source.fetch_or_skip()
 
 
 @pytest.mark.slow

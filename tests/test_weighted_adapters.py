@@ -146,14 +146,81 @@ def test_a_head_that_several_adapters_have_is_refused_as_in_peft():
 
 def test_one_adapter_with_a_head_is_scaled_and_keeps_its_head():
     base = zoo.build("bert")
-    inputs = zoo.inputs_of("bert", base)
-    model = get_peft_model(base, learner_of(r=4, task_type="SEQ_CLS"), "one")
+    model = get_peft_model(copy.deepcopy(base), learner_of(r=4, task_type="SEQ_CLS"), "one")
     with torch.no_grad():
         model.base_model.model.classifier.modules_to_save["one"].weight.mul_(3)
-    logits = logits_of(model, inputs)
-    model.add_weighted_adapter(["one"], [1.0], "same")
+    model.add_weighted_adapter(["one"], [0.5], "scaled")
+    merged = {}
+    for adapter in ("one", "scaled"):
+        model.set_adapter(adapter)
+        merged[adapter] = copy.deepcopy(model).merge_and_unload().state_dict()
+    for name, value in base.state_dict().items():
+        if name.startswith("classifier"):
+            assert torch.equal(merged["scaled"][name], merged["one"][name])
+        else:
+            torch.testing.assert_close(merged["scaled"][name], (value + merged["one"][name]) / 2, rtol=0, atol=1e-6)
+
+
+def test_svd_rank_holds_where_one_adapter_alone_has_a_layer():
+    model = get_peft_model(lm("llama"), learner_of(r=4, target_modules=["q_proj"], train_norms=False), "one")
+    model.add_adapter("two", learner_of(r=4, target_modules=["o_proj"], train_norms=False))
+    model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", "svd", 2)
+    attention = model.base_model.model.model.layers[0].self_attn
+    assert len(attention.q_proj.learner_P1["sum"]) == len(attention.o_proj.learner_P1["sum"]) == 2
+
+
+def test_parts_that_one_adapter_lacks_add_nothing():
+    """The bias of c_attn belongs to the first, c_fc to the second, which has no biases."""
+    model = get_peft_model(lm("gpt2"), learner_of(r=2, target_modules=["c_attn"], train_norms=False), "one")
+    model.add_adapter("two", learner_of(r=2, target_modules=["c_fc"], train_biases=False, train_norms=False))
+    inputs = zoo.inputs_of("llama", model)
+    model.base_model.set_adapter(["one", "two"])
+    both = logits_of(model, inputs)
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", "cat")
+    model.set_adapter("sum")
+    torch.testing.assert_close(logits_of(model, inputs), both, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sum_called_as_a_module_freezes_nothing_else():
+    model = get_peft_model(lm("llama"), learner_of(), "one")
+    model.add_adapter("two", learner_of())
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "layers", "cat")
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == trained
+
+
+class Collisions(torch.nn.Module):
+    """Modules whose whole names are the ends of others'."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lin0, self.x, self.y = torch.nn.Linear(6, 6), torch.nn.Module(), torch.nn.Module()
+        for part in (self.x, self.y):
+            part.lin0, part.lin1 = torch.nn.Linear(6, 6), torch.nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.lin0(x)
+        for part in (self.x, self.y):
+            x = part.lin1(part.lin0(x).tanh())
+        return x
+
+
+@pytest.mark.parametrize("kind", [learner_of, nas_of])
+@pytest.mark.parametrize("targets", [{"exclude_modules": ["x.lin0", "y.lin0"]}, {"target_modules": "lin0"}])
+def test_modules_whose_names_end_alike(kind, targets, tmp_path: Path):
+    torch.manual_seed(0)
+    base, x = Collisions(), torch.randn(3, 6)
+    model = get_peft_model(copy.deepcopy(base), kind(r=2, task_type=None, **targets), "one").eval()
+    model.add_weighted_adapter(["one"], [1.0], "same", "cat")
+    model.save_pretrained(tmp_path)
+    for adapter in ("one", "same"):
+        model.set_adapter(adapter)
+        again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / adapter).eval()
+        torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
+    model.set_adapter("one")
+    expected = model(x)
     model.set_adapter("same")
-    torch.testing.assert_close(logits_of(model, inputs), logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(model(x), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +230,11 @@ def test_one_adapter_with_a_head_is_scaled_and_keeps_its_head():
         ({"combination_type": "ties", "svd_rank": 2}, "got 'ties'"),
         ({"svd_rank": 0}, "svd_rank must be"),
         ({"adapters": ["one", "nobody"]}, "names of adapters of the model"),
-        ({"weights": [1.0]}, "one number for each of 2 adapters"),
+        ({"weights": [1.0]}, "one finite number for each of 2 adapters"),
+        ({"weights": [1.0, float("nan")]}, "one finite number for each of 2 adapters"),
+        ({"adapters": ["one", "one"]}, "different names"),
+        ({"svd_rank": 2.0}, "svd_rank must be"),
+        ({"adapter_name": "keys"}, "Take another: 'keys_1'"),
         ({"adapter_name": "two"}, "must be a new name"),
     ],
 )

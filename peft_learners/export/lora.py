@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Union
 
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import PhasedConfig
-from ..discovery import is_linear, linear_names
+from ..discovery import float_weight, is_linear, linear_names
 from ..factors import Factored, joined, nearest, total, without_idle
-from ..layer import DeltaLayer
+from ..layer import DeltaLayer, parameter_at
 from ..names import rank_patterns, saved_names, target_names
 from ..phases import injected_model
 
@@ -81,8 +83,17 @@ class LoraExport:
         return max(self.modules, key=lambda module: module.error)
 
     def save_pretrained(self, path: Union[str, os.PathLike]) -> None:
-        """Write `adapter_config.json`, `adapter_model.safetensors` and `export_report.json` (errors by module)."""
+        """Write `adapter_config.json`, `adapter_model.safetensors` and `export_report.json` (errors by module).
+
+        Raises:
+            ValueError: the folder holds an adapter of another kind.
+        """
         folder = Path(path)
+        there = folder / CONFIG_NAME
+        if there.is_file() and (kind := json.loads(there.read_text()).get("peft_type")) != "LORA":
+            raise ValueError(
+                f"{folder} holds an adapter of type {kind}, which the export would destroy. Name another folder."
+            )
         folder.mkdir(parents=True, exist_ok=True)
         self.config.save_pretrained(str(folder))
         save_file(self.state_dict, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
@@ -110,32 +121,32 @@ def to_lora(
             modules), and give all modules one rank, padded with zeros, since they read one scaling from the config.
 
     Raises:
-        ValueError: no such adapter, or one that is merged; dense updates without a `rank`; with `strict_serving`,
-            what would be lost.
+        ValueError: no such adapter, or one that is merged or offloaded, or inside torch's own encoder layers; dense
+            updates without a `rank`; with `strict_serving`, what would be lost.
     """
     root = injected_model(model)
     config = _config_of(root, adapter_name)
-    _check_rank(rank)
+    rank = _checked_rank(rank)
     modules = dict(root.named_modules(remove_duplicate=False))  # T5's embeddings have three names
     layers = {n: m for n, m in modules.items() if isinstance(m, DeltaLayer) and m.has_adapter(adapter_name)}
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
+    _refuse_unreadable(modules, layers)
     linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.acts(adapter_name)}
     pairs, biases = _factors(linear, adapter_name, config, rank)
     whole = {
-        name: _whole_values(layer, adapter_name)
+        name: _whole(layer, adapter_name)
         for name, layer in layers.items()
         if name not in linear and layer.acts(adapter_name)
     }
+    whole = {name: own for name, own in whole.items() if own.changes}
     whole |= {
-        name: wrapper.modules_to_save[adapter_name].state_dict()
+        name: Whole(wrapper.modules_to_save[adapter_name].state_dict())
         for name, wrapper in modules.items()
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
     }
     if strict_serving:
         _refuse_to_lose(config, biases, whole)
         widest = max((pair.rank for pair in pairs.values()), default=1)
-        pairs = {name: _padded(pair, widest) for name, pair in pairs.items()}
+        pairs, biases = {name: _padded(pair, widest) for name, pair in pairs.items()}, {}
     if not pairs:  # a LoRA adapter has at least one target
         pairs = _nothing_on_one_layer(root)
     return _assemble(root, config, pairs, biases, whole)
@@ -171,12 +182,32 @@ def _config_of(root: nn.Module, adapter: str) -> PhasedConfig:
     return configs[adapter]
 
 
-def _check_rank(rank: float | None) -> None:
-    if rank is None:
-        return
-    ok = not isinstance(rank, bool) and (rank >= 1 if isinstance(rank, int) else 0 < rank <= 1)
-    if not ok:
-        raise ValueError(f"rank must be an int of at least 1, or a share of the energy in (0, 1], got {rank!r}.")
+def _checked_rank(rank: float | None) -> float | None:
+    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
+    share = isinstance(rank, Real) and not isinstance(rank, Integral)
+    if rank is None or (whole and rank >= 1) or (share and 0 < rank <= 1):
+        return int(rank) if whole and rank is not None else rank
+    raise ValueError(
+        f"rank must be a whole number of at least 1, or a share of the energy in (0, 1] (1.0: all), got {rank!r}."
+    )
+
+
+def _refuse_unreadable(modules: Mapping[str, nn.Module], layers: Mapping[str, DeltaLayer]) -> None:
+    """Refuse adapters whose values are not there, or that stock LoRA would not compute with."""
+    for name, layer in layers.items():
+        if layer.merged:
+            raise ValueError(
+                "The model's weights have adapters merged into them: call `model.unmerge_adapter()` first."
+            )
+        if any(p.is_meta for p in layer.parameters()):
+            raise ValueError(
+                f"The weights of {name} are offloaded, or on meta. Load the base model on one device first."
+            )
+        if isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            raise ValueError(
+                f"{name} is part of a torch.nn.TransformerEncoderLayer, which in eval mode reads weights without "
+                "calling their layers: a LoRA there would have no effect. Merge instead: model.merge_and_unload()."
+            )
 
 
 def _factors(
@@ -223,10 +254,30 @@ def _nothing_on_one_layer(root: nn.Module) -> dict[str, Factored]:
     return {names[0]: _zeros(layer)}
 
 
-def _whole_values(layer: DeltaLayer, adapter: str) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class Whole:
+    """A module that is stored whole.
+
+    Attributes:
+        values: its parameters and buffers.
+        changes: whether they differ from the base model's.
+        error: `||stored - base - delta|| / ||delta||`, which a base of half precision rounds.
+    """
+
+    values: Values
+    changes: bool = True
+    error: float = 0.0
+
+
+def _whole(layer: DeltaLayer, adapter: str) -> Whole:
     base: Any = layer.get_base_layer()
-    deltas = layer.effective_deltas(adapter)
-    return {**base.state_dict(), **{key: layer.sum_with(base, key, delta, 1) for key, delta in deltas.items()}}
+    values, lost, moved = dict(base.state_dict()), 0.0, 0.0
+    for key, delta in layer.effective_deltas(adapter).items():
+        exact = parameter_at(base, key).detach() + delta  # in the wider of both types, as the layer sums
+        values[key] = layer.sum_with(base, key, delta, 1)
+        lost += float((values[key].double() - exact.double()).square().sum())
+        moved += float(delta.double().square().sum())
+    return Whole(values, moved > 0, math.sqrt(lost / moved) if moved else 0.0)
 
 
 def _padded(pair: Factored, rank: int) -> Factored:
@@ -235,9 +286,7 @@ def _padded(pair: Factored, rank: int) -> Factored:
     return Factored(a, torch.cat([pair.b, pair.b.new_zeros(len(pair.b), more)], dim=1), pair.error)
 
 
-def _refuse_to_lose(
-    config: PhasedConfig, biases: Mapping[str, Tensor], whole: Mapping[str, Mapping[str, Tensor]]
-) -> None:
+def _refuse_to_lose(config: PhasedConfig, biases: Mapping[str, Tensor], whole: Mapping[str, Whole]) -> None:
     lost, fields = [], []
     trained = {name: bias for name, bias in biases.items() if bool(bias.any())}
     if trained:
@@ -245,7 +294,8 @@ def _refuse_to_lose(
         lost.append(f"biases of linear layers ({count:,} parameters in {len(trained)}; first: {next(iter(trained))})")
         fields.append("train_biases=False")
     if whole:
-        count, first = sum(v.numel() for values in whole.values() for v in values.values()), ", ".join(list(whole)[:3])
+        count = sum(value.numel() for own in whole.values() for value in own.values.values())
+        first = ", ".join(list(whole)[:3])
         lost.append(f"what is stored whole ({count:,} parameters in {len(whole)} modules; first: {first})")
         fields += [f"{name}=False" for name in ("train_norms", "train_embeddings") if hasattr(config, name)]
     if lost:
@@ -265,7 +315,7 @@ def _assemble(
     config: PhasedConfig,
     pairs: Mapping[str, Factored],
     biases: Mapping[str, Tensor],
-    whole: Mapping[str, Values],
+    whole: Mapping[str, Whole],
 ) -> LoraExport:
     modules = _originals(root)
     state: dict[str, Tensor] = {}
@@ -274,19 +324,12 @@ def _assemble(
         if biases:
             state[f"{name}.lora_B.bias"] = biases.get(name, pair.b.new_zeros(len(pair.b)))
     save, others = saved_names(list(whole), modules)
-    values = {**whole, **{name: modules[name].state_dict() for name in others}}
-    for name, own in values.items():
-        state |= {f"{name}.{key}": value for key, value in own.items()}
+    stored = {**whole, **{name: Whole(modules[name].state_dict(), changes=False) for name in others}}
+    for name, own in stored.items():
+        state |= {f"{name}.{key}": value for key, value in own.values.items()}
     ranks = {name: pair.rank for name, pair in pairs.items()}
     most = Counter(ranks.values()).most_common(1)[0][0]
-    patterns = rank_patterns({name: rank for name, rank in ranks.items() if rank != most})
-    notes = []
-    without = [name for name in pairs if biases and getattr(modules[name], "bias", None) is None]
-    if without:
-        notes.append(
-            f"lora_bias gives {len(without)} targets a bias of zeros that have none in the base model (first: "
-            f"{without[0]}): PEFT can't merge the export. Merge the original adapter instead."
-        )
+    patterns = rank_patterns(ranks, most)
     transposed = {isinstance(modules[name], Conv1D) for name in pairs}
     lora = LoraConfig(
         r=most,
@@ -307,13 +350,38 @@ def _assemble(
         lora.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
     rows = [_row(name, pair, biases.get(name), bool(biases)) for name, pair in pairs.items()]
     rows += [
-        ExportedModule(name, "whole", 0, False, sum(v.numel() for v in own.values()), True, 0.0)
-        for name, own in values.items()
+        ExportedModule(name, "whole", 0, False, sum(v.numel() for v in own.values.values()), own.error == 0, own.error)
+        for name, own in stored.items()
     ]
     # Copies, since safetensors takes no tensors that share memory.
-    return LoraExport(
-        lora, {_PREFIX + k: v.detach().cpu().clone().contiguous() for k, v in state.items()}, rows, notes
-    )
+    copies = {_PREFIX + key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
+    return LoraExport(lora, copies, rows, _notes(pairs, biases, stored, modules))
+
+
+def _notes(
+    pairs: Mapping[str, Factored],
+    biases: Mapping[str, Tensor],
+    stored: Mapping[str, Whole],
+    modules: Mapping[str, nn.Module],
+) -> list[str]:
+    """What a user of the export should know."""
+    notes = []
+    without = [name for name in pairs if biases and getattr(modules[name], "bias", None) is None]
+    if without:
+        notes.append(
+            f"lora_bias gives {len(without)} targets a bias of zeros that have none in the base model (first: "
+            f"{without[0]}): PEFT can't merge the export. Merge the original adapter instead."
+        )
+    if biases and any(float_weight(modules[name]) is None for name in pairs):
+        notes.append(
+            "PEFT's LoRA takes no lora_bias on some quantised layers (torchao, HQQ): load it on a float base."
+        )
+    if any(own.error for own in stored.values()):
+        notes.append(
+            "What is stored whole is rounded to the base model's type, in which PEFT would hold it anyway: small "
+            "changes are lost. With the base model in float32 the export keeps them."
+        )
+    return notes
 
 
 def _row(name: str, pair: Factored, bias: Tensor | None, with_biases: bool) -> ExportedModule:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..discovery import base_of
 from ..functional import Dense, LowRank, norm_with, sum_of
-from ..layer import TEST_STD, DeltaLayer
+from ..layer import TEST_STD, DeltaLayer, TransparentLayer
 from ..low_rank import LowRankLinear
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
@@ -103,7 +103,7 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
         return "learner." + super().__repr__()
 
 
-class LearnerNorm(LearnerLayer):
+class LearnerNorm(LearnerLayer, TransparentLayer):
     """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
 
     adapter_layer_names = ("learner_layernorm_delta", "learner_bias_delta")

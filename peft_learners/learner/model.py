@@ -67,7 +67,7 @@ class LearnerModel(PhasedModel):
         norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
         targets = chosen | norms
         if not explicit:
-            config.write("target_modules", set(self._minimal_names(targets)))
+            self._write_targets(config, targets)
         self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
         return targets
 
@@ -166,8 +166,9 @@ class LearnerModel(PhasedModel):
         most = Counter(ranks.values()).most_common(1)[0][0] if ranks else 1
         config = replace(
             configs[0],
+            init_weights=True,
             r=most,
-            rank_pattern=rank_patterns({name: rank for name, rank in ranks.items() if rank != most}),
+            rank_pattern=rank_patterns(ranks, most),
             scaling=1.0,
             learner_dropout=0.0,
             target_modules=self._minimal_names(found.names),
@@ -176,7 +177,7 @@ class LearnerModel(PhasedModel):
             layers_pattern=None,
             train_biases=any(name in found.low_rank for name in found.biases),
             train_norms=False,  # those that have deltas are named
-            priming_modules=sorted(found.dense) or None,
+            priming_modules=self._minimal_names(set(found.dense)) or None,
             priming_epochs=1 if found.dense else 0,
             priming_steps=None,
             priming_lr_scale=1.0,

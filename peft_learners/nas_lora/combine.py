@@ -11,7 +11,9 @@ from ..combination import Combined
 from .config import NASLoRAConfig
 
 
-def config_of_sum(config: NASLoRAConfig, found: Combined, named: Callable[[set[str]], list[str]]) -> NASLoRAConfig:
+def config_of_sum(
+    config: NASLoRAConfig, found: Combined, named: Callable[[set[str]], list[str] | str]
+) -> NASLoRAConfig:
     """Config of an adapter that keeps exactly what a sum has, of a search space of its largest rank.
 
     Args:
@@ -35,6 +37,7 @@ def config_of_sum(config: NASLoRAConfig, found: Combined, named: Callable[[set[s
         positions[name]["bias"] = torch.zeros(1, dtype=torch.int32)
     summed = replace(
         config,
+        init_weights=True,
         r=rank,
         target_modules=named(set(found.low_rank)) or None,
         exclude_modules=None,

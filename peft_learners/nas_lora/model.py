@@ -84,7 +84,7 @@ class NASLoRAModel(PhasedModel):
                 blocks = discovery.block_linear_names(model) or names
                 values = set(discovery.value_names(model, blocks))
                 low_rank = self._names_among(config, [name for name in blocks if name not in values])
-                config.write("target_modules", set(self._minimal_names(low_rank)) or None)
+                self._write_targets(config, low_rank)
             elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
                 low_rank = self._names_among(config, names)
             else:

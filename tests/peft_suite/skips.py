@@ -9,7 +9,7 @@ RUNS = " -- runs "
 _BIAS = "for a config with PEFT's field `bias`; these tuners have none, since biases they train are the adapter's"
 _PROMPTS = "for prompt learning, which adds tokens and adapts no module"
 _MIXED = (
-    "once PEFT's test asks a tuner what it can do, and not for LoraConfig; here test_save_load.py and "
+    "once PEFT's test asks a tuner what it can do, and not for LoraConfig; here test_verbs.py and "
     "test_far_training.py do mixed batches on transformers models, and PEFT's tests on an MLP are run"
 )
 _BY_NAME = (

@@ -1,0 +1,171 @@
+"""Models and calls that do something unusual with their layers' weights."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+
+import pytest
+import torch
+import transformers as tf
+import zoo
+from peft import get_peft_model
+from peft.helpers import disable_input_dtype_casting
+from test_contract import logits_of
+from torch import nn
+from tuners import TUNERS
+
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+
+LM = {"init_weights": False, "task_type": "CAUSAL_LM"}
+
+
+def tied() -> nn.Module:
+    torch.manual_seed(0)
+    config = tf.LlamaConfig(**zoo.SMALL, num_key_value_heads=2, max_position_embeddings=32, tie_word_embeddings=True)
+    return tf.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("config", [LearnerConfig, NASLoRAConfig])
+def test_what_is_merged_by_name_is_checked_and_not_what_is_active(config):
+    base = tied()
+    inputs = zoo.inputs_of("llama", base)
+    model = get_peft_model(base, config(r=4, **LM)).eval()
+    model.add_adapter("head", config(r=4, target_modules=["lm_head"], **LM))
+    logits = logits_of(model, inputs)
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        model.merge_adapter(adapter_names=["head"])
+    with pytest.raises(ValueError, match="lm_head shares its weight"):
+        copy.deepcopy(model).merge_and_unload(adapter_names=["head"])
+    assert torch.equal(logits_of(model, inputs), logits)
+    model.set_adapter("head")
+    model.merge_adapter(adapter_names=["default"])
+    model.unmerge_adapter()
+
+
+def test_the_warning_about_phases_goes_by_what_is_merged():
+    model = get_peft_model(zoo.build("llama"), LearnerConfig(r=2, task_type="CAUSAL_LM"))
+    model.add_adapter("fine", LearnerConfig(r=2, priming_epochs=0, **LM))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "dense_delta" in name:
+                parameter.fill_(0.01)
+    model.set_adapter("fine")
+    with pytest.warns(UserWarning, match="phases were never driven"):
+        model.merge_adapter(adapter_names=["default"])
+
+
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured"])
+def test_torchs_own_encoder_layers(tuner):
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    base = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
+    x = torch.randn(2, 5, 8)
+    model = get_peft_model(copy.deepcopy(base), TUNERS[tuner].config(init_weights=False)).eval()
+    with torch.no_grad():
+        out = model(x)
+        assert not torch.allclose(out, base(x), atol=1e-3)
+        torch.testing.assert_close(model.merge_and_unload()(x), out, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
+@pytest.mark.parametrize("config", [LearnerConfig, NASLoRAConfig, FARConfig])
+@pytest.mark.filterwarnings("ignore")
+def test_a_computed_weight_can_not_be_merged_into(config, norm):
+    torch.manual_seed(0)
+    layers = {"into": norm(nn.Linear(8, 8)), "act": nn.ReLU(), "out": nn.Linear(8, 4)}
+    base = nn.Sequential(OrderedDict(layers))
+    settings = {"target_modules": ["into", "out"], "init_weights": False}
+    model, x = get_peft_model(base, config(**settings)).eval(), torch.randn(3, 8)
+    out = model(x)
+    with pytest.raises(ValueError, match="The weight of a .*Linear is computed from other parameters"):
+        model.merge_adapter()
+    torch.testing.assert_close(model(x), out, rtol=0, atol=0)
+
+
+def test_layers_of_mamba_that_are_read_are_left_out():
+    torch.manual_seed(0)
+    config = tf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64, state_size=4)
+    base = tf.MambaForCausalLM(config).eval()
+    inputs = zoo.inputs_of("llama", base)
+    inputs.pop("attention_mask")
+    for adapter in (LearnerConfig(r=2, priming_epochs=0, **LM), NASLoRAConfig(r=2, parameter_budget=0.5, **LM)):
+        model = get_peft_model(copy.deepcopy(base), adapter)
+        adapted = {name.rpartition(".")[2] for name in model.targeted_module_names}
+        assert {"in_proj", "x_proj"} <= adapted and not adapted & {"conv1d", "dt_proj", "out_proj"}
+        model.train()
+        model(**inputs).loss.backward()
+        assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+        out = logits_of(model, inputs)
+        torch.testing.assert_close(logits_of(model.merge_and_unload(), inputs), out, rtol=1e-5, atol=1e-5)
+
+
+def test_mixed_batches_split_all_that_has_a_row_for_each():
+    """Whisper gives its table of positions the position ids beside the tokens."""
+    torch.manual_seed(0)
+    heads, layers = (
+        {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
+        {"encoder_layers": 1, "decoder_layers": 1},
+    )
+    config = tf.WhisperConfig(
+        vocab_size=64, d_model=16, **layers, **heads, encoder_ffn_dim=32, decoder_ffn_dim=32, num_mel_bins=8,
+        max_source_positions=10, max_target_positions=20, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=1,
+    )  # fmt: skip
+    model = get_peft_model(tf.WhisperForConditionalGeneration(config).eval(), FARConfig(init_weights=False)).eval()
+    torch.manual_seed(1)
+    model.add_adapter("other", FARConfig(init_weights=False))
+    tokens = torch.randint(3, 60, (3, 5))
+    inputs = {"input_features": torch.randn(3, 8, 20), "decoder_input_ids": tokens}
+    rows = {}
+    for adapter in ("default", "other"):
+        model.set_adapter(adapter)
+        rows[adapter] = logits_of(model, inputs)
+    with model.disable_adapter():
+        rows["__base__"] = logits_of(model, inputs)
+    names = ["other", "__base__", "default"]
+    mixed = logits_of(model, {**inputs, "adapter_names": names})
+    for row, name in enumerate(names):
+        torch.testing.assert_close(mixed[row], rows[name][row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.verb(
+    "adapter_names=",
+    limit="not where layers see tokens and not rows (OPT, MoE), nor with heads of several layers (RoBERTa); as LoRA",
+)
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured"])
+def test_mixed_batches_are_refused_where_rows_can_not_be_told(tuner):
+    torch.manual_seed(0)
+    config = tf.OPTConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
+    )
+    model = get_peft_model(tf.OPTForCausalLM(config).eval(), TUNERS[tuner].config(**LM)).eval()
+    inputs = zoo.inputs_of("llama", model)
+    with pytest.raises(ValueError, match="Length of `adapter_names` should be the same as the number of inputs"):
+        logits_of(model, {**inputs, "adapter_names": ["default", "__base__", "default"]})
+    roberta = get_peft_model(
+        zoo.build("roberta"), TUNERS[tuner].config(task_type="SEQ_CLS", init_weights=False)
+    ).eval()
+    with pytest.raises(TypeError, match="Mixed batching is only supported"):
+        logits_of(roberta, {**zoo.inputs_of("roberta", roberta), "adapter_names": ["default", "__base__", "default"]})
+
+
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+def test_input_casting_can_be_switched_off(tuner):
+    model = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS"))
+    inputs = zoo.inputs_of("bert", model)
+    out = logits_of(model, inputs)
+    with disable_input_dtype_casting(model):
+        assert torch.equal(logits_of(model, inputs), out)
+
+
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-structured"])
+def test_hooks_on_a_base_layer_are_called(tuner):
+    """Forward and backward, as with LoRA: tools that watch layers see them."""
+    model = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS", init_weights=False))
+    layer = model.base_model.model.bert.encoder.layer[1].intermediate.dense
+    seen: list[str] = []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append("forward"))
+    layer.base_layer.register_full_backward_hook(lambda *_: seen.append("backward"))
+    model(**zoo.inputs_of("bert", model)).loss.backward()
+    assert seen == ["forward", "backward"]
