@@ -7,9 +7,11 @@ class is touched, and a merged or unloaded model knows nothing of it.
 
 from __future__ import annotations
 
+import os
 import re
 import warnings
 import weakref
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Optional
@@ -33,6 +35,7 @@ AUTO_CLASSES = {
     "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
     "FEATURE_EXTRACTION": "AutoModel",
 }
+_ROOT = "base_model.model."
 _NAMES = {"learner": "Learner", "far": "FAR", "nas_lora": "NAS-LoRA"}
 _BASE_TAG = "base_model:adapter:"
 _IMPORT = "import peft_learners"
@@ -46,20 +49,25 @@ _UNFILLED_START = re.compile(r"(## How to Get Started with the Model\n[^#]*?)\[M
 # -- names and code --------------------------------------------------------------------------------------------------
 
 
-def is_hub_id(name: object) -> bool:
-    """Whether a model's name can be its id on the Hub: it has that form, and is no local folder."""
+def is_hub_id(name: object, beside: Optional[Path] = None) -> bool:
+    """Whether a model's name can be its id on the Hub: it has that form, and is no local folder.
+
+    Args:
+        beside: an adapter's folder: a name that leads from it, or from a folder above, to a saved model is relative.
+    """
     if not isinstance(name, str) or not name:
         return False
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).is_dir()
+    above = [beside.resolve(), *beside.resolve().parents] if beside is not None else []
+    return not Path(name).is_dir() and not any(os.path.isfile(folder / name / "config.json") for folder in above)
 
 
-def short_name(name: str) -> str:
+def short_name(name: str, beside: Optional[Path] = None) -> str:
     """A base model's name to be shown: its id on the Hub, or, of a local folder, the last part."""
-    return name if is_hub_id(name) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+    return name if is_hub_id(name, beside) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
 def loading_code(
@@ -68,6 +76,7 @@ def loading_code(
     adapter: str,
     *,
     num_labels: Optional[int] = None,
+    revision: Optional[str] = None,
     subfolder: Optional[str] = None,
     remark: str = "",
     merge: bool = False,
@@ -78,15 +87,18 @@ def loading_code(
         auto_class: the class in transformers that loads the base model; None if there is none.
         base: name of the base model; None if it has none.
         adapter: id on the Hub, or folder.
-        num_labels: classes of the head, if the base model's constructor has to be told.
+        num_labels: classes of the head, if the base model's constructor has to be told. The base model may have a head
+            of another size, which the adapter's takes the place of.
+        revision: of the base model.
         subfolder: where the adapter lies in it.
         remark: a comment on `adapter`.
         merge: whether to show how it is merged.
     """
-    labels = f", num_labels={num_labels}" if num_labels is not None else ""
+    options = f', revision="{revision}"' if revision is not None else ""
+    options += f", num_labels={num_labels}, ignore_mismatched_sizes=True" if num_labels is not None else ""
     inside = f', subfolder="{subfolder}"' if subfolder is not None else ""
     known = auto_class is not None and base is not None
-    loaded = f'{auto_class}.from_pretrained("{base}"{labels})' if known else "...  # the model it was made for"
+    loaded = f'{auto_class}.from_pretrained("{base}"{options})' if known else "...  # the model it was made for"
     lines = [
         f"{_IMPORT}  # first: it makes the adapter's type known to PEFT",
         "from peft import PeftModel",
@@ -295,10 +307,11 @@ def _complete(
     shown = short_name(known) if known else None
     label = shown or type(root).__name__
     code = loading_code(
-        _auto_class(config, root),
+        auto_class(config, root),
         shown,
         repo_id or folder_name,
         num_labels=_num_labels(config, root),
+        revision=config.revision,
         subfolder=name if name != "default" else None,
         remark="" if repo_id else "this folder, or its id on the Hub",
     )
@@ -345,13 +358,49 @@ def method_of(config: PeftConfig) -> str:
     return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 
-def _auto_class(config: PeftConfig, root: nn.Module) -> Optional[str]:
+# -- the base model that an adapter needs ----------------------------------------------------------------------------
+
+
+def auto_class(config: PeftConfig, root: Optional[nn.Module] = None) -> Optional[str]:
+    """The class in transformers that loads an adapter's base model; None if there is none.
+
+    Args:
+        root: the base model, where it is at hand. PEFT saves its class in the configs that have no task type.
+    """
     if config.task_type is not None:
         return AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
-    return type(root).__name__ if type(root).__module__.startswith("transformers.") else None
+    saved = config.auto_mapping or {}
+    name = type(root).__name__ if root is not None else saved.get("base_model_class")
+    library = type(root).__module__ if root is not None else saved.get("parent_library") or ""
+    return name if library.startswith("transformers.") else None
+
+
+def num_labels_in(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
+    """Number of classes of the head in an adapter's file.
+
+    It is the size of the head's last linear layer: the one whose outputs are no other's inputs.
+
+    Args:
+        shapes: of the values in the file, by name.
+
+    Returns:
+        None if the base model has no head of that kind, or if the shapes leave its size open.
+    """
+    inside = tuple(f"{_ROOT}{name}." for name in config.modules_to_save or ())
+    linears = [
+        shape
+        for name, shape in shapes.items()
+        if name.startswith(inside) and name.endswith(".weight") and len(shape) == 2
+    ]
+    sizes = {outputs for outputs, _ in linears}
+    last = sizes - {inputs for _, inputs in linears} or sizes
+    return last.pop() if _has_labels(auto_class(config)) and len(last) == 1 else None
 
 
 def _num_labels(config: PeftConfig, root: nn.Module) -> Optional[int]:
-    if str(getattr(config.task_type, "value", config.task_type)) not in ("SEQ_CLS", "TOKEN_CLS"):
-        return None
-    return getattr(getattr(root, "config", None), "num_labels", None)
+    known = _has_labels(auto_class(config, root))
+    return getattr(getattr(root, "config", None), "num_labels", None) if known else None
+
+
+def _has_labels(class_name: Optional[str]) -> bool:
+    return any(task in (class_name or "") for task in ("Classification", "QuestionAnswering"))

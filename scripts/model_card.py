@@ -30,7 +30,7 @@ from model_card_methods import (
 from peft import PeftConfig
 from safetensors import safe_open
 
-from peft_learners.hub import AUTO_CLASSES, is_hub_id, loading_code, short_name, usage_text
+from peft_learners.hub import auto_class, is_hub_id, loading_code, num_labels_in, short_name, usage_text
 
 #: Remark on an adapter's name in a card that was written before it was pushed.
 HERE = "this folder, or its id on the Hub"
@@ -86,14 +86,12 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
     """
     if base_model is not None and not is_hub_id(base_model):
         raise ValueError(f"--base_model must be the id of a model on the Hub (OWNER/NAME), got {base_model!r}.")
-    config = run_record.read_json(folder / "adapter_config.json")
+    config = run_record.read_json(folder / "adapter_config.json") if folder.is_dir() else None
     weights = folder / "adapter_model.safetensors"
     kind = str((config or {}).get("peft_type"))
     if config is None or not weights.is_file() or kind.lower() not in CARD_METHODS:
-        what = "no adapter_config.json" if config is None else f"an adapter of type {kind}"
-        what = "no adapter_model.safetensors" if kind.lower() in CARD_METHODS else what
         raise ValueError(
-            f"{folder} must be the folder of a saved Learner, FAR or NAS-LoRA adapter, but it holds {what}."
+            f"{folder} must be the folder of a saved Learner, FAR or NAS-LoRA adapter, but {_fault(folder, config)}."
         )
     name = base_model or config.get("base_model_name_or_path")
     if not name:
@@ -102,7 +100,20 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
         names = list(file.keys())
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in names}
     read: Any = CARD_METHODS[kind.lower()].config.from_pretrained(str(folder))
-    return Adapter(folder, kind.lower(), read, shapes, short_name(name), name if is_hub_id(name) else None)
+    beside = folder if base_model is None else None
+    base_id = name if is_hub_id(name, beside) else None
+    return Adapter(folder, kind.lower(), read, shapes, short_name(name, beside), base_id)
+
+
+def _fault(folder: Path, config: Optional[Mapping[str, Any]]) -> str:
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "there is no such folder"
+    if config is None:
+        there = (folder / "adapter_config.json").is_file()
+        return "its adapter_config.json is damaged" if there else "it holds no adapter_config.json"
+    kind = str(config.get("peft_type"))
+    known = kind.lower() in CARD_METHODS
+    return f"it holds {'no adapter_model.safetensors' if known else f'an adapter of type {kind}'}"
 
 
 def read_results(file: Path, adapter: Adapter) -> dict[str, Any]:
@@ -228,22 +239,19 @@ def training_text(adapter: Adapter, results: Optional[Mapping[str, Any]]) -> str
     return "\n".join(text)
 
 
-def head_size(adapter: Adapter) -> Optional[int]:
-    """Number of classes of a head for classification; None if no such head is in the file."""
-    endings = (".classifier.weight", ".score.weight", ".classifier.out_proj.weight")
-    sizes = {shape[0] for key, shape in adapter.shapes.items() if key.endswith(endings) and len(shape) == 2}
-    return sizes.pop() if len(sizes) == 1 else None
-
-
 def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
     """Code that loads the adapter from the Hub, or in a process whose folder holds it."""
-    name = AUTO_CLASSES.get(str(adapter.config.task_type), "AutoModel")
-    mapping = adapter.config.auto_mapping
-    if adapter.config.task_type is None and mapping:  # written by PEFT where no task type tells the class
-        name = mapping["base_model_class"]
-    labels = head_size(adapter) if adapter.config.task_type in ("SEQ_CLS", "TOKEN_CLS") else None
-    where, remark = (repo_id, "") if repo_id else (adapter.folder_name, HERE)
-    return usage_text(loading_code(name, adapter.base, where, num_labels=labels, remark=remark, merge=True))
+    config, (where, remark) = adapter.config, (repo_id, "") if repo_id else (adapter.folder_name, HERE)
+    code = loading_code(
+        auto_class(config),
+        adapter.base,
+        where,
+        num_labels=num_labels_in(config, adapter.shapes),
+        revision=config.revision,
+        remark=remark,
+        merge=True,
+    )
+    return usage_text(code)
 
 
 def results_text(results: Mapping[str, Any]) -> str:

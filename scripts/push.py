@@ -12,20 +12,29 @@ repository that was made for it is removed again; if the process is killed, the 
 command goes on there.
 """
 
+import argparse
 import json
 import re
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
 import model_card
 import run_record
+import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
-from transformers import HfArgumentParser
 
 from peft_learners.hub import CARD, is_automatic, with_usage
 
@@ -33,6 +42,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What the Hub puts into a new repository.
 INITIAL = {".gitattributes"}
 AGAIN = "Run the same command again to go on."
+UNCHANGED = "The repository is as it was."
 
 
 class PushError(Exception):
@@ -72,7 +82,7 @@ def push(folder: Path, repo_id: str, options: PushArguments, api: HfApi) -> str:
     """
     if options.create_pr and options.revision:
         raise PushError("--create_pr opens a pull request against the main branch: leave --revision out.")
-    adapter = read(folder, options)
+    adapter = read(folder, repo_id, options)
     try:
         validate_repo_id(repo_id)
         repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
@@ -80,6 +90,7 @@ def push(folder: Path, repo_id: str, options: PushArguments, api: HfApi) -> str:
     except (HTTPError, OSError, HFValidationError) as error:
         raise PushError(f"{explain(error, api, repo_id)} Nothing was pushed.") from error
 
+    check_base(api, adapter)
     new = not options.create_pr and open_repository(api, repo_id, options)
     try:
         if options.revision:
@@ -94,24 +105,24 @@ def push(folder: Path, repo_id: str, options: PushArguments, api: HfApi) -> str:
     except BaseException as raised:
         # huggingface_hub hides what stopped the upload of a large file behind a RuntimeError.
         error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
-        left = clean_up(api, repo_id, options.revision) if new else "The repository is as it was."
+        again = AGAIN if may_go_on(error) else ""
+        left = clean_up(api, repo_id, options.revision, again) if new else left_in_existing(options.revision)
         if isinstance(error, (HTTPError, OSError, ValueError)):
-            raise PushError(f"{explain(error, api, repo_id)} {left}") from error
+            raise PushError(f"{explain(error, api, repo_id)} {left}".strip()) from error
         print(left, file=sys.stderr)
         raise
     return str(commit.pr_url or commit.commit_url)
 
 
-def read(folder: Path, options: PushArguments) -> model_card.Adapter:
-    """The adapter, if it is whole and can be loaded from the Hub."""
+def read(folder: Path, repo_id: str, options: PushArguments) -> model_card.Adapter:
+    """The adapter, if it is whole, can be loaded from the Hub, and its card can be made."""
     try:
         adapter = model_card.read_adapter(folder, options.base_model)
         for option in ("results", "picture"):
             path = getattr(options, option)
             if path is not None and not Path(path).is_file():
                 raise ValueError(f"--{option} must be a file, got {path!r}.")
-        if options.results:
-            model_card.read_results(Path(options.results), adapter)
+        card_to_push(adapter, repo_id, options, None)
     except SafetensorError as error:
         raise PushError(f"{folder / WEIGHTS} is damaged ({error}). Nothing was pushed.") from error
     except ValueError as error:
@@ -122,6 +133,25 @@ def read(folder: Path, options: PushArguments) -> model_card.Adapter:
             "else has. Give the id of that model on the Hub: --base_model OWNER/NAME. Nothing was pushed."
         )
     return adapter
+
+
+def check_base(api: HfApi, adapter: model_card.Adapter) -> None:
+    """Refuse a base model that is not on the Hub; one that the Hub does not answer about is let pass."""
+    base, revision = str(adapter.base_id), adapter.config.revision
+    try:
+        api.model_info(base, revision=revision, timeout=30)
+    except RevisionNotFoundError as error:
+        raise PushError(
+            f"The base model {base} has no revision {revision!r} on the Hub: push it there, or correct `revision` in "
+            f"{adapter.folder / CONFIG}. Nothing was pushed."
+        ) from error
+    except (HTTPError, OSError, HFValidationError) as error:
+        missing = isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError)
+        if missing and status_of(error) == 404:
+            raise PushError(
+                f"The base model {base} is not on the Hub, or the token may not see it. Give its id there: "
+                "--base_model OWNER/NAME. Nothing was pushed."
+            ) from error
 
 
 def open_repository(api: HfApi, repo_id: str, options: PushArguments) -> bool:
@@ -148,15 +178,32 @@ def open_repository(api: HfApi, repo_id: str, options: PushArguments) -> bool:
     return False
 
 
-def clean_up(api: HfApi, repo_id: str, revision: Optional[str]) -> str:
+def clean_up(api: HfApi, repo_id: str, revision: Optional[str], again: str) -> str:
     """Remove the repository that was made for a commit which failed; a sentence on what is left."""
     try:
-        if WEIGHTS in api.list_repo_files(repo_id, revision=revision):
+        try:
+            files = api.list_repo_files(repo_id, revision=revision)
+        except RevisionNotFoundError:  # it failed before the branch was made
+            files = []
+        if WEIGHTS in files:
             return f"But the commit had arrived: {repo_id} holds the adapter."
         api.delete_repo(repo_id)
     except (HTTPError, OSError):
-        return f"{repo_id} may be left, empty. {AGAIN}"
-    return f"Nothing is left: {repo_id}, made for this, was removed again. {AGAIN}"
+        return f"{repo_id} may be left, empty. {again}"
+    return f"Nothing is left: {repo_id}, made for this, was removed again. {again}"
+
+
+def left_in_existing(revision: Optional[str]) -> str:
+    """A sentence on what a commit that failed leaves in a repository which was there before."""
+    return f"No file of the repository was changed; the branch {revision} may be new." if revision else UNCHANGED
+
+
+def may_go_on(error: BaseException) -> bool:
+    """Whether the same command can do better a second time: not where the Hub, or a check, refuses what is pushed."""
+    status = status_of(error)
+    if status is None:
+        return not isinstance(error, ValueError)
+    return status in (401, 403, 408, 429) or status >= 500
 
 
 def files_to_commit(
@@ -186,10 +233,12 @@ def card_to_push(
     results = model_card.read_results(Path(options.results), adapter) if options.results else None
     picture = Path(options.picture).name if options.picture else None
     made = model_card.card(adapter, results, picture, repo_id)
+    if results is not None or picture is not None:
+        return made
     local = adapter.folder / CARD
-    cards = [ModelCard.load(local)] if local.is_file() else []
+    cards = [load_card(local, str(local))] if local.is_file() else []
     written = [card for card in (*cards, remote) if card is not None and not is_automatic(card.text)]
-    if results is not None or picture is not None or not written:
+    if not written:
         return made
     kept = written[0]
     for key, value in made.data.to_dict().items():
@@ -206,7 +255,26 @@ def remote_card(api: HfApi, repo_id: str, revision: Optional[str]) -> Optional[M
     """The card that the repository holds now."""
     if CARD not in api.list_repo_files(repo_id, revision=revision):
         return None
-    return ModelCard.load(Path(api.hf_hub_download(repo_id, CARD, revision=revision)))
+    return load_card(Path(api.hf_hub_download(repo_id, CARD, revision=revision)), f"{CARD} in {repo_id}")
+
+
+def load_card(path: Path, where: str) -> ModelCard:
+    """A card from its file.
+
+    Raises:
+        ValueError: its header is no YAML, or not that of a model card.
+    """
+    try:
+        return ModelCard.load(path)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 2}: " if error.problem_mark is not None else ""  # `---` is line 1
+        said = f"{line}{error.problem}"
+    except (yaml.YAMLError, ValueError) as error:
+        said = str(error).partition(". ")[0]
+    raise ValueError(
+        f"The header of {where} is not that of a model card ({said}): correct it, or give --results or --picture to "
+        "replace the file."
+    )
 
 
 def status_of(error: BaseException) -> Optional[int]:
@@ -240,12 +308,17 @@ def explain(error: BaseException, api: HfApi, repo_id: str) -> str:
 
 
 def main(argv: Optional[list[str]] = None, api: Optional[HfApi] = None) -> None:
-    parser = HfArgumentParser(PushArguments, description=(__doc__ or "").partition("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_FOLDER", help="folder of a saved adapter")
     parser.add_argument("repo_id", metavar="REPO_ID", help="OWNER/NAME of the repository on the Hub")
-    options, names = parser.parse_args_into_dataclasses(argv)
+    for entry in fields(PushArguments):
+        flag: dict[str, Any] = {"action": "store_true"} if entry.default is False else {"default": entry.default}
+        names = dict.fromkeys((f"--{entry.name}", f"--{entry.name.replace('_', '-')}"))
+        parser.add_argument(*names, dest=entry.name, help=entry.metadata["help"], **flag)
+    given = vars(parser.parse_args(argv))
+    folder, repo_id = given.pop("adapter"), given.pop("repo_id")
     try:
-        print(f"-> {push(names.adapter, names.repo_id, options, api or HfApi(library_name='peft-learners'))}")
+        print(f"-> {push(folder, repo_id, PushArguments(**given), api or HfApi(library_name='peft-learners'))}")
     except PushError as error:
         sys.exit(str(error))
 

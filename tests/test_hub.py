@@ -14,10 +14,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import push
 import pytest
 import zoo
-from hub_server import DROP, DROP_AFTER, HANG, HubServer
-from huggingface_hub import ModelCard
+from hub_server import DROP, DROP_AFTER, HANG, HubServer, Repo
+from huggingface_hub import HfApi, ModelCard
+from training import learner
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "tests" / "runs" / "hub_run.py"
@@ -62,14 +64,23 @@ class Pushed:
 @pytest.fixture(scope="module")
 def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
     out = tmp_path_factory.mktemp("hub")
-    zoo.build("distilbert").distilbert.save_pretrained(out / "base")
+    for seed, name in enumerate(("base", "version 9")):
+        zoo.build("distilbert", seed).distilbert.save_pretrained(out / name)
+    base, version = ({f.name: f.read_bytes() for f in (out / name).iterdir()} for name in ("base", "version 9"))
     with HubServer() as hub:
-        hub.add_repo("me/tiny-base", {f.name: f.read_bytes() for f in (out / "base").iterdir()})
+        hub.add_repo("me/tiny-base", base)
+        hub.repos["me/versions"] = Repo(branches={"main": base, "v9": version})
+        hub.add_repo("me/damaged-card", {"README.md": b"---\nlicense: mit\ntags: [a\n---\n"})
+        hub.add_repo("me/old", {})
         hub.add_repo("me/written", {"README.md": OWN_README})
         hub.add_repo("me/filled", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
         hub.add_repo("me/updated", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
         hub.add_repo("me/empty", {})
         hub.fail("POST", "/api/repos/create .*create-502", 502)
+        for status in (403, 500, 503):
+            hub.fail("POST", f"/me/branch-{status}/branch/", status)
+            hub.fail("GET", f"/api/models/me/base-{status}", status)
+        hub.fail("POST", "/me/old/branch/", 500)
         hub.fail("PUT", "/lfs/me/put-403/", 403)
         hub.fail("PUT", "/lfs/me/put-503/", 503)
         hub.fail("PUT", "/lfs/me/put-drop/", DROP)
@@ -97,6 +108,7 @@ def test_what_is_pushed_loads_by_its_id_with_the_same_logits_bit_for_bit(pushed)
     assert set(pushed.same) > {
         *("me/learner", "me/learner, by its card", "me/learner, by the auto class", "me/local, by the auto class"),
         *("me/far, by its card", "me/nas, by its card", "me/every-save, by its card", "me/branch", "me/updated"),
+        *("me/of-v9, by its card", "me/of-v9-by-script, by its card", "me/of-v9, exported"),
     }
     assert all(pushed.same.values()), pushed.same
 
@@ -124,7 +136,7 @@ def test_every_card_on_the_hub_says_what_the_adapter_is(pushed):
         assert (data["base_model"], data["base_model_relation"]) == ("me/tiny-base", "adapter")
         assert {"peft-learners", method} <= set(data["tags"])
         assert "```python\nimport peft_learners" in card.text and f'from_pretrained(base, "{repo_id}")' in card.text
-        assert 'from_pretrained("me/tiny-base", num_labels=3)' in card.text
+        assert 'from_pretrained("me/tiny-base", num_labels=3, ignore_mismatched_sizes=True)' in card.text
         assert str(pushed.folder) not in card.content and "[More Information Needed]" not in card.text
 
 
@@ -195,7 +207,7 @@ def test_a_local_base_model_is_not_told_to_the_world(pushed):
     assert "model.peft_config['default'].base_model_name_or_path = \"OWNER/NAME\"" in warning
     card = pushed.card("me/from-folder")
     assert "base_model" not in card.data.to_dict() and str(pushed.folder) not in card.content
-    assert 'from_pretrained("local-base", num_labels=3)' in card.text
+    assert 'from_pretrained("local-base", num_labels=3, ignore_mismatched_sizes=True)' in card.text
     assert (
         "Give the id of that model on the Hub: --base_model OWNER/NAME. Nothing was pushed." in pushed.report["local"]
     )
@@ -224,6 +236,10 @@ def test_a_local_base_model_is_not_told_to_the_world(pushed):
         ("commit-500", ["The Hub failed (500)", "me/commit-500, made for this, was removed again"]),
         ("commit-drop", ["failed", "me/commit-drop, made for this, was removed again"]),
         ("no-pull-request", ["me/missing does not exist"]),
+        ("branch-500", ["The Hub failed (500)", "me/branch-500, made for this, was removed again. Run the same"]),
+        ("branch-403", ["(403)", "me/branch-403, made for this, was removed again. Run the same"]),
+        ("no-base", ["The base model me/nowhere is not on the Hub", "--base_model OWNER/NAME. Nothing was pushed"]),
+        ("no-revision", ["The base model me/tiny-base has no revision 'v9'", "`revision` in", "Nothing was pushed"]),
     ],
 )
 def test_a_push_that_fails_says_why_and_leaves_nothing(pushed, case, said):
@@ -241,6 +257,33 @@ def test_an_existing_repository_is_refused_and_untouched(pushed):
     files = pushed.hub.repos["me/filled"].branches["main"]
     assert files["README.md"] == OWN_README and files["adapter_model.safetensors"] == b"old"
     assert pushed.report["attempts"]["updated"] == "pushed"
+
+
+@pytest.mark.slow
+def test_a_failure_in_an_existing_repository_says_what_is_left(pushed):
+    said, repos = pushed.report["attempts"], pushed.hub.repos
+    assert said["branch-of-old"].endswith("No file of the repository was changed; the branch v2 may be new.")
+    assert set(repos["me/old"].branches["main"]) == {".gitattributes"}
+    assert said["damaged-card"] == (
+        "The header of README.md in me/damaged-card is not that of a model card (line 3: expected ',' or ']', but got "
+        "'<stream end>'): correct it, or give --results or --picture to replace the file. The repository is as it was."
+    )
+    assert not repos["me/damaged-card"].commits
+
+
+@pytest.mark.slow
+def test_a_base_model_that_the_hub_does_not_answer_about_is_let_pass(pushed):
+    for name, base in (("gated-base", "me/base-403"), ("silent-base", "me/base-503")):
+        assert pushed.report["attempts"][name] == "pushed"
+        assert pushed.card(f"me/{name}").data.base_model == base
+
+
+@pytest.mark.slow
+def test_a_relative_folder_is_not_taken_for_an_id(pushed):
+    while_it_is_there, when_it_is_gone = pushed.report["relative"]
+    assert "was trained on the local folder 'models/tiny-local', which nobody else has" in while_it_is_there
+    assert "The base model models/tiny-local is not on the Hub" in when_it_is_gone
+    assert "me/relative" not in pushed.hub.repos
 
 
 @pytest.mark.slow
@@ -280,3 +323,41 @@ def test_a_push_that_is_killed_leaves_an_empty_repository_and_goes_on(pushed):
     assert pushed.commits("me/killed") == 1 and set(pushed.hub.repos["me/killed"].branches["main"]) == FILES
     before, after = (pushed.hub.repos[name].branches["main"] for name in ("me/learner", "me/killed"))
     assert before["adapter_model.safetensors"] == after["adapter_model.safetensors"]
+
+
+# -- before the Hub is asked ------------------------------------------------------------------------------------------
+
+
+def refusal(folder: Path) -> str:
+    """Of an adapter that can't be pushed. This process is offline: to ask the Hub would be refused otherwise."""
+    with pytest.raises(SystemExit) as exit:
+        push.main([str(folder), "me/adapter"], HfApi(endpoint="http://127.0.0.1:9", token="hf_test"))
+    return str(exit.value.code)
+
+
+@pytest.mark.parametrize(
+    "header,said",
+    [
+        ("license: mit\ntags: [a\n", "line 3: expected ',' or ']', but got '<stream end>'"),
+        ("model-index:\n- name: mine\n", "Invalid `model_index` in metadata cannot be parsed: <class 'KeyError'>"),
+        ("- a\n", "repo card metadata block should be a dict"),
+    ],
+)
+def test_a_readme_whose_header_can_not_be_read_is_refused_before_anything_is_made(header, said, tmp_path: Path):
+    model = learner(init_weights=False)
+    model.peft_config["default"].base_model_name_or_path = "me/tiny-base"
+    model.save_pretrained(tmp_path)
+    assert "HF_HUB_OFFLINE" in refusal(tmp_path)
+    (tmp_path / "README.md").write_text(f"---\n{header}---\n\n# Mine\n")
+    message = refusal(tmp_path)
+    assert f"The header of {tmp_path / 'README.md'} is not that of a model card ({said}" in message
+    assert message.endswith("Nothing was pushed.") and "Run the same command again" not in message
+
+
+def test_what_is_no_adapters_folder_is_refused(tmp_path: Path):
+    model = learner(init_weights=False)
+    model.peft_config["default"].base_model_name_or_path = "me/tiny-base"
+    model.save_pretrained(tmp_path)
+    assert "adapter, but it is a file. Nothing was pushed." in refusal(tmp_path / "adapter_config.json")
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "FAR",')
+    assert "adapter, but its adapter_config.json is damaged. Nothing was pushed." in refusal(tmp_path)

@@ -94,6 +94,21 @@ def test_the_code_of_the_card_gives_the_same_logits(method, classes):
         assert torch.equal(names["model"](**inputs).logits, expected)
 
 
+def test_a_base_model_that_lies_beside_the_adapter_is_no_id(folder, monkeypatch):
+    (folder / "here/models").mkdir(parents=True)
+    (folder / "tiny-bert").rename(folder / "here/models/tiny-local")
+    monkeypatch.chdir(folder / "here")
+    base = AutoModelForSequenceClassification.from_pretrained("models/tiny-local")
+    get_peft_model(base, CONFIGS["learner"]()).save_pretrained("ad")
+    monkeypatch.chdir(folder)
+    (folder / "models").mkdir()  # what is above may hold anything
+    adapter = model_card.read_adapter(Path("here/ad"))
+    assert (adapter.base, adapter.base_id) == ("tiny-local", None)
+    assert model_card.read_adapter(Path("here/ad"), "models/tiny-local").base_id == "models/tiny-local"
+    (folder / "here/models/tiny-local/config.json").unlink()
+    assert model_card.read_adapter(Path("here/ad")).base_id == "models/tiny-local"
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_header(method):
     saved(method)
@@ -309,8 +324,18 @@ def test_other_folders_are_refused():
     with pytest.raises(ValueError, match="but it holds an adapter of type LORA"):
         card_of()
     saved("far")
+    with pytest.raises(ValueError, match=r"README\.md must be the folder of .* adapter, but it is a file\."):
+        model_card.main(["my-adapter/README.md"])
+    with pytest.raises(ValueError, match=r"nowhere must be the folder of .* adapter, but there is no such folder\."):
+        model_card.main(["nowhere"])
     Path("my-adapter/adapter_model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"but it holds no adapter_model\.safetensors"):
+        card_of()
+    Path("my-adapter/adapter_config.json").write_text('{"peft_type": "FAR",')
+    with pytest.raises(ValueError, match=r"but its adapter_config\.json is damaged"):
+        card_of()
+    Path("my-adapter/adapter_config.json").unlink()
+    with pytest.raises(ValueError, match=r"but it holds no adapter_config\.json"):
         card_of()
 
 
@@ -320,7 +345,7 @@ def test_without_a_task_type_the_class_is_the_models_own():
     with pytest.raises(ValueError, match="names no base model: give it with --base_model"):
         card_of()
     card = card_of("--base_model", "somebody/vit")
-    assert 'ViTForImageClassification.from_pretrained("somebody/vit")' in card.content
+    assert 'ViTForImageClassification.from_pretrained("somebody/vit", num_labels=2, ' in card.content
     assert card.data.pipeline_tag is None
 
 

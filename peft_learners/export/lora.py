@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Union
+from typing import Union
 
-import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
@@ -22,13 +19,23 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import PhasedConfig
-from ..discovery import float_weight, is_linear, linear_names
-from ..factors import Factored, joined, nearest, total, without_idle
-from ..layer import DeltaLayer, parameter_at
+from ..discovery import float_weight, is_linear
+from ..factors import Factored
+from ..layer import DeltaLayer
 from ..names import rank_patterns, saved_names, target_names
 from ..phases import injected_model
+from .contents import (
+    Whole,
+    checked_rank,
+    config_of,
+    factors_of,
+    nothing_on_one_layer,
+    padded,
+    refuse_to_lose,
+    refuse_unreadable,
+    whole_module,
+)
 
-Values = Mapping[str, Tensor]
 REPORT_NAME = "export_report.json"
 _PREFIX = "base_model.model."
 
@@ -125,15 +132,15 @@ def to_lora(
             updates without a `rank`; with `strict_serving`, what would be lost.
     """
     root = injected_model(model)
-    config = _config_of(root, adapter_name)
-    rank = _checked_rank(rank)
+    config = config_of(root, adapter_name)
+    rank = checked_rank(rank)
     modules = dict(root.named_modules(remove_duplicate=False))  # T5's embeddings have three names
     layers = {n: m for n, m in modules.items() if isinstance(m, DeltaLayer) and m.has_adapter(adapter_name)}
-    _refuse_unreadable(modules, layers)
+    refuse_unreadable(modules, layers)
     linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.acts(adapter_name)}
-    pairs, biases = _factors(linear, adapter_name, config, rank)
+    pairs, biases = factors_of(linear, adapter_name, config, rank)
     whole = {
-        name: _whole(layer, adapter_name)
+        name: whole_module(layer, adapter_name)
         for name, layer in layers.items()
         if name not in linear and layer.acts(adapter_name)
     }
@@ -144,11 +151,11 @@ def to_lora(
         if isinstance(wrapper, ModulesToSaveWrapper) and adapter_name in wrapper.modules_to_save
     }
     if strict_serving:
-        _refuse_to_lose(config, biases, whole)
+        refuse_to_lose(config, biases, whole)
         widest = max((pair.rank for pair in pairs.values()), default=1)
-        pairs, biases = {name: _padded(pair, widest) for name, pair in pairs.items()}, {}
+        pairs, biases = {name: padded(pair, widest) for name, pair in pairs.items()}, {}
     if not pairs:  # a LoRA adapter has at least one target
-        pairs = _nothing_on_one_layer(root)
+        pairs = nothing_on_one_layer(root)
     return _assemble(root, config, pairs, biases, whole)
 
 
@@ -169,145 +176,6 @@ def save_as_lora(
     export = to_lora(model, rank, adapter_name, strict_serving=strict_serving)
     export.save_pretrained(path)
     return export
-
-
-# -- what is in the adapter ------------------------------------------------------------------------------------------
-
-
-def _config_of(root: nn.Module, adapter: str) -> PhasedConfig:
-    configs: Mapping[str, Any] = getattr(root, "peft_config", {})
-    ours = [name for name, config in configs.items() if isinstance(config, PhasedConfig)]
-    if adapter not in ours:
-        raise ValueError(f"adapter_name must be one of this package's adapters in the model {ours}, got {adapter!r}.")
-    return configs[adapter]
-
-
-def _checked_rank(rank: float | None) -> float | None:
-    whole = isinstance(rank, Integral) and not isinstance(rank, bool)
-    share = isinstance(rank, Real) and not isinstance(rank, Integral)
-    if rank is None or (whole and rank >= 1) or (share and 0 < rank <= 1):
-        return int(rank) if whole and rank is not None else rank
-    raise ValueError(
-        f"rank must be a whole number of at least 1, or a share of the energy in (0, 1] (1.0: all), got {rank!r}."
-    )
-
-
-def _refuse_unreadable(modules: Mapping[str, nn.Module], layers: Mapping[str, DeltaLayer]) -> None:
-    """Refuse adapters whose values are not there, or that stock LoRA would not compute with."""
-    for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(
-                "The model's weights have adapters merged into them: call `model.unmerge_adapter()` first."
-            )
-        if any(p.is_meta for p in layer.parameters()):
-            raise ValueError(
-                f"The weights of {name} are offloaded, or on meta. Load the base model on one device first."
-            )
-        if isinstance(modules.get(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-            raise ValueError(
-                f"{name} is part of a torch.nn.TransformerEncoderLayer, which in eval mode reads weights without "
-                "calling their layers: a LoRA there would have no effect. Merge instead: model.merge_and_unload()."
-            )
-
-
-def _factors(
-    layers: Mapping[str, Any], adapter: str, config: PhasedConfig, rank: float | None
-) -> tuple[dict[str, Factored], dict[str, Tensor]]:
-    """The update of each linear layer as a pair (rank 1, zeros, where there is none), and the biases."""
-    found = {name: (*layer.matrices(adapter), layer.bias_delta(adapter)) for name, layer in layers.items()}
-    dense = [name for name, (_, deltas, _) in found.items() if any(bool(delta.any()) for delta, _ in deltas)]
-    if dense and rank is None:
-        raise ValueError(
-            f"{len(dense)} of the {len(found)} linear layers of this {type(config).__name__} have trained dense "
-            f"updates (first: {dense[0]}), which no LoRA holds exactly. Say how close it should come: rank=64 (the "
-            "rank of each such layer) or rank=0.99 (the share of each update's energy to keep)."
-        )
-    pairs: dict[str, Factored] = {}
-    biases: dict[str, Tensor] = {}
-    for name, (low_rank, deltas, bias) in found.items():
-        if name in dense:
-            assert rank is not None
-            pair = nearest(total(low_rank, deltas), rank)
-        else:
-            pair = without_idle(joined(low_rank)) if low_rank else _zeros(layers[name])
-        pairs[name] = pair if pair.rank else _zeros(layers[name])
-        if bias is not None:
-            biases[name] = bias.detach()
-    return pairs, biases
-
-
-def _zeros(layer: Any) -> Factored:
-    like = next(layer.parameters())
-    dtype = like.dtype if like.is_floating_point() else torch.float32
-    options: dict[str, Any] = {"dtype": dtype, "device": like.device}
-    return Factored(torch.zeros(1, layer.in_features, **options), torch.zeros(layer.out_features, 1, **options))
-
-
-def _nothing_on_one_layer(root: nn.Module) -> dict[str, Factored]:
-    modules, names = dict(root.named_modules()), linear_names(root)
-    if not names:
-        raise ValueError("The model has no linear layer that a LoRA adapter could be put on.")
-    layer: Any = modules[names[0]]
-    if isinstance(layer, Conv1D):
-        weight = layer.weight
-        return {names[0]: Factored(weight.new_zeros(1, weight.shape[0]), weight.new_zeros(weight.shape[1], 1))}
-    return {names[0]: _zeros(layer)}
-
-
-@dataclass(frozen=True)
-class Whole:
-    """A module that is stored whole.
-
-    Attributes:
-        values: its parameters and buffers.
-        changes: whether they differ from the base model's.
-        error: `||stored - base - delta|| / ||delta||`, which a base of half precision rounds.
-    """
-
-    values: Values
-    changes: bool = True
-    error: float = 0.0
-
-
-def _whole(layer: DeltaLayer, adapter: str) -> Whole:
-    base: Any = layer.get_base_layer()
-    values, lost, moved = dict(base.state_dict()), 0.0, 0.0
-    for key, delta in layer.effective_deltas(adapter).items():
-        exact = parameter_at(base, key).detach() + delta  # in the wider of both types, as the layer sums
-        values[key] = layer.sum_with(base, key, delta, 1)
-        lost += float((values[key].double() - exact.double()).square().sum())
-        moved += float(delta.double().square().sum())
-    return Whole(values, moved > 0, math.sqrt(lost / moved) if moved else 0.0)
-
-
-def _padded(pair: Factored, rank: int) -> Factored:
-    more = rank - pair.rank
-    a = torch.cat([pair.a, pair.a.new_zeros(more, pair.a.shape[1])])
-    return Factored(a, torch.cat([pair.b, pair.b.new_zeros(len(pair.b), more)], dim=1), pair.error)
-
-
-def _refuse_to_lose(config: PhasedConfig, biases: Mapping[str, Tensor], whole: Mapping[str, Whole]) -> None:
-    lost, fields = [], []
-    trained = {name: bias for name, bias in biases.items() if bool(bias.any())}
-    if trained:
-        count = sum(bias.numel() for bias in trained.values())
-        lost.append(f"biases of linear layers ({count:,} parameters in {len(trained)}; first: {next(iter(trained))})")
-        fields.append("train_biases=False")
-    if whole:
-        count = sum(value.numel() for own in whole.values() for value in own.values.values())
-        first = ", ".join(list(whole)[:3])
-        lost.append(f"what is stored whole ({count:,} parameters in {len(whole)} modules; first: {first})")
-        fields += [f"{name}=False" for name in ("train_norms", "train_embeddings") if hasattr(config, name)]
-    if lost:
-        without = f", or train without them: {type(config).__name__}({', '.join(fields)})" if fields else ""
-        raise ValueError(
-            f"strict_serving: servers that take A and B of linear layers alone would lose {', and '.join(lost)}. "
-            "Serve the merged model instead (model.merge_and_unload()), load an export without strict_serving with "
-            f"PEFT{without}."
-        )
-
-
-# -- the LoRA adapter ------------------------------------------------------------------------------------------------
 
 
 def _assemble(

@@ -24,6 +24,7 @@ import push
 import torch
 import zoo
 from huggingface_hub import HfApi, ModelCard
+from huggingface_hub.utils import http_backoff
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from test_contract import logits_of
 from test_model_card import results
@@ -31,13 +32,18 @@ from training import arguments, trainer
 from transformers import AutoModelForSequenceClassification
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners.export.__main__ import main as export
+
+# huggingface_hub has no setting for its waits between tries (1 s, 2 s, 4 s, 8 s, 8 s). It tries as often as ever.
+assert {"base_wait_time", "max_wait_time"} <= http_backoff.__kwdefaults__.keys()
+http_backoff.__kwdefaults__.update(base_wait_time=0.1, max_wait_time=0.2)
 
 BASE, LABELS = "me/tiny-base", 3
 LEARNER = {"r": 4, "priming_epochs": 1, "task_type": "SEQ_CLS"}
 
 
-def base(name: str = BASE) -> torch.nn.Module:
-    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=LABELS)
+def base(name: str = BASE, revision: str = "main") -> torch.nn.Module:
+    return AutoModelForSequenceClassification.from_pretrained(name, num_labels=LABELS, revision=revision)
 
 
 def trained(config, name: str = BASE) -> PeftModel:
@@ -92,6 +98,8 @@ BY_NAME = (
     *("create-502", "put-403", "put-503", "put-drop", "put-flaky", "commit-500", "commit-drop", "commit-lost-answer"),
     *("left-empty", "empty"),
 )
+#: The same, with a branch to commit to.
+BRANCHES = ("branch-500", "branch-403")
 
 
 def push_with_results(out: Path, folder: Path) -> list[str]:
@@ -113,17 +121,49 @@ def attempts(folder: str) -> dict[str, str]:
         "refused": ([folder, "me/refused"], {"endpoint": "http://127.0.0.1:9"}),
         "other-owner": ([folder, "other/adapter"], {}),
         "no-id": ([folder, "a/b/c"], {}),
-        "bare-name": ([folder, "bare-name", "--private"], {}),
+        "bare-name": (["--private", folder, "bare-name"], {}),
         "existing": ([folder, "me/filled"], {}),
         "updated": ([folder, "me/updated", "--update"], {}),
         "branch": ([folder, "me/branch", "--revision", "v2"], {}),
         "pull-request": ([folder, "me/filled", "--create_pr"], {}),
         "no-pull-request": ([folder, "me/missing", "--create_pr"], {}),
         **{name: ([folder, f"me/{name}"], {}) for name in BY_NAME},
+        **{name: ([folder, f"me/{name}", "--revision", "v2"], {}) for name in BRANCHES},
+        "branch-of-old": ([folder, "--update", "--revision", "v2", "me/old"], {}),
+        "damaged-card": ([folder, "me/damaged-card", "--update"], {}),
+        "no-base": (["--base_model", "me/nowhere", folder, "me/no-base"], {}),
+        "no-revision": ([f"{folder}-of-v9", "me/no-revision", "--base_model", BASE], {}),
+        "gated-base": ([folder, "me/gated-base", "--base_model", "me/base-403"], {}),
+        "silent-base": ([folder, "me/silent-base", "--base_model", "me/base-503"], {}),
     }
     with ThreadPoolExecutor(len(calls)) as pool:
         results = {name: pool.submit(attempt, args, **api) for name, (args, api) in calls.items()}
     return {**said, **{name: result.result() for name, result in results.items()}}
+
+
+def push_of_revision(out: Path) -> torch.Tensor:
+    """Push an adapter of a revision of its base model, by both ways; its logits."""
+    torch.manual_seed(1)
+    config = LearnerConfig(r=4, priming_epochs=0, init_weights=False, task_type="SEQ_CLS")
+    model = get_peft_model(base("me/versions", "v9"), config, revision="v9")
+    model.push_to_hub("me/of-v9")
+    model.save_pretrained(out / "learner-of-v9")
+    assert attempt([str(out / "learner-of-v9"), "me/of-v9-by-script"]) == "pushed"
+    return logits_of(model, inputs())
+
+
+def push_with_relative_base(out: Path) -> list[str]:
+    """Push an adapter whose base model lies beside it, by a relative name; and again, when that is gone."""
+    here, before = out / "here", Path.cwd()
+    shutil.copytree(out / "base", here / "models" / "tiny-local")
+    os.chdir(here)
+    try:
+        trained(LearnerConfig(**LEARNER), "models/tiny-local").save_pretrained("ad")
+    finally:
+        os.chdir(before)
+    said = [attempt([str(here / "ad"), "me/relative"])]
+    (here / "models").rename(out / "moved")
+    return [*said, attempt([str(here / "ad"), "me/relative"])]
 
 
 def push_all(out: Path) -> dict:
@@ -167,6 +207,8 @@ def push_all(out: Path) -> dict:
     every = train_and_push(out, LearnerConfig(**LEARNER), "me/every-save", "every_save")
     logits["me/every-save"] = logits_of(every, inputs())
 
+    report["relative"] = push_with_relative_base(out)
+    logits["me/of-v9"] = logits["me/of-v9-by-script"] = push_of_revision(out)
     report["attempts"] = attempts(str(folder))
     logits["me/branch"] = logits["me/updated"] = logits["me/put-flaky"] = logits["me/learner"]
     torch.save(logits, out / "logits.pt")
@@ -180,9 +222,11 @@ def load_all(out: Path) -> dict:
     logits = torch.load(out / "logits.pt")
     same = {}
     for repo_id, expected in logits.items():
-        model = PeftModel.from_pretrained(base(), repo_id, revision="v2" if repo_id == "me/branch" else None)
+        its_base = base("me/versions", "v9") if "v9" in repo_id else base()
+        model = PeftModel.from_pretrained(its_base, repo_id, revision="v2" if repo_id == "me/branch" else None)
         same[repo_id] = torch.equal(logits_of(model, inputs()), expected)
-    for repo_id in ("me/learner", "me/far", "me/written", "me/nas", "me/every-save", "me/from-folder-named"):
+    by_card = ("me/learner", "me/far", "me/written", "me/nas", "me/every-save", "me/from-folder-named")
+    for repo_id in (*by_card, "me/of-v9", "me/of-v9-by-script"):
         codes = re.findall(r"```python\n(.*?)```", ModelCard.load(repo_id).text, re.S)
         names: dict = {}
         exec("\n".join(codes).partition("merged =")[0], names)
@@ -193,6 +237,9 @@ def load_all(out: Path) -> dict:
     for repo_id in ("me/learner", "me/local"):
         auto = AutoPeftModelForSequenceClassification.from_pretrained(repo_id, num_labels=LABELS)
         same[f"{repo_id}, by the auto class"] = torch.equal(logits_of(auto, inputs()), logits[repo_id])
+    export(["me/of-v9", str(out / "as-lora")])
+    lora = logits_of(PeftModel.from_pretrained(base("me/versions", "v9"), out / "as-lora"), inputs())
+    same["me/of-v9, exported"] = torch.allclose(lora, logits["me/of-v9"], rtol=1e-5, atol=1e-6)
     return same
 
 

@@ -1,0 +1,171 @@
+"""What loads an adapter's base model, the cards' lines and the export command: the right class, head and revision."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import model_card
+import pytest
+import torch
+import transformers
+import zoo
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_contract import logits_of
+from transformers import AutoModelForSequenceClassification
+
+from peft_learners import LearnerConfig, NASLoRAConfig
+from peft_learners.export.__main__ import main as export
+
+CONFIGS = {
+    "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_epochs": 0, "init_weights": False, **more}),
+    "nas_lora": lambda **more: NASLoRAConfig(**{"r": 4, "init_weights": False, **more}),
+}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def bart() -> torch.nn.Module:
+    config = transformers.BartConfig(
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=32, decoder_ffn_dim=32, vocab_size=64, max_position_embeddings=32, num_labels=2,
+    )  # fmt: skip
+    return transformers.BartForSequenceClassification(config)
+
+
+def saved(arch: str, classes: int, method: str = "learner", **settings) -> tuple[torch.nn.Module, dict, torch.Tensor]:
+    """An adapter in `my-adapter` with a head of some size; its base model, with one of two classes, in `base`.
+
+    Returns:
+        Its base model's class, inputs and what it makes of them.
+    """
+    base = bart() if arch == "bart" else zoo.build(arch)
+    base.save_pretrained("base")
+    name = Path("base").resolve()
+    base = type(base).from_pretrained(name, num_labels=classes, ignore_mismatched_sizes=True)
+    kind = type(base)
+    config = CONFIGS[method](**{"task_type": None if arch == "vit" else "SEQ_CLS", **settings})
+    model = get_peft_model(base, config).eval()
+    model.save_pretrained("my-adapter")
+    inputs = {k: v for k, v in zoo.inputs_of("vit" if arch == "vit" else "bert", model).items() if k != "labels"}
+    if arch == "bart":
+        inputs["input_ids"][:, -1] = base.config.eos_token_id  # what its head reads
+    expected = logits_of(model, inputs)
+    assert expected.shape == (zoo.ROWS, classes)
+    return kind, inputs, expected
+
+
+def cards() -> list[str]:
+    """Of the adapter: the one that was written when it was saved, and that of `model_card.py`."""
+    automatic = Path("my-adapter/README.md").read_text()
+    model_card.main(["my-adapter"])
+    return [automatic, Path("my-adapter/README.md").read_text()]
+
+
+def exported(kind: type, classes: int) -> PeftModel:
+    base = kind.from_pretrained("base", num_labels=classes, ignore_mismatched_sizes=True)
+    model = PeftModel.from_pretrained(base, "as-lora")
+    assert isinstance(model.peft_config["default"], LoraConfig)
+    return model
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("classes", [5, 16, 32])  # 16: as many as the head's inputs; 32: as the FFN's nodes
+@pytest.mark.parametrize("arch", ["distilbert", "bert", "roberta", "mobilebert", "albert", "gpt2", "vit", "bart"])
+def test_heads_of_any_form_and_size_are_loaded(arch, classes, method):
+    kind, inputs, expected = saved(arch, classes, method)
+    for card in cards():
+        (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
+        names: dict = {}
+        exec(code.partition("merged =")[0], names)
+        assert torch.equal(logits_of(names["model"], inputs), expected)
+    export(["my-adapter", "as-lora"])
+    torch.testing.assert_close(logits_of(exported(kind, classes), inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_answers_to_questions_have_two_outputs_per_token_whatever_the_base_model_had():
+    config = transformers.BertConfig(**zoo.SMALL, max_position_embeddings=32, num_labels=9)
+    transformers.BertForTokenClassification(config).save_pretrained("nine-tags")
+    name = Path("nine-tags").resolve()
+    base = transformers.AutoModelForQuestionAnswering.from_pretrained(name, num_labels=2)
+    get_peft_model(base, CONFIGS["learner"](task_type="QUESTION_ANS")).save_pretrained("my-adapter")
+    for card in cards():
+        assert 'from_pretrained("nine-tags", num_labels=2, ' in card
+    export(["my-adapter", "as-lora"])
+
+
+def test_other_modules_that_are_saved_whole_are_no_head():
+    saved("bert", 5, modules_to_save=["pooler", "word_embeddings"])
+    assert all("num_labels=5, " in card for card in cards())
+    llama = get_peft_model(zoo.build("llama"), CONFIGS["learner"](task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
+    llama.save_pretrained("my-adapter")
+    model_card.main(["my-adapter", "--base_model", "somebody/llama"])
+    assert "num_labels" not in Path("my-adapter/README.md").read_text()
+
+
+def test_the_base_models_revision_is_in_the_cards():
+    zoo.build("bert").save_pretrained("base")
+    base = AutoModelForSequenceClassification.from_pretrained(Path("base").resolve())
+    get_peft_model(base, CONFIGS["learner"](task_type="SEQ_CLS"), revision="v9").save_pretrained("my-adapter")
+    for card in cards():
+        assert 'from_pretrained("base", revision="v9", num_labels=2, ignore_mismatched_sizes=True)' in card
+
+
+# -- the export command alone ----------------------------------------------------------------------------------------
+
+
+def test_the_command_compares_the_head_with_the_file_where_its_size_can_not_be_read_off():
+    """Named by their whole path, the embeddings look like a part of the head: 64 outputs, or 5?"""
+    kind, inputs, expected = saved("bert", 5, modules_to_save=["bert.embeddings.word_embeddings"])
+    model_card.main(["my-adapter"])
+    assert "num_labels" not in Path("my-adapter/README.md").read_text()
+    export(["my-adapter", "as-lora"])
+    torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_the_command_takes_the_number_of_classes_and_says_if_it_is_wrong(capsys):
+    kind, inputs, expected = saved("bert", 5)
+    with pytest.raises(SystemExit, match=r"^error: The checkpoint does not fit .*\(5.*in the file, \(4"):
+        export(["my-adapter", "as-lora", "--num_labels", "4"])
+    export(["--num-labels", "5", "my-adapter", "as-lora"])
+    torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(SystemExit):
+        export(["my-adapter", "as-lora", "--num_labels", "0"])
+    assert "--num_labels must be at least 1, got 0" in capsys.readouterr().err
+
+
+def test_the_command_says_what_it_can_not_load_or_write():
+    saved("bert", 2)
+    config, own = Path("my-adapter/adapter_config.json"), Path("my-adapter/adapter_config.json").read_text()
+    Path("a-file").write_text("mine")
+    for call, said in (
+        (["my-adapter", "out", "--base_model", "no/such-model"], "The base model 'no/such-model' can't be loaded"),
+        (["my-adapter", "a-file"], "OUT must be a folder to write, but a-file is a file"),
+        (["my-adapter", "my-adapter"], "my-adapter holds an adapter of type LEARNER, which the export would destroy"),
+        (["nowhere", "out"], "Can't find 'adapter_config.json' at 'nowhere'"),
+    ):
+        with pytest.raises(SystemExit, match=f"^error: {said}"):
+            export(call)
+    assert config.read_text() == own and Path("a-file").read_text() == "mine" and not Path("out").exists()
+    config.write_text(json.dumps({**json.loads(own), "revision": "v9", "base_model_name_or_path": "no/such-model"}))
+    with pytest.raises(SystemExit, match=r"'no/such-model', revision 'v9' can't be loaded .* with --base_model\."):
+        export(["my-adapter", "out"])
+    config.write_text('{"peft_type": "FAR",')
+    with pytest.raises(SystemExit, match=r"^error: The adapter_config\.json in my-adapter is damaged"):
+        export(["my-adapter", "out"])
+    config.write_text(own)
+    Path("my-adapter/adapter_model.safetensors").write_bytes(b"half a file")
+    with pytest.raises(SystemExit, match="^error: The file of weights in my-adapter is damaged"):
+        export(["my-adapter", "out"])
+
+
+def test_the_command_refuses_models_that_are_none_of_transformers():
+    base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
+    get_peft_model(base, CONFIGS["learner"](target_modules=["0"])).save_pretrained("my-adapter")
+    with pytest.raises(SystemExit, match=r"^error: The adapter was made for a Sequential, .*save_as_lora"):
+        export(["my-adapter", "out", "--base_model", "base"])
