@@ -148,3 +148,29 @@ def test_what_exports_cost_is_what_their_files_say(file):
     assert f"{scores(record['adapter']['dev'])} by itself" in page
     assert f"{record['adapter']['bytes'] / 1e6:.1f} MB" in page
     assert record["rows"] == 408
+
+
+LEARNER_BENCH = {
+    "learner_priming": "in priming", "learner_primed": "after priming", "learner_unprimed": "without priming",
+    "learner_unprimed_no_norms": "the same, `train_norms=False`", "full": "full fine-tuning",
+}  # fmt: skip
+SHAPES = ((8, 32), (8, 128), (64, 32), (64, 128))
+
+
+def learner_bench(rank: int, tokens: int) -> dict:
+    file = ROOT / f"results/bench/learner-r{rank}-minilm-16x{tokens}-cpu-no-dropout.json"
+    found = json.loads(file.read_text())
+    assert (found["settings"]["rank"], found["settings"]["tokens"]) == (rank, tokens)
+    return found["variants"]
+
+
+def test_the_benchmark_tables_of_learners_are_those_of_their_files():
+    page, benches = (ROOT / "docs/learner.md").read_text(), [learner_bench(*shape) for shape in SHAPES]
+    for name, label in LEARNER_BENCH.items():
+        times = [bench[name]["time_ratios"]["step"] for bench in benches]
+        cells = [f"{time['median']:.2f} [{time['q1']:.2f}, {time['q3']:.2f}]" for time in times]
+        cells += [f"{benches[-1][name]['bytes_ratios'][kind]:.2f}" for kind in ("stored", "total")]
+        assert f"| {label} | {' | '.join(cells)} |" in page
+    for name, label in (("lora", "LoRA"), ("learner_unprimed", "Learner")):
+        cells = [f"{bench[name]['flops_to_bound']:.2f}" for bench in benches]
+        assert f"| {label} | {' | '.join(cells)} |" in page
