@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import is_number, is_positive_int
 from .factors import Factored, joined, nearest, total, without_idle
 from .functional import sum_of
-from .layer import DeltaLayer
+from .layer import DeltaLayer, refuse_merged
 from .linear import DeltaLinear
 from .names import check_adapter_name
 
@@ -170,8 +170,7 @@ def add_combined(
             "mixed batch (adapter_names=[...]), or combine adapters of a model without a new head."
         )
     layers = {n: m for n, m in root.named_modules() if isinstance(m, DeltaLayer)}
-    if any(layer.merged for layer in layers.values()):
-        raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
+    refuse_merged(layers.values())
     found = combine(layers, adapters, weights, combination_type, svd_rank)
     config, found = tuner._config_of_sum([tuner.peft_config[adapter] for adapter in adapters], found)
     config.modules_to_save = sorted({n for a in adapters for n in tuner.peft_config[a].modules_to_save or ()}) or None

@@ -210,8 +210,10 @@ def norm_with(
     # A half-precision norm with float32 deltas is computed in float32: its own weight would swallow small deltas.
     dtype, widest = x.dtype, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
     wide = widest != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    if bias is not None:  # a delta on one of them alone may have widened it
+        weight, bias = weight.to(widest), bias.to(widest)
     if wide:
-        x, weight, bias = x.to(widest), weight.to(widest), bias.to(widest) if bias is not None else None
+        x = x.to(widest)
     if type(base) is nn.LayerNorm:
         out = F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
     elif type(base) is nn.RMSNorm:

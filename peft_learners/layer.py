@@ -61,6 +61,16 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bo
                         raise ValueError(cannot_merge_shared(name, place, sharing))
 
 
+def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
+    """For what reads an adapter beside the base model's own values.
+
+    Raises:
+        ValueError: a layer has adapters merged into its base.
+    """
+    if any(layer.merged for layer in layers):
+        raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
+
+
 class DeltaLayer(nn.Module, BaseTunerLayer):
     """A module plus the deltas of its adapters.
 
@@ -115,11 +125,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """
         base: Any = self.get_base_layer()
         if is_norm(base):
-            weight, bias = values.get("weight", base.weight), values.get("bias", getattr(base, "bias", None))
-            if bias is not None:  # a delta on one of them alone may have widened it
-                widest = torch.promote_types(weight.dtype, bias.dtype)
-                weight, bias = weight.to(widest), bias.to(widest)
-            return norm_with(base, x, weight, bias, *args, **kwargs)
+            bias = values.get("bias", getattr(base, "bias", None))
+            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
         cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
         if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
             return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))

@@ -13,7 +13,7 @@ from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
 from test_contract import logits_of
 from torch import Tensor, nn
-from training import arguments, trainer
+from training import arguments, take_steps, trainer
 from transformers import set_seed
 from tuners import TUNERS
 
@@ -38,24 +38,6 @@ def adapted(model: nn.Module, tuner: str, seed: int = 1, **settings: Any) -> Pef
 def layer_of(model: nn.Module) -> Any:
     """An adapted layer of the model that is not square."""
     return next(m for n, m in model.named_modules() if n.endswith(("intermediate.dense", "up_proj")))
-
-
-def train(model: PeftModel, batch: dict[str, Tensor]) -> tuple[list[float], list[str]]:
-    """Losses and phases of a few steps, in which all that trains must get a gradient."""
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    half = STEPS // 2
-    starts = model.base_model.set_schedule(total_steps=STEPS, steps_per_epoch=half, optimizer=optimizer)
-    losses, phases = [], [start.phase for start in starts]
-    for step in range(1, STEPS + 1):
-        loss = model(**batch).loss
-        loss.backward()
-        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        phases += [start.phase for start in model.base_model.update_and_allocate(step)]
-    return losses, phases
 
 
 def base_values(model: nn.Module) -> dict[str, Tensor]:
@@ -149,7 +131,7 @@ def test_adapter_trains_saves_and_leaves_the_base_as_it_was(kind, tuner, tmp_pat
     before = base_values(base(kind))
     model = adapted(base(kind), tuner)
     assert same(base_values(model), before)
-    losses, phases = train(model, batch)
+    losses, phases = take_steps(model, batch, STEPS)
     assert tuple(phases) == TUNERS[tuner].phases
     assert losses[2] < losses[0] and losses[-1] < losses[-3]  # in each phase
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
@@ -209,7 +191,7 @@ def test_biases_alone_train_and_merge_exactly(kind):
     batch = inputs()
     set_seed(1)
     model = get_peft_model(base(kind), NASLoRAConfig(r=0, parameter_budget=0.5, task_type="SEQ_CLS"))
-    losses, phases = train(model, batch)
+    losses, phases = take_steps(model, batch, STEPS)
     assert phases == ["search", "retraining"] and losses[2] < losses[0]
     layer = layer_of(model)
     assert torch.equal(layer.get_delta_weight("default"), torch.zeros(layer.out_features, layer.in_features))
@@ -239,7 +221,7 @@ def test_what_is_in_float_can_be_primed(kind):
     config = LearnerConfig(r=4, priming_epochs=1, priming_modules=["query", "value"], task_type="SEQ_CLS")
     set_seed(1)
     model = get_peft_model(base(kind, keep=keep), config)
-    losses, phases = train(model, inputs())
+    losses, phases = take_steps(model, inputs(), STEPS)
     assert phases == ["priming", "learning"] and losses[-1] < losses[0]
     primed = {n for n, m in model.named_modules() if "default" in getattr(m, "learner_dense_delta", ())}
     assert {name.rpartition(".")[2] for name in primed} == {"query", "value"} and len(primed) == 4
@@ -249,7 +231,7 @@ def test_what_is_in_float_can_be_primed(kind):
 
 def test_a_primed_adapter_is_refused_by_a_quantised_base(kind, tmp_path: Path):
     model = adapted(float_base(), "learner")
-    train(model, inputs())
+    take_steps(model, inputs(), STEPS)
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"adds a dense delta to.*was primed on a base model in float"):
         PeftModel.from_pretrained(base(kind), tmp_path)
@@ -271,7 +253,7 @@ def test_far_trains_and_merges_what_is_in_float(kind):
     names = ast.literal_eval(str(error.value).rpartition("exclude_modules=")[2].rstrip(")."))
     batch = inputs()
     model = adapted(base(kind, keep=keep), "far", exclude_modules=names)
-    losses, phases = train(model, batch)
+    losses, phases = take_steps(model, batch, STEPS)
     assert tuple(phases) == TUNERS["far"].phases and losses[-1] < losses[0]
     logits = logits_of(model, batch)
     precision = KINDS[kind].precision

@@ -14,6 +14,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from test_contract import logits_of
 from torch import nn
+from training import take_steps
 from transformers import set_seed
 from tuners import TUNERS
 
@@ -61,22 +62,6 @@ def offloaded(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], nn
     return make
 
 
-def train(model: PeftModel, batch: dict[str, torch.Tensor]) -> list[float]:
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.base_model.set_schedule(total_steps=STEPS, steps_per_epoch=STEPS // 2, optimizer=optimizer)
-    losses = []
-    for step in range(1, STEPS + 1):
-        loss = model(**batch).loss
-        loss.backward()
-        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-        model.base_model.update_and_allocate(step)
-    return losses
-
-
 @pytest.mark.verb("device_map, offloading")
 @pytest.mark.parametrize("place", ["cpu", {"": "cpu"}, "auto"], ids=str)
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -119,9 +104,9 @@ def test_adapter_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloade
 def test_training_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloaded, tmp_path: Path):
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     reference, model = (adapted(base, tuner) for base in (zoo.build("bert"), offloaded()))
-    expected = train(reference, batch)
+    expected = take_steps(reference, batch, STEPS)[0]
     assert expected[-1] < expected[0]
-    assert train(model, batch) == pytest.approx(expected, rel=1e-4)
+    assert take_steps(model, batch, STEPS)[0] == pytest.approx(expected, rel=1e-4)
     saved = []
     for name, one in (("ours", model), ("theirs", reference)):
         one.save_pretrained(tmp_path / name)

@@ -15,9 +15,10 @@ import torch
 import zoo
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_model
-from test_contract import Trained, logits_of, train
+from test_contract import Trained, logits_of
 from training import adapted, far, learner, nas
 from tuners import TUNERS
+from verb_cases import trained
 
 from peft_learners import LearnerConfig
 from peft_learners.export import save_as_lora, to_lora
@@ -26,13 +27,6 @@ from peft_learners.names import rank_patterns, saved_names, target_names
 
 FILE = "adapter_model.safetensors"
 EXACT = ("learner-unprimed", "nas-unstructured", "nas-structured")
-_TRAINED: dict[tuple[str, str], Trained] = {}
-
-
-def trained(tuner: str, arch: str) -> Trained:
-    if (tuner, arch) not in _TRAINED:
-        _TRAINED[tuner, arch] = train(tuner, arch)
-    return _TRAINED[tuner, arch]
 
 
 def error_of(run: Trained, folder: Path) -> float:

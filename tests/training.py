@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import zoo
-from peft import PeftConfig, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from tuners import TUNERS
@@ -112,3 +112,20 @@ def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".learner_dense_delta." in name]
+
+
+def take_steps(model: PeftModel, batch: dict[str, torch.Tensor], steps: int) -> tuple[list[float], list[str]]:
+    """Losses and phases of a training by hand, whose first epoch ends halfway; all that trains has a gradient."""
+    model.train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    starts = model.base_model.set_schedule(total_steps=steps, steps_per_epoch=steps // 2, optimizer=optimizer)
+    losses, phases = [], [start.phase for start in starts]
+    for step in range(1, steps + 1):
+        loss = model(**batch).loss
+        loss.backward()
+        assert [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        phases += [start.phase for start in model.base_model.update_and_allocate(step)]
+    return losses, phases

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from ..config import PhasedConfig
 from ..discovery import linear_names
 from ..factors import Factored, joined, nearest, total, without_idle
-from ..layer import DeltaLayer, parameter_at
+from ..feed_forward import sizes
+from ..layer import DeltaLayer, parameter_at, refuse_merged
 
 Values = Mapping[str, Tensor]
 
@@ -42,11 +42,8 @@ def checked_rank(rank: float | None) -> float | None:
 
 def refuse_unreadable(modules: Mapping[str, nn.Module], layers: Mapping[str, DeltaLayer]) -> None:
     """Refuse adapters whose values are not there, or that stock LoRA would not compute with."""
+    refuse_merged(layers.values())
     for name, layer in layers.items():
-        if layer.merged:
-            raise ValueError(
-                "The model's weights have adapters merged into them: call `model.unmerge_adapter()` first."
-            )
         if any(p.is_meta for p in layer.parameters()):
             raise ValueError(
                 f"The weights of {name} are offloaded, or on meta. Load the base model on one device first."
@@ -84,11 +81,11 @@ def factors_of(
     return pairs, biases
 
 
-def _zeros(layer: Any) -> Factored:
-    like = next(layer.parameters())
+def _zeros(layer: nn.Module) -> Factored:
+    like, (in_features, out_features) = next(layer.parameters()), sizes(layer)
     dtype = like.dtype if like.is_floating_point() else torch.float32
     options: dict[str, Any] = {"dtype": dtype, "device": like.device}
-    return Factored(torch.zeros(1, layer.in_features, **options), torch.zeros(layer.out_features, 1, **options))
+    return Factored(torch.zeros(1, in_features, **options), torch.zeros(out_features, 1, **options))
 
 
 def nothing_on_one_layer(root: nn.Module) -> dict[str, Factored]:
@@ -96,11 +93,7 @@ def nothing_on_one_layer(root: nn.Module) -> dict[str, Factored]:
     modules, names = dict(root.named_modules()), linear_names(root)
     if not names:
         raise ValueError("The model has no linear layer that a LoRA adapter could be put on.")
-    layer: Any = modules[names[0]]
-    if isinstance(layer, Conv1D):
-        weight = layer.weight
-        return {names[0]: Factored(weight.new_zeros(1, weight.shape[0]), weight.new_zeros(weight.shape[1], 1))}
-    return {names[0]: _zeros(layer)}
+    return {names[0]: _zeros(modules[names[0]])}
 
 
 @dataclass(frozen=True)
