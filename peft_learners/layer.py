@@ -168,7 +168,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _forward_at_hand(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """`forward_with`, with weights that are offloaded fetched for it."""
-        if not any(is_offloaded(module) for module in self._modules.values() if module is not None):
+        parts = self._modules.values()
+        if not any("_hf_hook" in part.__dict__ and is_offloaded(part) for part in parts if part is not None):
             return self.forward_with(x, adapters, *args, **kwargs)
         # Their own forward would fetch them again, over values that `call_at` has put in their place.
         fetched: list[tuple[Any, Any]] = []

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from .discovery import float_weight, readable_weight
-from .functional import Dense, LowRank, effective_weight, linear_with_updates, sum_of
+from .functional import Dense, LowRank, Pair, dense_factor, effective_weight, linear_with_updates, sum_of
 from .linear import DeltaLinear
 
 
@@ -30,6 +30,11 @@ def _leads_back(out: Tensor, x: Tensor) -> bool:
     return True
 
 
+def _dense_pair(pair: Pair) -> LowRank:
+    a, b, factor = pair
+    return dense_factor(a), dense_factor(b), factor
+
+
 class LowRankLinear(DeltaLinear):
     """`y = x (W + s B A + c D)^T + b + db`, summed over the active adapters; any of the terms may be missing.
 
@@ -43,6 +48,10 @@ class LowRankLinear(DeltaLinear):
         """`(A, B, s)`, differentiable."""
         raise NotImplementedError
 
+    def factors(self, adapter: str) -> Pair | None:
+        """The same for the forward pass, where factors of which little is left may be given by their entries."""
+        return self.low_rank(adapter)
+
     def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
         """A bias (or None) with db added."""
         delta = self.bias_delta(adapter)
@@ -52,57 +61,69 @@ class LowRankLinear(DeltaLinear):
         """`(D, c)`, differentiable."""
         return None
 
-    def dropout(self, adapter: str) -> nn.Module | None:
-        """Dropout on the input of the low-rank path, where it drops anything now."""
-        return None
+    def dropout(self, adapter: str) -> float:
+        """Probability with which entries of the low-rank terms' input are dropped now."""
+        return 0.0
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        low_rank, dense = self._updates(adapters)
+        pairs, dense = self._updates(adapters)
         own = getattr(self.get_base_layer(), "bias", None)
         total = own
         for name in adapters:
             total = self.bias_with(total, name)
-        if not (low_rank or dense) and total is own:
+        if not (pairs or dense) and total is own:
             return self.base_layer(x, *args, **kwargs)
         weight = readable_weight(self.base_layer)
-        summands = [a for a, _, _ in low_rank.values()] + [delta for delta, _ in dense.values()]
-        summands += [total] if total is not None else []
-        if weight is None or args or kwargs or any(value.dtype != weight.dtype for value in summands):
-            return self._forward_plain(x, adapters, low_rank, dense, *args, **kwargs)
-        dropped = [name for name in low_rank if self.dropout(name) is not None]
-        kept = [pair for name, pair in low_rank.items() if name not in dropped]
-        if kept or dense:
-            out = linear_with_updates(x, weight, total, kept, list(dense.values()))
+        if weight is None or args or kwargs or not self._may_mix(x, weight, pairs, dense, total):
+            return self._forward_plain(x, adapters, pairs, dense, *args, **kwargs)
+        dropped = [name for name in pairs if self.dropout(name)]
+        if len(dropped) == 1 == len(pairs):
+            return linear_with_updates(
+                x, weight, total, [*pairs.values()], [*dense.values()], self.dropout(dropped[0])
+            )
+        kept = [pair for name, pair in pairs.items() if name not in dropped]
+        if kept or dense or (total is not None and total.dtype != weight.dtype):
+            out = linear_with_updates(x, weight, total, kept, [*dense.values()])
         else:
             out = F.linear(x, weight, total)
         for name in dropped:
-            (a, b, factor), drop = low_rank[name], self.dropout(name)
-            assert drop is not None
-            out = out + F.linear(F.linear(drop(x), a), b) * factor
+            a, b, factor = _dense_pair(pairs[name])
+            cast = F.dropout(self._cast_input_dtype(x, a.dtype), self.dropout(name))
+            out = (out + F.linear(F.linear(cast, a), b) * factor).to(out.dtype)
         return out
 
-    def _updates(self, adapters: list[str]) -> tuple[dict[str, LowRank], dict[str, Dense]]:
-        low_rank, dense = {}, {}
+    def _may_mix(
+        self, x: Tensor, weight: Tensor, pairs: dict[str, Pair], dense: dict[str, Dense], bias: Tensor | None
+    ) -> bool:
+        """Whether the updates are of the weight's type, or x may be cast to theirs."""
+        if self.cast_input_dtype_enabled or torch.is_autocast_enabled(x.device.type):
+            return True
+        parts = [part for a, b, _ in pairs.values() for part in (a, b)] + [delta for delta, _ in dense.values()]
+        return all(part.dtype == weight.dtype for part in parts)
+
+    def _updates(self, adapters: list[str]) -> tuple[dict[str, Pair], dict[str, Dense]]:
+        pairs: dict[str, Pair] = {}
+        dense: dict[str, Dense] = {}
         for name in adapters:
-            pair, delta = self.low_rank(name), self.dense(name)
+            pair, delta = self.factors(name), self.dense(name)
             if pair is not None:
-                low_rank[name] = pair
+                pairs[name] = pair
             if delta is not None:
                 dense[name] = delta
-        return low_rank, dense
+        return pairs, dense
 
     def _forward_plain(
         self,
         x: Tensor,
         adapters: list[str],
-        low_rank: dict[str, LowRank],
+        pairs: dict[str, Pair],
         dense: dict[str, Dense],
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """The same sum through `base_layer(x)`: for weights of another type, quantised, hooked or wrapped."""
+        """The same sum through `base_layer(x)`: for weights that are quantised, hooked or wrapped."""
         out = self.base_layer(x, *args, **kwargs)
         if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
             raise RuntimeError(
@@ -111,9 +132,10 @@ class LowRankLinear(DeltaLinear):
                 "called in eval mode: load the base model again and train before you evaluate.)"
             )
         dtype = out.dtype
-        for name, (a, b, factor) in low_rank.items():
-            cast, drop = self._cast_input_dtype(x, a.dtype), self.dropout(name)
-            out = out + F.linear(F.linear(cast if drop is None else drop(cast), a), b) * factor
+        for name, pair in pairs.items():
+            a, b, factor = _dense_pair(pair)
+            cast = F.dropout(self._cast_input_dtype(x, a.dtype), self.dropout(name))
+            out = out + F.linear(F.linear(cast, a), b) * factor
         for delta, factor in dense.values():
             out = out + F.linear(self._cast_input_dtype(x, delta.dtype), delta) * factor
         for name in adapters:

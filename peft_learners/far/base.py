@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..allocation import kept_count
 from ..boundary import Resized, resize
 from ..discovery import base_of
+from ..functional import others_of, uncut
 from ..layer import TEST_STD, DeltaLayer, parameter_at
-from ..sparse import others_of, uncut
 from .config import PARTS, FARConfig
 from .plan import Home, Nodes
 

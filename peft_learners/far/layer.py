@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..discovery import base_of, readable_weight
-from ..functional import Dense, LowRank, effective_linear, separate_linear, sum_of
+from ..functional import Dense, LowRank, cut_linear, effective_linear, separate_linear, sum_of, wants_summed_weight
 from ..layer import TransparentLayer, parameter_at
 from ..linear import DeltaLinear
-from ..sparse import cut_linear, wants_summed_weight
 from .base import BATCHLESS, FARLayer
 
 
@@ -21,7 +20,7 @@ class FARLinear(FARLayer, DeltaLinear):
     """`y = x (W + D)^T + b + db`; `x: (..., in_features)`, `D: (out_features, in_features)`, `db: (out_features,)`.
 
     Once nodes are selected, a layer of an FFN trains `D[kept]` and `db[kept]` (axis 0) or `D[:, kept]` and all of db
-    (axis 1); the rest of D and db is frozen, or gone. See `peft_learners.sparse` for the arithmetic.
+    (axis 1); the rest of D and db is frozen, or gone. See `peft_learners.functional.cut` for the arithmetic.
 
     Source: arXiv 2205.01541.
     """

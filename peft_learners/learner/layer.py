@@ -84,6 +84,9 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
             self._add("learner_dense_delta", adapter, config, self.out_features, self.in_features)
         self._finish_update(adapter, config)
 
+    def has_adapter(self, adapter: str) -> bool:
+        return adapter in self.learner_r
+
     def low_rank(self, adapter: str) -> LowRank:
         return self.learner_P1[adapter], self.learner_P2[adapter], self.learner_scaling[adapter]
 
@@ -95,9 +98,9 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
     def bias_delta(self, adapter: str) -> Tensor | None:
         return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
 
-    def dropout(self, adapter: str) -> nn.Module | None:
+    def dropout(self, adapter: str) -> float:
         dropout = self.learner_dropout[adapter]
-        return dropout if self.training and isinstance(dropout, nn.Dropout) else None
+        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
     def __repr__(self) -> str:
         return "learner." + super().__repr__()

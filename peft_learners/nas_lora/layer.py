@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..boundary import Resized, resize
 from ..discovery import base_of
-from ..functional import LowRank, sum_of
+from ..functional import Entries, Factor, LowRank, Pair, dense_factor, sum_of
 from ..layer import TEST_STD, DeltaLayer, TransparentLayer
 from ..low_rank import LowRankLinear
 from .config import CONTAINERS, NASLoRAConfig
@@ -353,19 +353,35 @@ class NASLoRALinear(NASLoRALayer, LowRankLinear):
     """
 
     def low_rank(self, adapter: str) -> LowRank | None:
-        if "U" not in self.nas_lora_space[adapter].shapes:
-            return None
-        u, v = self.full("U", adapter), self.full("V", adapter)
-        if u is None and v is None:
-            return None
+        pair = self.factors(adapter)
+        return None if pair is None else (dense_factor(pair[0]), dense_factor(pair[1]), pair[2])
+
+    def factors(self, adapter: str) -> Pair | None:
         # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
         space = self.nas_lora_space[adapter]
-        if u is None:
-            assert v is not None
-            u = v.new_zeros(space.shapes["U"])
-        elif v is None:
-            v = u.new_zeros(space.shapes["V"])
-        return v.t(), u, 1.0
+        parts = {part: self._factor(part, adapter) for part in ("U", "V") if part in space.shapes}
+        there = [factor for factor in parts.values() if factor is not None]
+        if not there:
+            return None
+        pair = []
+        for part in ("V", "U"):
+            factor = parts[part]
+            if factor is None:
+                values = there[0].values if isinstance(there[0], Entries) else there[0]
+                zeros = values.new_zeros(space.shapes[part][::-1])
+                factor = zeros.t() if part == "U" else zeros
+            pair.append(factor)
+        return pair[0], pair[1], 1.0
+
+    def _factor(self, part: str, adapter: str) -> Factor | None:
+        """A = V^T, or B = U: entries where it is of such."""
+        values, space = self.values(part), self.nas_lora_space[adapter]
+        if adapter not in values or values[adapter].numel() == 0:
+            return None
+        if space.structured or adapter not in self.positions(part):
+            return values[adapter].t() if part == "V" else values[adapter]
+        features, rank = space.shapes[part]
+        return Entries(values[adapter], self.positions(part)[adapter], rank, features, turned=part == "U")
 
 
 class NASLoRABias(NASLoRALayer, TransparentLayer):

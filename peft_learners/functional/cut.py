@@ -20,16 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .functional import apply_to_rows
-
-
-def wants_summed_weight(rows: int) -> bool:
-    """Whether to form `W + D` rather than to multiply twice.
-
-    Forming moves three numbers per weight, a second product costs `rows` multiplications per weight, and a machine
-    does some tens of multiplications in the time of moving one number.
-    """
-    return rows > 32
+from .updates import applied, apply_to_rows
 
 
 def order_of(kept: Tensor, nodes: int) -> Tensor:
@@ -146,6 +137,6 @@ def cut_linear(
 
     def run(rows: Tensor) -> Tensor:
         stored = None if axis == 0 else rows.detach().index_select(1, kept)
-        return _CutLinear.apply(rows, stored, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
+        return applied(_CutLinear, rows, stored, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
 
     return apply_to_rows(run, x, weight)
