@@ -1,155 +1,78 @@
-"""What the benchmarks share: variants that take their steps in turn, bytes counted, ratios round by round."""
+"""What the benchmark measures: variants that take their steps in turn, bytes and flops counted, paired ratios."""
 
+import copy
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Optional, TypeVar
+from typing import Any, Optional
 
 import run_record
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, HfArgumentParser
+from peft import PeftModel
+from torch.utils.flop_counter import FlopCounterMode, bmm_flop, mm_flop, sdpa_backward_flop_count, sdpa_flop_count
 
 #: Rounds before those that count: caches fill, and optimizers make their state.
 WARMUP_ROUNDS = 2
 #: What a step's time is split into.
 TIMES = ("step", "forward_backward", "optimizer")
+BYTES = ("stored", "parameters", "gradients", "optimizer", "total")
+#: How often an adapter is saved and loaded.
+SAVES = 3
+
+Rows = dict[str, torch.Tensor]
 
 
-@dataclass
-class CommonArguments:
-    """On what is measured, and where the record goes."""
-
-    model_name_or_path: str = field(metadata={"help": "A Hub id or a local folder. It gets a head of two classes."})
-    out: str = field(metadata={"help": "The results file (JSON)."})
-    batch_size: int = field(default=16, metadata={"help": "Rows per step."})
-    tokens: int = field(default=128, metadata={"help": "Tokens per row: random ids, no padding."})
-    rounds: int = field(default=15, metadata={"help": f"Rounds that count, after {WARMUP_ROUNDS} that don't."})
-    threads: int = field(default=2, metadata={"help": "Threads of torch."})
-    device: Optional[str] = field(default=None, metadata={"help": "cpu or cuda. Default: cuda if there is one."})
-    dropout: Optional[float] = field(
-        default=None, metadata={"help": "Hidden and attention dropout. Default: as the model's config says."}
-    )
-    fused: bool = field(default=True, metadata={"help": "AdamW in its fused form, as the Trainer has it."})
-    seed: int = field(default=0, metadata={"help": "Of the new head, the rows and dropout."})
-
-
-A = TypeVar("A", bound=CommonArguments)
+def _none() -> Iterable[torch.Tensor]:
+    return ()
 
 
 @dataclass
 class Variant:
-    """One way to train, ready to take steps.
+    """One way to train or to call a model, ready to take steps.
 
     Attributes:
-        saves: whether the size of its adapter's file is of interest.
-        max_grad_norm: what gradients are clipped to before each step; None: they are not.
-        after_step: belongs to a step, and to its time.
+        optimizer: None: a step is a forward pass without gradients.
+        settings: fields of its config that tell it from others.
+        phase: of its training.
+        saves: whether saving and loading its adapter is of interest.
+        after_step: belongs to a step, and to its time; called before gradients are zeroed.
         around: what is to hold while it takes a step; entering and leaving it takes none of the step's time.
+        state: tensors that it keeps for training outside the model and the optimizer.
     """
 
     model: torch.nn.Module
-    optimizer: torch.optim.Optimizer
+    optimizer: Optional[torch.optim.Optimizer]
     settings: dict[str, Any] = field(default_factory=dict)
+    phase: str = "training"
     saves: bool = False
-    max_grad_norm: Optional[float] = None
     after_step: Optional[Callable[[], object]] = None
     around: Callable[[], AbstractContextManager[Any]] = nullcontext
+    state: Callable[[], Iterable[torch.Tensor]] = _none
     seconds: dict[str, list[float]] = field(default_factory=lambda: {name: [] for name in TIMES})
 
 
-# -- what is measured ----------------------------------------------------------------------------------------------
+# -- steps and their time ------------------------------------------------------------------------------------------
 
 
-def parse(arguments: type[A], description: Optional[str], argv: Optional[list[str]]) -> tuple[A, torch.device]:
-    """The command line's arguments, and the device; torch gets its threads.
-
-    Raises:
-        ValueError: a number below 1.
-    """
-    (args,) = HfArgumentParser(arguments, description=description).parse_args_into_dataclasses(argv)
-    for name in ("batch_size", "rounds", "threads"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    torch.set_num_threads(args.threads)
-    return args, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-
-
-def load_config(args: CommonArguments) -> Any:
-    """The model's config with the dropout asked for.
-
-    Raises:
-        ValueError: more tokens than the model has positions.
-    """
-    config = AutoConfig.from_pretrained(args.model_name_or_path, num_labels=2)
-    positions = getattr(config, "max_position_embeddings", args.tokens)
-    if not 1 <= args.tokens <= positions:
-        raise ValueError(f"--tokens must be from 1 to {positions} for this model, got {args.tokens}.")
-    if args.dropout is not None:
-        for name in dropout_of(config):
-            setattr(config, name, args.dropout)
-    if config.pad_token_id is None:  # heads that look for the last token of a row need one
-        config.pad_token_id = 0
-    return config
-
-
-def dropout_of(config: Any) -> dict[str, float]:
-    """The config's dropout rates by the names they have in this architecture; not LayerDrop, which skips layers."""
-    numbers = {k: v for k, v in config.to_dict().items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return {k: float(v) for k, v in numbers.items() if "drop" in k and "layerdrop" not in k}
-
-
-def load_model(args: CommonArguments, config: Any, device: torch.device) -> torch.nn.Module:
-    """The model, in float32, with a head that depends on the seed alone."""
-    torch.manual_seed(args.seed)
-    model = AutoModelForSequenceClassification.from_pretrained(
-        args.model_name_or_path, config=config, dtype=torch.float32
-    )
-    return model.to(device)
-
-
-def random_rows(args: CommonArguments, config: Any, device: torch.device) -> dict[str, torch.Tensor]:
-    """One batch of random tokens and labels."""
-    generator = torch.Generator().manual_seed(args.seed)
-    shape = (args.batch_size, args.tokens)
-    rows = {
-        "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-        "labels": torch.randint(2, (args.batch_size,), generator=generator),
-    }
-    return {name: value.to(device) for name, value in rows.items()}
-
-
-def with_optimizer(args: CommonArguments, model: torch.nn.Module, settings: dict[str, Any], **more: Any) -> Variant:
-    """A variant that trains with AdamW what requires a gradient now.
-
-    Args:
-        more: further attributes of the variant.
-    """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Variant(model.train(), torch.optim.AdamW(trained, lr=2e-5, fused=args.fused), settings, **more)
-
-
-# -- steps, their time and bytes -----------------------------------------------------------------------------------
-
-
-def take_step(variant: Variant, rows: dict[str, torch.Tensor]) -> dict[str, float]:
-    """One optimizer step; returns its seconds."""
-    device = rows["input_ids"].device
+def take_step(variant: Variant, rows: Rows) -> dict[str, float]:
+    """One optimizer step, or one forward pass where there is no optimizer; returns its seconds."""
+    device, optimizer = rows["input_ids"].device, variant.optimizer
     with variant.around():
         start = _clock(device)
+        if optimizer is None:
+            with torch.no_grad():
+                variant.model(**rows)
+            return {"step": _clock(device) - start}
         variant.model(**rows).loss.backward()
         middle = _clock(device)
-        if variant.max_grad_norm is not None:
-            torch.nn.utils.clip_grad_norm_(variant.model.parameters(), variant.max_grad_norm)
-        variant.optimizer.step()
+        optimizer.step()
         if variant.after_step is not None:
             variant.after_step()
-        variant.optimizer.zero_grad()
+        optimizer.zero_grad()
         end = _clock(device)
     return {"step": end - start, "forward_backward": middle - start, "optimizer": end - middle}
 
@@ -160,48 +83,93 @@ def _clock(device: torch.device) -> float:
     return time.perf_counter()
 
 
+def order_of(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: each begins with another variant, and every other one goes backwards, so that none always
+    follows the same."""
+    first = number % len(names)
+    turned = [*names[first:], *names[:first]]
+    return turned[:1] + turned[:0:-1] if number % 2 else turned
+
+
+def take_rounds(variants: dict[str, Variant], rows: Rows, rounds: int) -> None:
+    """Let all variants take a step per round and note its seconds."""
+    names = list(variants)
+    for number in range(-WARMUP_ROUNDS, rounds):
+        for name in order_of(names, number):
+            for part, seconds in take_step(variants[name], rows).items():
+                if number >= 0:
+                    variants[name].seconds[part].append(round(seconds, 7))
+
+
+def quartiles(values: Sequence[float]) -> dict[str, float]:
+    """`q1`, `median` and `q3`; of a single value, the value."""
+    if len(values) == 1:
+        return {"q1": values[0], "median": values[0], "q3": values[0]}
+    found = statistics.quantiles(values, n=4, method="inclusive")
+    return dict(zip(("q1", "median", "q3"), found, strict=True))
+
+
+def ratios(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Median and quartiles of the ratios of two series, taken round by round."""
+    return quartiles([a / b for a, b in zip(own, reference, strict=True)])
+
+
+def time_ratios(own: Variant, reference: Variant) -> dict[str, dict[str, float]]:
+    """Ratios of the times that both have, by part of the step."""
+    pairs = {part: (own.seconds[part], reference.seconds[part]) for part in TIMES}
+    return {part: ratios(*pair) for part, pair in pairs.items() if all(pair)}
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
 def _model_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
 
 
-def _unique_bytes(tensors: Iterator[torch.Tensor]) -> int:
-    storages = (tensor.untyped_storage() for tensor in tensors)
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Sizes by address; a sparse tensor has a storage for its indices and one for its values."""
+    dense = (
+        t for tensor in tensors for t in ((tensor._indices(), tensor._values()) if tensor.is_sparse else (tensor,))
+    )
+    storages = (tensor.untyped_storage() for tensor in dense)
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def measure_bytes(variant: Variant, rows: dict[str, torch.Tensor]) -> dict[str, int]:
+def measure_bytes(variant: Variant, rows: Rows) -> dict[str, int]:
     """Bytes that a step holds: `stored`, `parameters`, `gradients`, `optimizer` and their sum, `total`.
 
     `stored` is what autograd keeps from forward for backward. What the model holds anyway (its parameters and buffers)
     does not count there, and tensors that lie in one storage count once, whole.
     """
-    own = {tensor.untyped_storage().data_ptr() for tensor in _model_tensors(variant.model)}
     stored: dict[int, int] = {}
+    gradients = state = 0
+    own = _storages(_model_tensors(variant.model))
+    if (optimizer := variant.optimizer) is not None:
 
-    def pack(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            stored[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            stored.update(_storages([tensor]))
+            return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = variant.model(**rows).loss
-    loss.backward()
-    gradients = sum(p.grad.nbytes for p in variant.model.parameters() if p.grad is not None)
-    variant.optimizer.step()
-    variant.optimizer.zero_grad()
-    state = [value for entry in variant.optimizer.state.values() for value in entry.values()]
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = variant.model(**rows).loss
+        loss.backward()
+        gradients = sum(p.grad.nbytes for p in variant.model.parameters() if p.grad is not None)
+        optimizer.step()
+        optimizer.zero_grad()
+        kept = (value for entry in optimizer.state.values() for value in entry.values())
+        state = sum(value.nbytes for value in (*kept, *variant.state()) if isinstance(value, torch.Tensor))
     counted = {
-        "stored": sum(stored.values()),
-        "parameters": _unique_bytes(_model_tensors(variant.model)),
+        "stored": sum(size for address, size in stored.items() if address not in own),
+        "parameters": sum(own.values()),
         "gradients": gradients,
-        "optimizer": sum(value.nbytes for value in state if isinstance(value, torch.Tensor)),
+        "optimizer": state,
     }
     return {**counted, "total": sum(counted.values())}
 
 
-def peak_step_bytes(variant: Variant, rows: dict[str, torch.Tensor]) -> Optional[int]:
+def peak_step_bytes(variant: Variant, rows: Rows) -> Optional[int]:
     """The most that a step allocates beyond what stays between steps, as CUDA's allocator saw it; None on the CPU."""
     device = rows["input_ids"].device
     if device.type != "cuda":
@@ -213,89 +181,107 @@ def peak_step_bytes(variant: Variant, rows: dict[str, torch.Tensor]) -> Optional
     return torch.cuda.max_memory_allocated(device) - before
 
 
-def adapter_file_bytes(variant: Variant) -> int:
-    """Size of the adapter's file."""
-    with tempfile.TemporaryDirectory() as folder:
-        model: Any = variant.model
-        model.save_pretrained(folder)
-        return run_record.saved_bytes(Path(folder))
+def trained_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """The parameters that require a gradient, shared ones once."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
-def take_rounds(variants: dict[str, Variant], rows: dict[str, torch.Tensor], rounds: int) -> None:
-    """Let all variants take a step per round and note its seconds. Each round begins with another variant."""
-    names = list(variants)
-    for number in range(-WARMUP_ROUNDS, rounds):
-        first = number % len(names)
-        for name in names[first:] + names[:first]:
-            for part, seconds in take_step(variants[name], rows).items():
-                if number >= 0:
-                    variants[name].seconds[part].append(seconds)
+def saving(variant: Variant, base: torch.nn.Module) -> dict[str, Any]:
+    """Size of the adapter's file, and the seconds to save it and to load it onto a fresh copy of the base model."""
+    if not variant.saves:
+        return {"adapter_file_bytes": None, "save_seconds": None, "load_seconds": None}
+    save: list[float] = []
+    load: list[float] = []
+    model: Any = variant.model
+    for _ in range(SAVES):
+        with tempfile.TemporaryDirectory() as folder:
+            start = time.perf_counter()
+            model.save_pretrained(folder)
+            save.append(time.perf_counter() - start)
+            size, fresh = run_record.saved_bytes(Path(folder)), copy.deepcopy(base)
+            start = time.perf_counter()
+            PeftModel.from_pretrained(fresh, folder)
+            load.append(time.perf_counter() - start)
+    return {"adapter_file_bytes": size, "save_seconds": save, "load_seconds": load}
 
 
-def ratios(own: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
-    """Median and quartiles of the ratios of two series, taken round by round."""
-    each = [a / b for a, b in zip(own, reference, strict=True)]
-    if len(each) == 1:
-        return {"q1": each[0], "median": each[0], "q3": each[0]}
-    quartiles = statistics.quantiles(each, n=4, method="inclusive")
-    return dict(zip(("q1", "median", "q3"), quartiles, strict=True))
+# -- flops ---------------------------------------------------------------------------------------------------------
+
+_aten = torch.ops.aten
+#: Formulas, from shapes, of what torch's counter passes over: products that are added to a tensor in place, and the
+#: CPU's kernel for scaled dot products.
+_FORMULAS = {
+    _aten.addmm_: lambda out, a, b, **_: mm_flop(a, b),
+    _aten.baddbmm_: lambda out, a, b, **_: bmm_flop(a, b),
+    _aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    _aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+_MATRIX_PRODUCTS = {"aten.mm", "aten.addmm", "aten.addmm_"}
 
 
-# -- the record ----------------------------------------------------------------------------------------------------
+def count_flops(function: Callable[[], object]) -> dict[str, int]:
+    """Flops of a call (two per multiplication): of products of two matrices, and of `attention`, that is, of products
+    in batches and of the kernels of scaled dot products."""
+    with FlopCounterMode(display=False, custom_mapping=_FORMULAS) as counter:
+        function()
+    by_operator = counter.get_flop_counts().get("Global", {})
+    products = sum(count for operator, count in by_operator.items() if str(operator) in _MATRIX_PRODUCTS)
+    return {"matrix_products": products, "attention": sum(by_operator.values()) - products}
 
 
-def measure(variants: dict[str, Variant], rows: dict[str, torch.Tensor], rounds: int) -> dict[str, dict[str, Any]]:
-    """All that is measured of variants that take their steps in turn, by name; ratios are to the first of them."""
-    counted = {name: measure_bytes(variant, rows) for name, variant in variants.items()}
-    peaks = {name: peak_step_bytes(variant, rows) for name, variant in variants.items()}
-    take_rounds(variants, rows, rounds)
-    reference, *_ = variants
-    first = variants[reference].seconds
-    return {
-        name: {
-            "settings": variant.settings,
-            "trained_parameters": sum(p.numel() for p in variant.model.parameters() if p.requires_grad),
-            "bytes": counted[name],
-            "bytes_ratios": {kind: value / counted[reference][kind] for kind, value in counted[name].items()},
-            "peak_step_bytes": peaks[name],
-            "time_ratios": {part: ratios(variant.seconds[part], first[part]) for part in TIMES},
-            "seconds": variant.seconds,
-            "adapter_file_bytes": adapter_file_bytes(variant) if variant.saves else None,
-        }
-        for name, variant in variants.items()
-    }
+def step_flops(variant: Variant, rows: Rows) -> dict[str, int]:
+    """Flops of forward and backward; of forward where nothing trains."""
+
+    def step() -> None:
+        if variant.optimizer is None:
+            with torch.no_grad():
+                variant.model(**rows)
+        else:
+            variant.model(**rows).loss.backward()
+
+    counted = count_flops(step)
+    variant.model.zero_grad()
+    return counted
 
 
-def record(args: CommonArguments, model: Any, device: torch.device, **found: Any) -> dict[str, Any]:
-    """The results file's content: what was measured (`found`), on what, with which versions.
+def bound_flops(base: torch.nn.Module, learner: Any, rows: Rows) -> int:
+    """Flops of matrix products that training low-rank updates on a model's linear layers can't do without.
+
+    These are those of training a bias on each of the layers (forward, and backward to activations as far as needed:
+    `4 N` per row and layer of N weights; the new head trains whole), plus `4 rho N`, with `rho N = r (d + h)`, for the
+    gradients of A: (r, d) and B: (h, r).
 
     Args:
-        model: one of the models that were measured.
+        base: the model without adapters.
+        learner: a copy with Learners on the layers, and on norms if these count as trained: before the first layers
+            they need a gradient that nothing else does.
     """
-    elsewhere = ("model_name_or_path", "out", "device")
-    settings = {key: value for key, value in asdict(args).items() if key not in elsewhere}
-    return {
-        "schema_version": run_record.SCHEMA_VERSION,
-        "model": run_record.model_label(args.model_name_or_path),
-        "settings": {
-            **settings,
-            "warmup_rounds": WARMUP_ROUNDS,
-            "dropout_in_config": dropout_of(model.config),
-            "attention": getattr(model.config, "_attn_implementation", None),
-        },
-        "versions": run_record.versions(),
-        "device": run_record.device_record(SimpleNamespace(device=device, world_size=1)),
-        **found,
-        "date": run_record.now(),
-    }
+    plain, inner = copy.deepcopy(base).requires_grad_(False), learner.base_model.model
+    for name, module in inner.named_modules():
+        if hasattr(module, "modules_to_save"):
+            plain.get_submodule(name).requires_grad_(True)
+    ranks: dict[torch.nn.Module, int] = {}
+    low_rank = 0
+
+    def stand_in(layer: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+        """A bias is added, whether the layer has one or not."""
+        nonlocal low_rank
+        if layer in ranks:
+            count = inputs[0].numel() // layer.in_features
+            low_rank += 4 * ranks[layer] * (layer.in_features + layer.out_features) * count
+        return output + torch.zeros(1, dtype=output.dtype, device=output.device, requires_grad=True)
+
+    for name in learner.targeted_module_names:
+        layer, twin = inner.get_submodule(name), plain.get_submodule(name)
+        if hasattr(layer, "learner_P1"):
+            ranks[twin] = layer.learner_r["default"]
+        twin.register_forward_hook(stand_in)
+    return count_flops(lambda: plain(**rows).loss.backward())["matrix_products"] + low_rank
 
 
-def ratio_cells(found: dict[str, Any], kinds: Sequence[str]) -> list[str]:
-    """A variant's row in a printed table: the step's time, bytes of some kinds, the size of its file."""
-    step, size = found["time_ratios"]["step"], found["adapter_file_bytes"]
-    time_cell = f"{step['median']:.3f} [{step['q1']:.3f}, {step['q3']:.3f}]"
-    cells = [f"{found['bytes_ratios'][kind]:.3f}" for kind in kinds]
-    return [time_cell, *cells, f"{size / 1e6:.2f} MB" if size is not None else ""]
+# -- text ----------------------------------------------------------------------------------------------------------
 
 
 def aligned(table: Sequence[Sequence[str]]) -> str:

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_functional_gradients import bound_of, exact_results, near, results
 
-from peft_learners.sparse import cut_linear, order_of, others_of, uncut
+from peft_learners.functional import cut_linear, order_of, others_of, uncut
 
 IN, OUT = 10, 6
 
@@ -59,17 +60,80 @@ def test_values_and_gradients_agree_with_the_dense_layer(axis, discard, bias, ke
         torch.testing.assert_close(bias_values.grad, wanted, rtol=1e-12, atol=1e-12)
 
 
-def test_gradcheck_says_so_too():
-    for axis in (0, 1):
-        _, _, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], False, True)
-        weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
-        x = torch.randn(4, IN).double().requires_grad_()
-        assert torch.autograd.gradcheck(
-            lambda x, v, b, w=weight, o=bias, r=rest, br=bias_rest, i=index, a=axis: cut_linear(
-                x, w, o, v, r, b, br, i, a
-            ),
-            (x, values, bias_values),
-        )
+@pytest.mark.parametrize("discard", [False, True])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_first_and_second_derivatives_agree_with_finite_differences(axis, discard):
+    _, _, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], discard, True)
+    weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
+    x = torch.randn(3, IN).double().requires_grad_()
+
+    def run(x: torch.Tensor, values: torch.Tensor, bias_values: torch.Tensor) -> torch.Tensor:
+        return cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, index, axis)
+
+    assert torch.autograd.gradcheck(run, (x, values, bias_values))
+    assert torch.autograd.gradgradcheck(run, (x, values, bias_values))
+
+
+def scattered(part: torch.Tensor, index: torch.Tensor, nodes: int, axis: int) -> torch.Tensor:
+    """A part put at its nodes, as a product with a 0-1 matrix."""
+    places = F.one_hot(index, nodes).to(part.dtype).view(-1, nodes)
+    return places.t() @ part if axis == 0 else part @ places
+
+
+def cut_reference(t: dict[str, torch.Tensor], index: torch.Tensor, axis: int) -> torch.Tensor:
+    nodes = t["weight"].shape[axis]
+    other = torch.tensor([i for i in range(nodes) if i not in index.tolist()], dtype=torch.long)
+    full = t["weight"] + scattered(t["values"], index, nodes, axis)
+    if "rest" in t:
+        full = full + scattered(t["rest"], other, nodes, axis)
+    out = (t["x"].unsqueeze(-2) * full).sum(-1)
+    for name, where in (("bias", None), ("bias_values", index), ("bias_rest", other)):
+        if name in t:
+            whole = where is None or axis == 1
+            out = out + (t[name] if whole else scattered(t[name][:, None], where, nodes, 0)[:, 0])
+    return out
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    lead=st.lists(st.integers(0, 5), max_size=3),
+    d=st.integers(1, 12),
+    h=st.integers(1, 12),
+    axis=st.integers(0, 1),
+    share=st.sampled_from((0.0, 0.3, 0.7, 1.0)),
+    rest=st.booleans(),
+    bias=st.sampled_from(("none", "frozen", "trained")),
+    trains=st.sets(st.sampled_from(("x", "values", "bias_values"))),
+    dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)),
+)
+def test_random_cuts_agree_with_the_float64_reference(seed, lead, d, h, axis, share, rest, bias, trains, dtype):
+    generator = torch.Generator().manual_seed(seed)
+    nodes = (h, d)[axis]
+    k = round(share * nodes)
+    index = torch.randperm(nodes, generator=generator)[:k].sort().values
+    shapes: dict[str, tuple[int, ...]] = {"x": (*lead, d), "weight": (h, d)}
+    shapes["values"] = (k, d) if axis == 0 else (h, k)
+    if rest:
+        shapes["rest"] = (h - k, d) if axis == 0 else (h, d - k)
+    if bias != "none":
+        shapes["bias"] = (h,)
+    if bias == "trained":
+        shapes["bias_values"] = (k,) if axis == 0 else (h,)
+        if rest and axis == 0:
+            shapes["bias_rest"] = (h - k,)
+    tensors = {
+        name: torch.randn(shape, generator=generator).to(dtype).requires_grad_(name in trains)
+        for name, shape in shapes.items()
+    }
+
+    def run(t: dict[str, torch.Tensor]) -> torch.Tensor:
+        parts = (t.get(name) for name in ("bias_values", "bias_rest"))
+        return cut_linear(t["x"], t["weight"], t.get("bias"), t["values"], t.get("rest"), *parts, index, axis)
+
+    g = torch.randn((*lead, h), generator=generator).to(dtype)
+    exact, magnitude = exact_results(lambda t: cut_reference(t, index, axis), tensors, g)
+    near(results(run, tensors, g), exact, magnitude, bound_of(dtype))
 
 
 @pytest.mark.parametrize("axis,stored", [(0, 5 * IN), (1, 5 * 2)])

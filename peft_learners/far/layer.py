@@ -55,7 +55,8 @@ class FARLinear(FARLayer, DeltaLinear):
         if weight is None or args or kwargs:
             return self._forward_plain(x, adapters, *args, **kwargs)
         summed = wants_summed_weight(x.numel() // max(1, self.in_features))
-        if summed and not weight.requires_grad and self._takes_cut(adapters):
+        frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
+        if summed and frozen and self._takes_cut(adapters):
             return self._forward_cut(x, weight, base.bias, adapters[0])
         dense, biases = self._full_deltas("far_delta", adapters), self._full_deltas("far_bias_delta", adapters)
         if not summed and any(delta.dtype != weight.dtype for delta in dense):

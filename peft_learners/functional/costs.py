@@ -25,13 +25,17 @@ def wants_effective_weight(rows: int, in_features: int, out_features: int) -> bo
     return rows * (in_features + out_features) > in_features * out_features
 
 
-def forms_weight_again(rows: int, out_features: int, dense: bool) -> bool:
+def forms_weight_again(rows: int, out_features: int, in_features: int, dense: bool, has_gb: bool) -> bool:
     """Whether backward, for the gradient of x, forms W' again, or adds `(g B) A` to `g W`.
 
-    `g B` is there already, for the gradient of A; `(g B) A` costs `T d` per unit of rank, forming `d h`. A dense
-    update would cost another product of W's size, so with one W' is formed in any case.
+    Forming costs `d h` per unit of rank, `(g B) A` costs `T d`, and g B another `T h` where it is not there already,
+    for the gradient of A. A dense update would cost another product of W's size: with one W' is formed in any case.
+
+    Args:
+        dense: whether there is a dense update.
+        has_gb: whether g B is there.
     """
-    return dense or rows > out_features
+    return dense or (rows > out_features if has_gb else wants_effective_weight(rows, in_features, out_features))
 
 
 def wants_summed_weight(rows: int) -> bool:

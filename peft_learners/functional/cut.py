@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .updates import applied, apply_to_rows
+from .updates import applied, apply_to_rows, may_write_to_it, wide_type, without_autocast
 
 
 def order_of(kept: Tensor, nodes: int) -> Tensor:
@@ -53,15 +53,23 @@ def uncut(values: Tensor, rest: Tensor | None, kept: Tensor, nodes: int, axis: i
 
 
 def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axis: int) -> Tensor:
-    if rest is not None:
-        full = uncut(values, rest, kept, base.shape[axis], axis)
-        return full.add_(base) if full.dtype == base.dtype else full + base
+    """The base plus the cut tensor, in the wider of their types; only the sum is of its size."""
     wide = torch.promote_types(base.dtype, values.dtype)
-    return base.to(wide).index_add(axis, kept, values.to(wide))
+    base, nodes = base.to(wide), base.shape[axis]
+    if rest is not None and axis == 1:  # adding to columns would take longer than putting them in order
+        full = uncut(values, rest, kept, nodes, axis).to(wide)
+        return full.add_(base) if may_write_to_it() else full + base
+    out = base.index_add(axis, kept, values.to(wide))
+    if rest is None:
+        return out
+    others, rest = order_of(kept, nodes).argsort()[len(kept) :], rest.to(wide)
+    return out.index_add_(axis, others, rest) if may_write_to_it() else out.index_add(axis, others, rest)
 
 
 class _CutLinear(torch.autograd.Function):
     """`x (W + D)^T + b + db` with D cut along `axis`; x is (T, d).
+
+    Computed in the type `wide`, in which W + D loses nothing of D (see `updates.wide_type`).
 
     `stored` is what the gradient of `values` needs: None for x itself (axis 0), or its kept columns (axis 1). With
     axis 0 the bias delta is cut as D is, with axis 1 `bias_values` is all of it.
@@ -85,30 +93,34 @@ class _CutLinear(torch.autograd.Function):
         bias_rest: Tensor | None,
         kept: Tensor,
         axis: int,
+        wide: torch.dtype,
     ) -> Tensor:
         full = _summed(weight, values, rest, kept, axis)
         if bias is not None and bias_values is not None:
             bias = _summed(bias, bias_values, bias_rest, kept, 0) if axis == 0 else bias + bias_values
-        return F.linear(x, full.to(x.dtype), bias.to(x.dtype) if bias is not None else None)
+        return F.linear(x.to(wide), full.to(wide), bias.to(wide) if bias is not None else None).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, stored, weight, _, values, rest, bias_values, _, kept, ctx.axis = inputs
+        x, stored, weight, _, values, rest, bias_values, _, kept, ctx.axis, ctx.wide = inputs
         ctx.bias_dtype = bias_values.dtype if bias_values is not None else None
-        ctx.save_for_backward(x if stored is None else stored, weight, values, rest, kept)
+        needed = (x if stored is None else stored) if ctx.needs_input_grad[4] else None
+        ctx.save_for_backward(needed, weight, values, rest, kept)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         stored, weight, values, rest, kept = ctx.saved_tensors
         dx = dvalues = dbias = None
+        wide_g = g.to(ctx.wide)
         if ctx.needs_input_grad[0]:
-            dx = g @ _summed(weight, values, rest, kept, ctx.axis).to(g.dtype)
-        part = g.index_select(1, kept) if ctx.axis == 0 else g
+            dx = (wide_g @ _summed(weight, values, rest, kept, ctx.axis).to(ctx.wide)).to(g.dtype)
+        part = wide_g.index_select(1, kept) if ctx.axis == 0 else wide_g
         if ctx.needs_input_grad[4]:
-            dvalues = (part.t() @ stored.to(g.dtype)).to(values.dtype)
+            dvalues = (part.t() @ stored.to(ctx.wide)).to(values.dtype)
         if ctx.needs_input_grad[6]:
             dbias = part.sum(0).to(ctx.bias_dtype)
-        return dx, None, None, None, dvalues, None, dbias, None, None, None
+        return dx, None, None, None, dvalues, None, dbias, None, None, None, None
 
 
 def cut_linear(
@@ -134,9 +146,12 @@ def cut_linear(
     Returns:
         (..., h).
     """
+    wide = wide_type(x, weight, values, bias_values)
 
     def run(rows: Tensor) -> Tensor:
-        stored = None if axis == 0 else rows.detach().index_select(1, kept)
-        return applied(_CutLinear, rows, stored, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
+        # With its history, for second derivatives; the first backward sends no gradient through it.
+        stored = None if axis == 0 else rows.index_select(1, kept)
+        deltas = (values, rest, bias_values, bias_rest, kept, axis)
+        return applied(_CutLinear, rows, stored, weight, bias, *deltas, wide or rows.dtype)
 
     return apply_to_rows(run, x, weight)

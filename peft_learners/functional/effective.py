@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .costs import forms_weight_again
+from .separate import separate_linear
 from .updates import (
     Dense,
     Form,
@@ -24,6 +25,8 @@ from .updates import (
     factors_of,
     outer_gradient,
     through_factor,
+    wide_type,
+    without_autocast,
 )
 
 
@@ -65,15 +68,18 @@ class _EffectiveLinear(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         x, weight, bias, a, b, delta, a_at, b_at, ctx.form = inputs
         ctx.bias_dtype = bias.dtype if bias is not None else None
-        ctx.save_for_backward(x, weight, a, b, delta, a_at, b_at)
+        _, needs_weight, _, *needs_factors = ctx.needs_input_grad[:6]
+        ctx.save_for_backward(x if needs_weight or any(needs_factors) else None, weight, a, b, delta, a_at, b_at)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, delta, a_at, b_at = ctx.saved_tensors
         form, (needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta) = ctx.form, ctx.needs_input_grad[:6]
-        pair: Any = factors_of(weight, a, b, a_at, b_at, form) if a is not None else None
-        again = pair is None or forms_weight_again(len(x), len(weight), delta is not None)
         by_dense = needs_weight or needs_delta
+        pair: Any = factors_of(weight, a, b, a_at, b_at, form) if a is not None else None
+        (out_features, in_features), has_gb = weight.shape, needs_a and not by_dense
+        again = pair is None or forms_weight_again(len(g), out_features, in_features, delta is not None, has_gb)
         gb: Any = None
         product: Any = None
         dx = dw = d_bias = da = db = ddelta = None
@@ -112,4 +118,6 @@ def effective_linear(
     Under autocast the sum W' is formed in the parameters' own type and then cast, as autocast casts a weight.
     """
     updates = as_one(low_rank, dense)
+    if wide_type(x, bias, updates.a, updates.b, updates.delta) not in (None, x.dtype):
+        return separate_linear(x, weight, bias, low_rank, dense)  # W' would be rounded to the type of x
     return apply_to_rows(lambda rows: applied(_EffectiveLinear, rows, weight, bias, *updates), x, weight)

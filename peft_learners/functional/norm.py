@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
@@ -41,6 +42,23 @@ def norm_with(
     elif type(base) is nn.RMSNorm:
         out = F.rms_norm(x, base.normalized_shape, weight, base.eps)
     else:
-        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        out = torch.func.functional_call(base, values, (x, *args), kwargs)
+        out = _by_its_own_formula(base, x, weight, bias, *args, **kwargs)
     return out.to(dtype) if wide else out
+
+
+def _by_its_own_formula(
+    base: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: object, **kwargs: object
+) -> Tensor:
+    """The norm by its own forward pass, which is a few passes over x: done again in backward, so that x alone is kept.
+
+    Otherwise a weight that trains would have the normalised x kept too, which the frozen norm does not need.
+    """
+
+    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+        return torch.func.functional_call(base, values, (x, *args), kwargs)
+
+    # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
+    if not weight.requires_grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return call(x, weight, bias)
+    return checkpoint(call, x, weight, bias, use_reentrant=False, preserve_rng_state=False)

@@ -23,6 +23,8 @@ from .updates import (
     factors_of,
     outer_gradient,
     through_factor,
+    wide_type,
+    without_autocast,
 )
 
 
@@ -61,8 +63,9 @@ class _SeparateLinear(torch.autograd.Function):
         wide: torch.dtype,
     ) -> tuple[Tensor, Tensor | None]:
         full, rest = _base_weight(x, weight, delta, form, wide)
-        out = F.linear(x, full, bias.to(wide) if bias is not None and wide == x.dtype else None).to(wide)
-        if bias is not None and wide != x.dtype:
+        at_once = bias.to(wide) if bias is not None and full.dtype == wide else None
+        out = F.linear(x.to(full.dtype), full, at_once).to(wide)
+        if bias is not None and at_once is None:
             out = out + bias.to(wide)
         middle = None
         if a is not None and b is not None:
@@ -80,9 +83,12 @@ class _SeparateLinear(torch.autograd.Function):
         middle = output[1]
         if middle is not None:
             ctx.mark_non_differentiable(middle)
-        ctx.save_for_backward(x, weight, a, b, delta, a_at, b_at, mask, middle)
+        _, needs_weight, _, needs_a, needs_b, needs_delta = ctx.needs_input_grad[:6]
+        kept = x if needs_weight or needs_a or needs_b or needs_delta else None
+        ctx.save_for_backward(kept, weight, a, b, delta, a_at, b_at, mask, middle if needs_b else None)
 
     @staticmethod
+    @without_autocast
     def backward(ctx: Any, g: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         x, weight, a, b, delta, a_at, b_at, mask, middle = ctx.saved_tensors
         form, (needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta) = ctx.form, ctx.needs_input_grad[:6]
@@ -90,7 +96,7 @@ class _SeparateLinear(torch.autograd.Function):
         dx = dw = d_bias = da = db = ddelta = None
         if needs_x:
             full, rest = _base_weight(g, weight, delta, form, ctx.wide)
-            dx = (g @ full).to(ctx.wide)
+            dx = (g.to(full.dtype) @ full).to(ctx.wide)
             if rest is not None:
                 dx = add_product(dx, wide_g, rest.to(ctx.wide), form.dense_factor)
         if a is not None and (needs_x or needs_a or needs_b):
@@ -101,7 +107,7 @@ class _SeparateLinear(torch.autograd.Function):
             elif dx is not None:
                 dx = dx + _masked((gb @ a_full) * s, mask, ctx.mask_factor)
             differentiable = torch.is_grad_enabled()  # then what was kept, which has no history, won't do
-            if needs_a or differentiable:
+            if needs_a or (needs_b and differentiable):
                 masked = _masked(x.to(ctx.wide), mask, ctx.mask_factor)
                 middle = masked @ a_full.t() if differentiable else middle
                 da = a_gradient(gb.t() @ masked, a, a_at, s) if needs_a else None
@@ -119,10 +125,14 @@ class _SeparateLinear(torch.autograd.Function):
 def _base_weight(
     rows: Tensor, weight: Tensor, delta: Tensor | None, form: Form, wide: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
-    """W, or W + c D where that loses nothing and pays, in the type of the rows; and D if it is still to be added."""
-    if delta is None or not (wide == weight.dtype == delta.dtype and wants_summed_weight(len(rows))):
+    """`(W, D)` with D to be added, W in the type of the rows; or `(W + c D, None)` where that pays and, before it is
+    cast to `wide`, loses nothing."""
+    if delta is None or not wants_summed_weight(len(rows)):
         return weight.to(rows.dtype), delta
-    return torch.add(weight, delta, alpha=form.dense_factor).to(rows.dtype), None
+    sum_type = torch.promote_types(weight.dtype, delta.dtype)
+    if sum_type.itemsize < 4:
+        return weight.to(rows.dtype), delta
+    return torch.add(weight, delta, alpha=form.dense_factor).to(wide), None
 
 
 def _masked(x: Tensor, mask: Tensor | None, factor: float) -> Tensor:
@@ -154,14 +164,10 @@ def separate_linear(
         (..., out_features).
     """
     updates = as_one(low_rank, dense)
-    wide: torch.dtype | None = None
-    if not torch.is_autocast_enabled(x.device.type):
-        wide = x.dtype
-        for part in (bias, updates.a, updates.b, updates.delta):
-            wide = wide if part is None else torch.promote_types(wide, part.dtype)
+    wide = wide_type(x, bias, updates.a, updates.b, updates.delta)
 
     def run(rows: Tensor) -> Tensor:
-        mask = torch.empty_like(rows, dtype=torch.bool).bernoulli_(1 - dropout) if dropout else None
+        mask = torch.rand_like(rows, dtype=torch.float32) >= dropout if dropout and updates.a is not None else None
         factor = 1 / (1 - dropout) if dropout < 1 else 0.0
         out, _ = applied(_SeparateLinear, rows, weight, bias, *updates, mask, factor, wide or rows.dtype)
         return out

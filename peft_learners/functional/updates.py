@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Union
@@ -139,6 +140,19 @@ def b_gradient(gradient: Tensor, b: Tensor, b_at: Tensor | None, factor: float) 
     return gradient.to(b.dtype) * factor
 
 
+def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward pass that computes in the types at hand wherever it is called."""
+
+    @functools.wraps(backward)
+    def run(ctx: Any, g: Tensor, *others: Any) -> Any:
+        if not torch.is_autocast_enabled(g.device.type):
+            return backward(ctx, g, *others)
+        with torch.autocast(g.device.type, enabled=False):
+            return backward(ctx, g, *others)
+
+    return run
+
+
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, without binding default arguments, which takes longer than all else that it does."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
@@ -149,11 +163,27 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 # -- products --------------------------------------------------------------------------------------------------------
 
 
+def may_write_to_it() -> bool:
+    """Whether a tensor of our own may be written to: not under function transforms, where it may lack a batch
+    dimension that what is added has."""
+    return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
 def add_product(out: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
     """`out + factor * left right`, into the memory of out, which belongs to the caller."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():  # out may lack a batch dimension
-        return torch.addmm(out, left, right, alpha=factor)
-    return out.addmm_(left, right, alpha=factor)
+    if may_write_to_it():
+        return out.addmm_(left, right, alpha=factor)
+    return torch.addmm(out, left, right, alpha=factor)
+
+
+def wide_type(x: Tensor, *parts: Tensor | None) -> torch.dtype | None:
+    """The widest type of x and what it meets, in which a layer is computed; None under autocast, which has its own."""
+    if torch.is_autocast_enabled(x.device.type):
+        return None
+    wide = x.dtype
+    for part in parts:
+        wide = wide if part is None else torch.promote_types(wide, part.dtype)
+    return wide
 
 
 def through_factor(g: Tensor, b: Tensor) -> Tensor:
@@ -175,7 +205,7 @@ def apply_to_rows(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tenso
     Args:
         weight: the layer's weight, whose type x must have where there is no autocast.
     """
-    rows, device = x.reshape(-1, x.shape[-1]), x.device.type
+    rows, device = x.reshape(x.shape[:-1].numel(), x.shape[-1]), x.device.type
     if not torch.is_autocast_enabled(device):
         if x.dtype != weight.dtype:
             F.linear(x, weight)  # raises, as the layer without updates does

@@ -1,0 +1,327 @@
+"""`scripts/bench.py` on a tiny BERT: its rows, with bytes and flops against hand counts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+import bench
+import bench_common
+import bench_rows
+import bench_settings
+import pytest
+import torch
+import zoo
+
+# The zoo's BERT: 2 layers, d = 16, h = 32, a pooler. A tenth of the nodes is kept.
+LAYERS, D, H, R = 2, 16, 32, 2
+BATCH, TOKENS, ROUNDS = 3, 16, 3
+T, FLOAT, INT = BATCH * TOKENS, 4, 4
+WEIGHTS = LAYERS * (4 * D * D + 2 * D * H)
+IN_AND_OUT = LAYERS * (4 * (D + D) + 2 * (D + H))
+HEAD = 2 * D + 2
+#: LayerNorms: two per layer, and the embeddings'. They keep weight and bias for backward, which in FAR are sums.
+NORM_SUMS = (2 * LAYERS + 1) * 2 * D * FLOAT
+KEPT_HIDDEN, KEPT_OUT = 3, 2
+#: Weights and biases of one layer's nodes that are not kept: h - k rows and biases of the first linear layer and
+#: columns of the second; with output nodes d - k rows and biases of the second.
+HIDDEN_REST = (H - KEPT_HIDDEN) * (D + 1 + D)
+OUTPUT_REST = (H - KEPT_HIDDEN) * (D + 1) + (D - KEPT_OUT) * (H + 1)
+
+SETTING = bench_settings.Setting("tiny", TOKENS, R, ROUNDS, batch=BATCH, config=lambda: zoo.bert().config)
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory) -> Path:
+    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
+    path = tmp_path_factory.mktemp("out") / "tiny-cpu.jsonl"
+    bench.measure_setting(work, bench.groups_of(SETTING), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def rows(path) -> list[dict]:
+    return bench_rows.read_rows(path)
+
+
+@pytest.fixture(scope="module")
+def found(rows) -> dict[str, dict]:
+    """The first row of each method."""
+    return {row["method"]: row for row in reversed(rows)}
+
+
+def test_a_row_says_what_was_measured_on_what(path, rows, found):
+    assert [path.name] == [file.name for file in path.parent.iterdir()]
+    places = [(row["group"], row["method"]) for row in rows]
+    assert places == [(group, name) for group, names in bench.GROUPS.items() for name in names]
+    assert not [row for row in rows if "skipped" in row]
+    for row in rows:
+        assert row["schema_version"] == 1 and row["versions"]["torch"] and row["date"]
+        assert (row["device"]["type"], row["device"]["threads"]) == ("cpu", torch.get_num_threads())
+        known = {"name": "tiny", "model": "bert from its config", "layers": LAYERS, "width": D, "batch": BATCH}
+        known |= {"tokens": TOKENS, "rank": R, "rounds": ROUNDS, "dtype": "float32", "warmup_rounds": 2}
+        assert known.items() <= row["setting"].items()
+        assert set(row["setting"]["dropout"].values()) == {0.0}
+    phases = {name: found[name]["phase"] for name in ("lora", "learner_priming", "learner_primed", "far_after")}
+    assert list(phases.values()) == ["training", "priming", "learning", "reconfigured"]
+    assert {found[name]["phase"] for name in found if name.startswith("nas_plain")} == {"search"}
+    assert found["nas_retrain_structured"]["phase"] == "retraining" and found["inference_lora"]["phase"] == "inference"
+
+
+def test_time_ratios_are_taken_round_by_round_within_the_group(rows):
+    by_place = {(row["group"], row["method"]): row for row in rows}
+    for row in rows:
+        parts = ["step"] if row["group"] == "inference" else list(bench_common.TIMES)
+        assert list(row["seconds"]) == parts
+        for reference, ratios in row["time_ratios"].items():
+            other = by_place[row["group"], reference]
+            for part in parts:
+                assert len(row["seconds"][part]) == ROUNDS
+                each = [a / b for a, b in zip(row["seconds"][part], other["seconds"][part], strict=True)]
+                assert ratios[part]["median"] == statistics.median(each)
+                assert min(each) <= ratios[part]["q1"] <= ratios[part]["median"] <= ratios[part]["q3"] <= max(each)
+    peers = {name: next(r for r in rows if r["method"] == name)["references"] for name in ("far_after", "nas_search")}
+    assert peers == {"far_after": ["full", "lora"], "nas_search": ["nas_plain", "lora", "full"]}
+    base = by_place["inference", "inference_base"]
+    assert base["tokens_per_second"] == pytest.approx(T / statistics.median(base["seconds"]["step"]))
+
+
+def test_quartiles():
+    # Ratios 1, 2, 3, 4, 5, by hand: the middle one, and the middles of the halves that hold it too.
+    assert bench_common.ratios([1, 4, 6, 4, 10], [1, 2, 2, 1, 2]) == {"q1": 2, "median": 3, "q3": 4}
+    assert bench_common.ratios([3], [2]) == {"q1": 1.5, "median": 1.5, "q3": 1.5}
+
+
+def test_rounds_begin_with_each_in_turn_and_alternate_in_direction():
+    names = ["a", "b", "c", "d"]
+    orders = [bench_common.order_of(names, number) for number in range(-2, 8)]
+    assert [order[0] for order in orders] == list("cdabcdabcd")
+    assert orders[2:4] == [["a", "b", "c", "d"], ["b", "a", "d", "c"]]
+    assert all(sorted(order) == names for order in orders)
+
+
+# -- flops ---------------------------------------------------------------------------------------------------------
+
+
+def test_products_that_are_added_in_place_are_counted():
+    m, k, n, b = 3, 5, 7, 2
+    out, batched = torch.zeros(m, n), torch.zeros(b, m, n)
+
+    def products() -> None:
+        out.addmm_(torch.ones(m, k), torch.ones(k, n))
+        torch.addmm(out, torch.ones(m, k), torch.ones(k, n), out=out)
+        batched.baddbmm_(torch.ones(b, m, k), torch.ones(b, k, n))
+
+    assert bench_common.count_flops(products) == {"matrix_products": 2 * 2 * m * k * n, "attention": 2 * b * m * k * n}
+
+
+def forward_flops() -> int:
+    """Two per multiplication; the pooler and the head see one token of each row."""
+    return 2 * T * WEIGHTS + 2 * BATCH * (D * D + 2 * D)
+
+
+def test_flops_are_those_counted_by_hand(found):
+    flops = {name: row["flops"] for name, row in found.items()}
+    assert flops["inference_base"] == forward_flops()
+    assert flops["full"] == 3 * forward_flops()
+    # No gradient goes below the first block's query, key and value, and of weights only the head's has one.
+    plain = 2 * forward_flops() - 2 * T * 3 * D * D + 2 * BATCH * 2 * D
+    bound = plain + 4 * R * T * IN_AND_OUT + 4 * R * BATCH * (D + D)
+    assert {row["bound_flops"] for row in found.values() if row["phase"] != "inference"} == {bound}
+    # LoRA's forward takes 2 r (d + h) more per row, and no (g B) A in the first block's three layers.
+    more = 2 * R * T * IN_AND_OUT + 2 * R * BATCH * (D + D) - 3 * 2 * R * T * D
+    assert flops["lora"] == bound + more and found["lora"]["flops_to_bound"] == flops["lora"] / bound
+    # A Learner forms W + B A by 2 r N forward, and again backward where the input's gradient is wanted.
+    formed = 2 * R * WEIGHTS + 2 * R * (WEIGHTS - 3 * D * D) + 2 * R * BATCH * (D + D)
+    for name in ("learner_unprimed", "learner_unprimed_no_norms"):
+        assert bound < flops[name] <= bound + formed < flops["lora"]
+    # BitFit trains the bias of the embeddings' norm too.
+    assert flops["bitfit"] == plain + 2 * T * 3 * D * D
+
+
+def test_attention_is_counted_apart(found):
+    # Two products per layer, of T x d with d x TOKENS over all heads.
+    assert found["inference_base"]["attention_flops"] == LAYERS * 2 * 2 * T * TOKENS * D
+    assert len({row["attention_flops"] for row in found.values() if row["phase"] != "inference"}) == 1
+
+
+@pytest.mark.parametrize("name,norms_cost", [("llama", True), ("bert", False)])
+def test_the_bound_holds_without_biases_and_with_norms_before_the_first_layers(name, norms_cost):
+    entry = zoo.ZOO[name]
+    setting = bench_settings.Setting(
+        "tiny", TOKENS, R, 1, batch=BATCH, config=lambda: entry.build().config, task_type=entry.task_type
+    )
+    bound = bench.bounds(bench_settings.prepare(setting, None, torch.device("cpu")))
+    # The norm before the first block's query, key and value (the zoo's are D wide) needs their inputs' gradient.
+    assert bound["low_rank_norms"] - bound["low_rank"] == (3 * 2 * T * D * D if norms_cost else 0)
+    if name == "llama":  # q k v o, gate up down, and the head over 64 words, whose weight is frozen
+        weights, sums, words = LAYERS * (4 * D * D + 3 * D * H), LAYERS * (4 * (D + D) + 3 * (D + H)), 64
+        assert bound["inference"] == pytest.approx(2 * T * (weights + words * D), rel=1e-3)  # rotary embedding aside
+        activations = 2 * T * (2 * weights - 3 * D * D + 2 * words * D)
+        assert bound["low_rank"] == activations + 4 * R * T * sums
+
+
+# -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+def test_far_stores_less_by_the_columns_that_backward_does_not_need(found):
+    stored = {name: row["bytes"]["stored"] for name, row in found.items()}
+    # The second linear layer of an FFN keeps k of the h columns of its input, T rows each.
+    columns = LAYERS * T * (H - KEPT_HIDDEN) * FLOAT
+    assert stored["far_after"] == stored["far_after_discard"] <= stored["full"] - columns + NORM_SUMS
+    assert stored["full"] - columns <= stored["far_after"]
+    # In priming, and with output nodes, it needs its whole input.
+    assert stored["full"] <= stored["far_priming"] == stored["far_after_output_node"] <= stored["full"] + NORM_SUMS
+
+
+def test_far_s_parameters_gradients_and_optimizer_are_counted(found):
+    model = zoo.build("bert")
+    total, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
+    buffers = sum(b.nbytes for b in model.buffers())
+    rest = {"full": 0, "far_priming": 0, "far_after": HIDDEN_REST, "far_after_discard": HIDDEN_REST}
+    rest["far_after_output_node"] = OUTPUT_REST
+    indices = {"far_priming": 0, "far_after_output_node": KEPT_HIDDEN + KEPT_OUT}  # int64, of an FFN's two layers
+    for name in rest:
+        trained, counted = total - LAYERS * rest[name], found[name]["bytes"]
+        assert found[name]["trained_parameters"] == trained
+        assert counted["gradients"] == found[name]["exchanged_bytes"] == trained * FLOAT
+        # exp_avg, exp_avg_sq, and a step of one float per tensor
+        assert counted["optimizer"] == (2 * trained + tensors) * FLOAT
+        parameters = total * FLOAT + buffers
+        if name != "full":  # the base's, with its head, beside the deltas and the trained head
+            held = total if name != "far_after_discard" else trained
+            parameters += held * FLOAT + LAYERS * indices.get(name, 2 * KEPT_HIDDEN) * 8
+        assert counted["parameters"] == parameters, name
+        kinds = ("stored", "parameters", "gradients", "optimizer")
+        assert counted["total"] == sum(counted[kind] for kind in kinds)
+
+
+def test_inference_keeps_parameters_alone(found):
+    for name in bench.GROUPS["inference"]:
+        counted = found[name]["bytes"]
+        assert counted["total"] == counted["parameters"] > 0 == found[name]["exchanged_bytes"]
+    assert found["inference_learner"]["bytes_ratios"]["inference_base"].keys() == {"parameters", "total"}
+
+
+def test_file_sizes_and_seconds(found):
+    sizes = {name: row["adapter_file_bytes"] for name, row in found.items()}
+    without = {"full", "bitfit", "learner_priming", "far_priming"}
+    without |= {name for name in sizes if name.startswith(("inference", "nas_plain", "nas_search"))}
+    assert {name for name, size in sizes.items() if size is None} == without
+    for name, row in found.items():
+        assert (row["load_seconds"] is None) == (row["save_seconds"] is None) == (name in without)
+        assert name in without or min(row["save_seconds"] + row["load_seconds"]) > 0
+    # What is frozen lies in the file, unless it is discarded; the names of its tensors take some bytes too.
+    assert 0 <= sizes["far_after"] - sizes["far_after_discard"] - LAYERS * HIDDEN_REST * FLOAT < 2000
+    for name in ("lora", "lora_mam", "lora_dora", "learner_unprimed", "nas_retrain_structured"):
+        assert 0 < sizes[name] - found[name]["trained_parameters"] * FLOAT < 15_000, name
+    for name in ("nas_retrain_unstructured", "u_bitfit_10"):  # with a position each
+        assert 0 < sizes[name] - found[name]["settings"]["kept"] * (FLOAT + INT) - HEAD * FLOAT < 15_000, name
+
+
+# -- command line --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("hidden-place") / "tiny-bert"
+    zoo.build("bert").save_pretrained(folder)
+    fixed = ["--setting", "minilm-16x32-r8", "--model_name_or_path", str(folder), "--device", "cpu"]
+    return [*fixed, "--threads", "1", "--rounds", "1", "--methods", "shira"]
+
+
+def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
+    bench.main([*arguments, "--out", str(tmp_path), "--dropout", "0.1"])
+    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
+    rows = bench_rows.read_rows(path)
+    assert [row["method"] for row in rows] == ["lora", "full", "shira"]
+    assert rows[0]["setting"]["model"] == "tiny-bert" and "hidden-place" not in path.read_text()
+    assert set(rows[0]["setting"]["dropout"].values()) == {0.1}
+    date = path.stat().st_mtime_ns
+    bench.main([*arguments, "--out", str(tmp_path)])
+    assert path.stat().st_mtime_ns == date and "is there" in capsys.readouterr().out
+    bench.main([*arguments, "--out", str(tmp_path), "--again"])
+    again = bench_rows.read_rows(path)
+    assert set(again[0]["setting"]["dropout"].values()) == {0.0}
+    # Masks of dropout are kept for backward.
+    assert rows[1]["bytes"]["stored"] > again[1]["bytes"]["stored"]
+
+
+def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
+    begun = tmp_path / "tiny-cpu.jsonl"
+    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), [row for row in rows if row["group"] == "learner"])
+    measured = []
+    monkeypatch.setattr(bench, "measure_group", lambda work, group, *_: measured.append(group) or [])
+    groups = {name: bench.groups_of(SETTING)[name] for name in ("learner", "inference")}
+    bench.measure_setting(bench_settings.prepare(SETTING, None, torch.device("cpu")), groups, begun)
+    assert measured == ["inference"] and [file.name for file in tmp_path.iterdir()] == [begun.name]
+    other = bench_settings.prepare(SETTING, None, torch.device("cpu"), seed=1)  # of which nothing is there
+    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), rows)
+    bench.measure_setting(other, groups, begun)
+    assert measured == ["inference", "learner", "inference"]
+    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), rows)
+    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
+    bench.measure_setting(work, groups, begun, again=True)
+    assert measured[3:] == ["learner", "inference"]
+
+
+def test_what_can_t_be_built_has_a_row_that_says_why(tmp_path):
+    setting = bench_settings.Setting(
+        "tiny", TOKENS, R, 1, batch=BATCH, config=lambda: zoo.llama().config, task_type="CAUSAL_LM"
+    )
+    work = bench_settings.prepare(setting, None, torch.device("cpu"))
+    rows = bench.measure_setting(work, bench.groups_of(setting, ["u_bitfit_10", "learner_primed"]), tmp_path / "rows")
+    found = {row["method"]: row for row in rows}
+    assert found["bitfit"]["skipped"] == "ValueError: The model has no biases."
+    assert "biases" in found["u_bitfit_10"]["skipped"] and "seconds" not in found["u_bitfit_10"]
+    assert found["lora"]["settings"]["bias"] == "none" and found["learner_primed"]["flops_to_bound"] >= 1
+
+
+def test_a_method_of_others_may_fail_in_its_first_step():
+    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
+
+    def failing(work):
+        def fail():
+            raise RuntimeError("not for\n  this type")
+
+        variant = bench.METHODS["lora"](work)
+        variant.after_step = fail
+        return variant
+
+    methods = {"full": bench.METHODS["full"], "odd": failing}
+    full, odd = bench.measure_group(work, "peft", methods, bench.bounds(work))
+    assert odd == {"group": "peft", "method": "odd", "skipped": "RuntimeError: not for this type"}
+    assert list(full["time_ratios"]) == ["full"]
+    with pytest.raises(RuntimeError, match="not for"):  # nothing of our own is passed over so
+        bench.measure_group(work, "learner", methods, bench.bounds(work))
+
+
+@pytest.mark.parametrize(
+    "more,message",
+    [
+        (["--setting", "minilm-16x32-r8"], "--model_name_or_path must name the model of the setting minilm-16x32-r8"),
+        (["--setting", "bert-large-16x128-r64"], "needs a device of the kind cuda, got cpu"),
+        (["--setting", "import", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+    ],
+)
+def test_arguments_that_can_t_be_right(tmp_path, more, message):
+    with pytest.raises(ValueError, match=message):
+        bench.main([*more, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"])
+
+
+def test_more_tokens_than_positions(arguments, tmp_path):
+    with pytest.raises(ValueError, match="tokens must be from 1 to 32 for the model tiny-bert, got 128"):
+        bench.main(["--setting", "minilm-16x128-r8", *arguments[2:], "--out", str(tmp_path)])
+
+
+def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
+    args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1"])
+    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
+    args.model_name_or_path = "somewhere"
+    assert len(bench.settings_to_run(args, device)) == 9
+    assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
+
+
+def test_rows_are_json_lines(path):
+    assert all(isinstance(json.loads(line), dict) for line in path.read_text().splitlines())

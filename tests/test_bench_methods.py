@@ -1,0 +1,212 @@
+"""The methods that `scripts/bench.py` compares, on a tiny BERT: what trains, and who gathers importance."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import bench_common
+import bench_methods
+import bench_settings
+import pytest
+import torch
+import zoo
+from bench_methods import GROUPS, METHODS
+from peft.tuners.lora import LoraLayer
+from torch.optim import optimizer as torch_optimizer
+
+from peft_learners.nas_lora.importance import Gatherer
+
+# The zoo's BERT: 2 layers, d = 16, h = 32. NAS-LoRA's low-rank updates of rank 16 are on query, key, the attention's
+# output and both layers of the FFN; biases on these, the value, the pooler and the norms (2 per layer, and the
+# embeddings').
+LAYERS, D, H, R, SEARCH_R = 2, 16, 32, 2, 16
+BATCH, TOKENS, ROUNDS = 3, 16, 3
+T, FLOAT = BATCH * TOKENS, 4
+STEPS = bench_common.WARMUP_ROUNDS + ROUNDS
+ALL_SIZES = LAYERS * (4 * (D + D) + 2 * (D + H)) + D + D  # d + h of all linear layers, the pooler too
+ALL_BIASES = LAYERS * (5 * D + H) + D
+NORMS = LAYERS * 2 * 2 * D
+LINEARS, IN_AND_OUT = 5 * LAYERS, LAYERS * (3 * (D + D) + 2 * (D + H))
+BIASES = LAYERS * (5 * D + H + 2 * D) + D + D
+BIASED = 6 * LAYERS + 1 + 2 * LAYERS + 1
+HEAD, HEAD_TENSORS = 2 * D + 2, 2
+#: A norm keeps its bias for backward, which with a delta is a sum.
+NORM_SUMS = (2 * LAYERS + 1) * D * FLOAT
+
+
+@pytest.fixture(scope="module")
+def work() -> bench_settings.Workload:
+    setting = bench_settings.Setting("tiny", TOKENS, R, ROUNDS, batch=BATCH, config=lambda: zoo.bert().config)
+    return bench_settings.prepare(setting, None, torch.device("cpu"))
+
+
+def build(work: bench_settings.Workload, *names: str) -> dict[str, bench_common.Variant]:
+    variants = {}
+    for name in names:
+        torch.manual_seed(0)
+        variants[name] = METHODS[name](work)
+    return variants
+
+
+@pytest.fixture(scope="module")
+def all_trained(work) -> dict[str, dict[str, int]]:
+    """Number of trained parameters of each method, and bytes of its step."""
+    found = {}
+    for name in METHODS:
+        (variant,) = build(work, name).values()
+        trained = sum(parameter.numel() for parameter in bench_common.trained_parameters(variant.model))
+        found[name] = {"trained": trained, **bench_common.measure_bytes(variant, work.rows)}
+    return found
+
+
+def test_every_method_has_a_group():
+    assert set(METHODS) == {name for names in GROUPS.values() for name in names}
+    for names in GROUPS.values():
+        assert {other for name in names for other in bench_methods.references_of(name)} <= {*names}
+
+
+def test_what_is_compared_trains_the_same(all_trained):
+    trained = {name: entry["trained"] for name, entry in all_trained.items()}
+    low_rank = R * ALL_SIZES + ALL_BIASES + HEAD
+    assert trained["lora"] == trained["learner_unprimed_no_norms"] == low_rank
+    assert trained["learner_unprimed"] == trained["learner_primed"] == low_rank + NORMS
+    assert trained["learner_priming"] == low_rank + NORMS + LAYERS * 4 * D * D
+    assert trained["shira"] == R * ALL_SIZES + HEAD
+    # A magnitude per output, and a scale per rank.
+    assert trained["lora_dora"] == low_rank + LAYERS * (5 * D + H) + D
+    assert trained["adalora"] == low_rank + R * (6 * LAYERS + 1)
+    assert trained["full"] == sum(parameter.numel() for parameter in zoo.bert().parameters())
+    for space in ("", "_s_mam"):
+        assert trained[f"nas_plain{space}"] == trained[f"nas_search{space}"] == SEARCH_R * IN_AND_OUT + BIASES + HEAD
+    assert trained["nas_plain_u_bitfit"] == trained["nas_search_u_bitfit"] == trained["bitfit"] == BIASES + HEAD
+    assert trained["lora_mam"] == SEARCH_R // 2 * IN_AND_OUT + BIASES + HEAD
+    assert trained["nas_retrain_unstructured"] == (SEARCH_R * IN_AND_OUT + BIASES) // 2 + HEAD
+    # No more than half; a column or a bias vector less at most.
+    assert -2 * H < trained["nas_retrain_structured"] - trained["nas_retrain_unstructured"] <= 0
+    assert trained["u_bitfit_10"] == BIASES // 10 + HEAD
+
+
+def test_stored_bytes(all_trained):
+    stored = {name: entry["stored"] for name, entry in all_trained.items()}
+    assert stored["learner_unprimed_no_norms"] < stored["lora"]
+    # LoRA keeps its inputs times A, and NAS-LoRA none of that. A norm of which nothing is kept needs no sum.
+    middles = LINEARS * T * (SEARCH_R // 2) * FLOAT
+    assert 0 <= stored["nas_retrain_structured"] - (stored["lora_mam"] - middles) <= NORM_SUMS
+    assert stored["u_bitfit_10"] <= stored["bitfit"] + NORM_SUMS
+    for space in ("", "_s_mam", "_u_bitfit"):
+        assert stored[f"nas_search{space}"] == stored[f"nas_plain{space}"]
+
+
+def test_gradients_and_optimizer(all_trained):
+    tensors = dict.fromkeys(("nas_plain", "nas_search_s_mam", "lora_mam"), 2 * LINEARS + BIASED + HEAD_TENSORS)
+    tensors |= dict.fromkeys(("bitfit", "nas_search_u_bitfit"), BIASED + HEAD_TENSORS)
+    for name, entry in all_trained.items():
+        if name.startswith("inference"):
+            continue
+        assert entry["gradients"] == entry["trained"] * FLOAT
+        # exp_avg, exp_avg_sq, and a step of one float per tensor
+        if name in tensors:
+            assert entry["optimizer"] == (2 * entry["trained"] + tensors[name]) * FLOAT
+    # Of what is pruned away, nothing.
+    steps = all_trained["nas_retrain_structured"]["optimizer"] // FLOAT
+    steps -= 2 * all_trained["nas_retrain_structured"]["trained"]
+    assert HEAD_TENSORS < steps <= 2 * LINEARS + BIASED + HEAD_TENSORS
+
+
+def test_adalora_s_averages_are_counted_and_a_mask_is_applied_after_each_step(work):
+    variants = build(work, "adalora")
+    adalora = variants["adalora"]
+    before = bench_common.measure_bytes(adalora, work.rows)["optimizer"]
+    bench_common.take_rounds(variants, work.rows, ROUNDS)
+    allocator = adalora.model.base_model.rankallocator
+    matrices = R * (ALL_SIZES + 6 * LAYERS + 1)  # A, B and a scale per rank
+    assert bench_common.measure_bytes(adalora, work.rows)["optimizer"] == before + 3 * matrices * FLOAT
+    assert len(allocator.ipt) == 3 * (6 * LAYERS + 1)
+    assert adalora.after_step is not None and next(iter(allocator.ipt.values())).abs().sum() > 0
+
+
+def linears_of(model: torch.nn.Module, kind: type) -> set[str]:
+    return {
+        name.removeprefix("base_model.model.") for name, module in model.named_modules() if isinstance(module, kind)
+    }
+
+
+def test_loras_are_on_the_layers_of_their_peers(work):
+    variants = build(work, "lora", "lora_mam", "nas_retrain_unstructured")
+    assert linears_of(variants["lora"].model, LoraLayer) == set(bench_methods.linear_layers(work))
+    assert len(bench_methods.linear_layers(work)) == zoo.ZOO["bert"].linears
+    counts = variants["nas_retrain_unstructured"].model.base_model.architecture().counts
+    lora = linears_of(variants["lora_mam"].model, LoraLayer)
+    assert lora == {name for name, parts in counts.items() if "U" in parts} and len(lora) == LINEARS
+
+
+@pytest.mark.parametrize("name", ["distilbert", "roberta"])
+def test_other_heads_train_whole_in_all_methods(name):
+    """DistilBERT's is of two linear layers, and the name of one ends in that of the other."""
+    entry = zoo.ZOO[name]
+    setting = bench_settings.Setting("tiny", TOKENS, R, 1, batch=BATCH, config=lambda: entry.build().config)
+    work = bench_settings.prepare(setting, None, torch.device("cpu"))
+    trained = {}
+    for method, variant in build(work, "lora", "learner_unprimed_no_norms").items():
+        parameters = variant.model.named_parameters()
+        trained[method] = sum(p.numel() for n, p in parameters if p.requires_grad)
+    assert trained["lora"] == trained["learner_unprimed_no_norms"]
+    assert len(bench_methods.linear_layers(work)) == entry.linears
+
+
+# -- the search ----------------------------------------------------------------------------------------------------
+
+
+def hooks_in_rounds(work, variants: dict[str, bench_common.Variant]) -> dict[str, list[int]]:
+    """How many hooks on all optimizers of the process there are in each step of each variant."""
+    seen: dict[str, list[int]] = {name: [] for name in variants}
+    for name, variant in variants.items():
+        variant.optimizer.register_step_pre_hook(
+            lambda *_, name=name: seen[name].append(len(torch_optimizer._global_optimizer_pre_hooks))
+        )
+    bench_common.take_rounds(variants, work.rows, ROUNDS)
+    return seen
+
+
+def test_only_the_search_gathers_and_only_for_itself(work, monkeypatch):
+    calls: Counter[int] = Counter()
+    gather = Gatherer.__call__
+
+    def counting(self, optimizer):
+        calls[id(optimizer)] += 1
+        gather(self, optimizer)
+
+    monkeypatch.setattr(Gatherer, "__call__", counting)
+    for group in ("nas_search", "nas_search_more"):
+        variants = build(work, *GROUPS[group])
+        calls.clear()  # all searches have taken a step to begin with
+        hooks = {name: [int(name.startswith("nas_search"))] * STEPS for name in GROUPS[group]}
+        assert hooks_in_rounds(work, variants) == hooks
+        gathering = [variants[name] for name in GROUPS[group] if name.startswith("nas_search")]
+        assert calls == {id(variant.optimizer): STEPS for variant in gathering}
+    retraining = hooks_in_rounds(work, build(work, *GROUPS["nas_retrain"]))
+    assert all(seen == [0] * STEPS for seen in retraining.values())
+
+
+def test_the_search_and_its_reference_differ_in_importance_alone(work):
+    for space in ("", "_s_mam", "_u_bitfit"):
+        names = [f"nas_plain{space}", f"nas_search{space}"]
+        variants = build(work, *names)
+        models = [variants[name].model for name in names]
+        before = {name: p.clone() for name, p in models[0].named_parameters() if p.requires_grad}
+        first = [score.clone() for score in scores_of(models[0])]
+        bench_common.take_rounds(variants, work.rows, ROUNDS)
+        plain, search = (dict(model.named_parameters()) for model in models)
+        assert plain.keys() == search.keys()
+        assert all(torch.equal(value, search[name]) for name, value in plain.items())
+        assert {n for n, p in search.items() if p.requires_grad} == before.keys()
+        assert not any(torch.equal(value, search[name]) for name, value in before.items())
+        kept, gathered = (scores_of(model) for model in models)
+        assert len(first) == len(gathered) == len(kept) > 0
+        assert all(torch.equal(score, before_it) for score, before_it in zip(kept, first, strict=True))
+        assert not any(torch.equal(score, before_it) for score, before_it in zip(gathered, first, strict=True))
+
+
+def scores_of(model: torch.nn.Module) -> list[torch.Tensor]:
+    layers = [module for module in model.modules() if hasattr(module, "nas_lora_scores")]
+    return [score for layer in layers for score in layer.nas_lora_scores["default"].values()]

@@ -1,0 +1,223 @@
+"""What is made of the benchmark's rows: targets, tables, and the records of imports, curves and profiles."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+
+import bench
+import bench_import
+import bench_rows
+import bench_scaling
+import bench_settings
+import bench_tables
+import bench_targets
+import profile_step
+import pytest
+import torch
+import zoo
+
+QUARTILES = {"q1": 0.8, "median": 0.9, "q3": 1.0}
+
+
+def row(setting: str, method: str, median: float = 0.9, **more) -> dict:
+    """A row by hand, with what targets and tables read."""
+    times = {"step": {**QUARTILES, "median": median}}
+    sizes = {"stored": 0.94, "total": 0.5, "optimizer": 0.25}
+    references = ("inference_base",) if method.startswith("inference") else ("lora", "full", "nas_plain")
+    return {
+        "setting": {"name": setting},
+        "device": {"type": "cpu"},
+        "method": method,
+        "time_ratios": dict.fromkeys(references, times),
+        "bytes_ratios": dict.fromkeys(references, sizes),
+        "flops_to_bound": 1.04,
+        "tokens_per_second": 1234.5,
+        "exchanged_bytes": 2_000_000,
+        "adapter_file_bytes": 1_500_000,
+        "save_seconds": [0.5, 0.1, 0.2],
+        "load_seconds": None,
+        **more,
+    }
+
+
+# -- targets -------------------------------------------------------------------------------------------------------
+
+
+def found(rows: list[dict], **more) -> dict[tuple[str, str], tuple]:
+    findings = bench_targets.check(rows, **more)
+    return {(f.target.name, f.setting): (f.target.limit, f.value, f.verdict) for f in findings}
+
+
+def test_each_target_is_held_against_its_rows():
+    rows = [
+        row("minilm-16x128-r64", "learner_primed", 0.87),
+        row("minilm-16x32-r64", "learner_primed", 0.871),
+        row("minilm-16x128-r8", "learner_primed", 0.871),
+        row("minilm-16x128-r64", "far_after", 0.5),
+        row("minilm-16x128-r8", "nas_search", 1.04),
+        row("import", "peft_learners", import_seconds={"median": 0.0492}),
+        {**row("minilm-16x32-r8", "nas_search"), "skipped": "ValueError: no."},
+        row("llama-4x512-r64", "learner_primed", 0.95),
+    ]
+    findings = found(rows)
+    time, search = (
+        "Learner after priming / LoRA: step time",
+        "NAS-LoRA's search (U-MaM) / without importance: step time",
+    )
+    assert findings[time, "minilm-16x128-r64"] == (0.87, 0.87, "met")
+    assert findings[time, "minilm-16x32-r64"] == (0.87, 0.871, "MISSED")
+    assert findings[time, "minilm-16x128-r8"] == (0.91, 0.871, "met")
+    assert findings[time, "minilm-16x32-r8"] == (0.91, None, "not measured")
+    assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == (0.95, 0.94, "met")
+    assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == (1.05, 1.04, "met")
+    assert findings["FAR after priming / full fine-tuning: step time", "minilm-16x128-r64"] == (0.88, 0.5, "met")
+    assert findings["FAR after priming / full fine-tuning: stored bytes", "minilm-16x128-r64"][1:] == (0.94, "MISSED")
+    assert findings[search, "minilm-16x128-r8"] == (1.03, 1.04, "MISSED")
+    assert findings[search, "minilm-16x32-r8"] == (1.03, None, "skipped: ValueError: no.")
+    assert findings["import over `import peft`: ms", "import"] == (50, pytest.approx(49.2), "met")
+    assert (time, "llama-4x512-r64") not in findings
+    assert found(rows, everywhere=True)[time, "llama-4x512-r64"][1:] == (0.95, "")
+    assert found(rows, device="cuda")[time, "minilm-16x128-r64"][1:] == (None, "not measured")
+
+
+def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
+    target = bench_targets.Target("a figure", 1.0, ("tiny",), "lora", bench_targets.step_time("full"))
+    monkeypatch.setattr(bench_targets, "TARGETS", (target,))
+    for value, status in ((1.0, 0), (1.01, 1)):
+        bench_rows.write_rows(tmp_path / "tiny-cpu.jsonl", [row("tiny", "lora", value)])
+        assert bench_targets.main([str(tmp_path)]) == 0
+        assert bench_targets.main([str(tmp_path), "--strict"]) == status
+    assert "a figure     tiny     1.00  1.010  MISSED" in capsys.readouterr().out
+    with pytest.raises(FileNotFoundError, match="must hold rows"):
+        bench_targets.main([str(tmp_path / "elsewhere")])
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def test_tables_have_medians_and_quartiles(tmp_path, capsys):
+    rows = [row("minilm-16x32-r8", "lora", 1.0), row("minilm-16x128-r64", "far_after", 0.777)]
+    rows += [row("minilm-16x128-r64", name) for name in ("lora", "learner_primed", "inference_lora")]
+    rows += [{**row("minilm-16x128-r64", "bitfit"), "skipped": "ValueError: no."}]
+    rows += [row("minilm-16x128-r64-dropout", "far_after", bytes_ratios={"full": {"stored": 0.6, "total": 0.5}})]
+    rows += [row("minilm-16x128-r8", "nas_search")]
+    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
+    bench_tables.main([str(tmp_path)])
+    lines = capsys.readouterr().out.splitlines()
+    cell = "0.90 [0.80, 1.00]"
+    assert f"| after priming |  |  |  | {cell} | 0.94 | 0.50 |" in lines
+    assert "| LoRA | 1.04 |  |  | 1.04 |" in lines
+    assert "| after, by hidden unit | 0.78 [0.80, 1.00] | 0.94 | 0.60 | 0.50 | 1.50 MB |" in lines
+    label = "search of U-MaM, against the same adapter without importance"
+    assert f"| {label} | {cell} |  | 0.25 | 1.50 MB |" in lines
+    assert f"| LoRA |  |  |  | {cell} |" in lines
+    whole = f"| LoRA | {cell} | {cell} | 1,234 | 1.04 | 0.94 | 0.50 | 2.00 MB | 1.50 MB | 0.20 s |  |"
+    assert whole in lines
+    assert f"| BitFit | skipped: ValueError: no. |{'  |' * 9}" in lines
+    bench_tables.main([str(tmp_path), "--table", "minilm-16x32-r8"])
+    assert whole.replace(cell, "1.00 [0.80, 1.00]") in capsys.readouterr().out.splitlines()
+    with pytest.raises(SystemExit):
+        bench_tables.main([str(tmp_path), "--table", "unknown"])
+
+
+def test_every_method_of_the_tables_is_measured():
+    assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
+    assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
+    for target in bench_targets.TARGETS:
+        assert target.settings == ("import",) or set(target.settings) <= set(bench_settings.SETTINGS)
+        assert target.settings == ("import",) or target.method in bench.METHODS
+
+
+# -- imports and curves --------------------------------------------------------------------------------------------
+
+
+def test_imports_are_timed_in_processes_of_their_own_with_compiled_modules(tmp_path, monkeypatch):
+    note = "from pathlib import Path\nnote = Path(__file__).with_suffix('.txt').open('a')\n"
+    note += "note.write(str(Path(__cached__).exists()))\nnote.close()"
+    (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.2)")
+    (tmp_path / "quick_module.py").write_text(note)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    slow, quick = bench_import.import_rows(2, ("slow_module", "quick_module"))
+    assert (slow["method"], quick["method"]) == ("slow_module", "quick_module")
+    assert quick["import_seconds"]["median"] < 0.2 <= slow["import_seconds"]["q1"]
+    assert len(slow["seconds"]["import"]) == len(quick["seconds"]["import"]) == 2
+    # The bytecode is there before a module's own code runs; it lies where it is gone afterwards.
+    assert (tmp_path / "quick_module.txt").read_text() == "TrueTrueTrue"
+    assert not (tmp_path / "__pycache__").exists()
+
+
+def test_curves():
+    axes = {"rank": (2, 4), "tokens": (64,), "width": (32,), "adapters": (3,), "active_adapters": (2,)}
+    points = bench_scaling.points(axes, rounds=1, width=16)
+    rows, trained = [], {}
+    for work, found in bench_scaling.scaling_rows(bench.measure_point, points, torch.device("cpu")):
+        record = work.record()
+        for row in found:
+            assert "skipped" not in row and row["group"] == "scaling"
+            trained[row["axis"], row["value"], row["method"]] = row["trained_parameters"]
+        rows.append((record["rank"], record["batch"] * record["tokens"], record["width"]))
+    assert rows == [(2, 1024, 16), (4, 1024, 16), (64, 64, 16), (64, 1024, 32), (16, 1024, 16), (32, 1024, 16)]
+    # Low-rank updates alone, on two blocks of width 16: 4 layers 16 -> 16, 16 -> 64, 64 -> 16. Only active ones train.
+    sizes = 2 * (4 * 32 + 2 * 80)
+    for method in ("lora", "learner_unprimed"):
+        assert trained["adapters", 3, method] == 16 * sizes
+        assert trained["active_adapters", 2, method] == 2 * 16 * sizes
+    assert trained["rank", 4, "lora"] - trained["rank", 2, "lora"] == 2 * (sizes + 32)  # the pooler too
+
+
+# -- profiles ------------------------------------------------------------------------------------------------------
+
+SIZES = profile_step.Sizes(frozenset((384, 1536)), frozenset((16, 512)), frozenset((64,)))
+
+
+@pytest.mark.parametrize(
+    "name,shapes,purpose",
+    [
+        ("aten::addmm", [[384], [512, 1536], [1536, 384]], profile_step.BASE),
+        ("aten::mm", [[16, 384], [384, 384]], profile_step.BASE),
+        ("aten::mm", [[1536, 512], [512, 384]], profile_step.DENSE_GRADIENT),
+        ("aten::addmm", [[384, 1536], [384, 64], [64, 1536]], profile_step.FORMING),
+        ("aten::mm", [[512, 384], [384, 64]], profile_step.NARROW),
+        ("aten::addmm_", [[512, 384], [512, 64], [64, 384]], profile_step.NARROW),
+        ("aten::mm", [[64, 512], [512, 384]], profile_step.NARROW),
+        ("aten::mm", [[16, 384], [384, 2]], profile_step.HEAD),
+        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
+        ("aten::gelu_backward", [[512, 1536], [512, 1536]], "activation function"),
+        ("aten::native_layer_norm", [[512, 384]], "norms"),
+        ("aten::_fused_adamw_", [], "optimizer"),
+        ("aten::embedding_dense_backward", [], "embeddings and loss"),
+        ("aten::copy_", [[512, 384], [512, 384]], "copies, sums, element by element"),
+        ("autograd::engine::evaluate_function: AddmmBackward0", [], profile_step.OUTSIDE),
+    ],
+)
+def test_operators_are_known_by_name_and_shape(name, shapes, purpose):
+    assert profile_step.purpose_of(name, shapes, SIZES) == purpose
+
+
+def test_a_profile_of_a_step(tmp_path):
+    # Two rows of 16 tokens are as many as hidden units (32), so that rows are a token shorter.
+    config = copy.copy(zoo.bert().config)
+    setting = bench_settings.Setting("tiny", 16, 4, 1, batch=2, config=lambda: config)
+    work = bench_settings.prepare(setting, None, torch.device("cpu"))
+    returned = profile_step.profile_setting(work, ["full", "learner_unprimed"], 2, tmp_path)
+    record = json.loads((Path(tmp_path) / "profile-tiny-cpu.json").read_text())
+    assert record == json.loads(json.dumps(returned))
+    assert record["setting"]["tokens"] == 15 and record["setting"]["batch"] == 2
+    full, learner = (record["methods"][name] for name in ("full", "learner_unprimed"))
+    for entry in (full, learner):
+        assert sum(entry["shares"].values()) == pytest.approx(1)
+        assert min(entry["shares"].values()) >= 0 and entry["profiled_step_seconds"] > 0
+        for part in (profile_step.BASE, "attention", "optimizer", "norms", "activation function"):
+            assert entry["shares"][part] > 0
+    assert full["shares"][profile_step.DENSE_GRADIENT] > 0 and profile_step.FORMING not in full["shares"]
+    assert learner["shares"][profile_step.FORMING] > 0 and learner["shares"][profile_step.NARROW] > 0
+    assert full["shares"][profile_step.DENSE_GRADIENT] > learner["shares"].get(profile_step.DENSE_GRADIENT, 0)
+    with pytest.raises(
+        ValueError, match="rank must be none of the model's sizes, for products to be told apart, got 2"
+    ):
+        other = bench_settings.prepare(dataclasses.replace(setting, rank=2), None, torch.device("cpu"))
+        profile_step.profile_setting(other, ["full"], 1, tmp_path)
