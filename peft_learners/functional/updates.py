@@ -64,13 +64,19 @@ def _by_rank(values: Tensor, positions: Tensor, rank: int, features: int) -> Ten
 def effective_weight(weight: Tensor, low_rank: Sequence[Pair], dense: Sequence[Dense]) -> Tensor:
     """`W + sum_j c_j D_j + sum_k s_k B_k A_k`: (out_features, in_features). W itself is not written to.
 
-    `2 r N` flops for the ranks' sum r, and a pass over N numbers for each D.
+    `2 r N` flops for the ranks' sum r, and a pass over N numbers for each D; one matrix of W's size.
     """
+    total = weight
     for delta, factor in dense:
-        weight = torch.add(weight, delta, alpha=factor)
+        in_place = total is not weight and may_write_to_it()
+        total = total.add_(delta, alpha=factor) if in_place else torch.add(total, delta, alpha=factor)
     for a, b, factor in low_rank:
-        weight = torch.addmm(weight, dense_factor(b), dense_factor(a), alpha=factor)
-    return weight
+        left, right = dense_factor(b), dense_factor(a)
+        if total is weight:
+            total = torch.addmm(weight, left, right, alpha=factor)
+        else:
+            total = add_product(total, left, right, factor)
+    return total
 
 
 # -- updates as the arguments of an autograd function ----------------------------------------------------------------
