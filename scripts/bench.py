@@ -16,6 +16,7 @@ A step is forward, backward, AdamW and zeroing the gradients, with `update_and_a
 """
 
 import gc
+import os
 import statistics
 import sys
 from collections.abc import Mapping, Sequence
@@ -73,6 +74,13 @@ class BenchArguments:
             "help": "Measure these alone, beside those they are compared with; the file's name ends in -selected.",
             "choices": list(METHODS),
         },
+    )
+    groups: Optional[list[str]] = field(
+        default=None, metadata={"help": "Measure these groups of methods alone.", "choices": list(GROUPS)}
+    )
+    label: Optional[str] = field(
+        default=None,
+        metadata={"help": "Ends the setting's name, in rows and file: for what is measured under other conditions."},
     )
     rounds: Optional[int] = field(
         default=None,
@@ -267,11 +275,16 @@ def common_fields(setting: dict[str, Any], device: torch.device) -> dict[str, An
     """What all rows of a setting begin with."""
     return {
         "schema_version": SCHEMA_VERSION,
-        "setting": {**setting, "warmup_rounds": WARMUP_ROUNDS},
+        "setting": {**setting, "warmup_rounds": WARMUP_ROUNDS, "allocator": allocator()},
         "versions": run_record.versions(),
         "device": run_record.device_record(SimpleNamespace(device=device, world_size=1)),
         "date": run_record.now(),
     }
+
+
+def allocator() -> dict[str, str]:
+    """What the environment tells the C library's allocator, which decides what the first touch of memory costs."""
+    return {key: value for key, value in os.environ.items() if key.startswith("MALLOC_") or key == "LD_PRELOAD"}
 
 
 def report(rows: Sequence[Row]) -> str:
@@ -330,6 +343,10 @@ def run_setting(name: str, args: BenchArguments, device: torch.device, path: Pat
         write_rows(path, rows)
         return
     setting = SETTINGS[name]
+    if args.groups is not None:
+        setting = replace(setting, groups=tuple(args.groups))
+    if args.label is not None:
+        setting = replace(setting, name=f"{name}-{args.label}")
     if args.rounds is not None:
         setting = replace(setting, rounds=args.rounds)
     if args.dropout is not None:

@@ -71,16 +71,19 @@ def _decoder_1b() -> tf.LlamaConfig:
     )
 
 
-#: The search of one space, where steps are long.
-_FEWER = ("learner", "far", "peft", "nas_search", "nas_retrain", "inference")
+#: Where steps are long.
+_MAIN = ("learner", "far", "inference")
+#: FAR does not depend on the rank, nor does NAS-LoRA, whose search spaces have ranks of their own.
+_WITH_FAR = ("learner", "far", "peft", "inference")
+_WITH_NAS = ("learner", "peft", "nas_search", "nas_search_more", "nas_retrain", "inference")
 
 SETTINGS: dict[str, Setting] = {
     setting.name: setting
     for setting in (
-        Setting("minilm-16x32-r8", 32, 8, rounds=20),
-        Setting("minilm-16x32-r64", 32, 64, rounds=20),
-        Setting("minilm-16x128-r8", 128, 8, rounds=9),
-        Setting("minilm-16x128-r64", 128, 64, rounds=9),
+        Setting("minilm-16x32-r8", 32, 8, rounds=20, groups=_WITH_NAS),
+        Setting("minilm-16x32-r64", 32, 64, rounds=20, groups=_WITH_FAR),
+        Setting("minilm-16x128-r8", 128, 8, rounds=9, groups=_WITH_NAS),
+        Setting("minilm-16x128-r64", 128, 64, rounds=9, groups=_WITH_FAR),
         Setting(
             "minilm-16x128-r64-dropout",
             128,
@@ -93,8 +96,8 @@ SETTINGS: dict[str, Setting] = {
                 *("far_after", "far_after_discard", "far_after_output_node"),
             ),
         ),
-        Setting("distilbert-16x128-r64", 128, 64, rounds=4, config=tf.DistilBertConfig, groups=_FEWER),
-        Setting("llama-4x512-r64", 512, 64, 3, batch=4, config=_llama, task_type="CAUSAL_LM", groups=_FEWER),
+        Setting("distilbert-16x128-r64", 128, 64, rounds=4, config=tf.DistilBertConfig, groups=_MAIN),
+        Setting("llama-4x512-r64", 512, 64, 3, batch=4, config=_llama, task_type="CAUSAL_LM", groups=_MAIN),
         Setting("bert-large-16x128-r64", 128, 64, 20, config=_bert_large, dtype=torch.bfloat16, device="cuda"),
         Setting(
             "decoder-1b-4x512-r64",
@@ -106,7 +109,7 @@ SETTINGS: dict[str, Setting] = {
             task_type="CAUSAL_LM",
             dtype=torch.bfloat16,
             device="cuda",
-            groups=_FEWER,
+            groups=_MAIN,
         ),
     )
 }

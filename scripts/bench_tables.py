@@ -24,6 +24,8 @@ SHAPES = {
     "minilm-16x128-r64": "r=64, 128",
 }
 LONG = "minilm-16x128-r64"
+#: Ends the names of settings measured with an allocator that gives no memory back.
+KEPT_HEAP = "-kept-heap"
 LEARNER = {
     "learner_priming": "in priming",
     "learner_primed": "after priming",
@@ -107,12 +109,16 @@ def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> Lines:
     return [first.replace("|  |", "| |"), rule, *rest]
 
 
-def learner_table(rows: Sequence[Row], device: str) -> Lines:
-    """Step time against LoRA, and bytes in the last shape."""
+def learner_table(rows: Sequence[Row], device: str, ending: str = "") -> Lines:
+    """Step time against LoRA, and bytes in the last shape.
+
+    Args:
+        ending: of the settings' names.
+    """
     body = []
     for name, label in LEARNER.items():
-        cells = [quartile_cell(row_of(rows, shape, name, device), "lora") for shape in SHAPES]
-        long = row_of(rows, LONG, name, device)
+        cells = [quartile_cell(row_of(rows, shape + ending, name, device), "lora") for shape in SHAPES]
+        long = row_of(rows, LONG + ending, name, device)
         body.append([label, *cells, *(byte_cell(long, "lora", kind) for kind in ("stored", "total"))])
     return markdown(["", *SHAPES.values(), "stored", "all"], body)
 
@@ -147,11 +153,15 @@ def nas_table(rows: Sequence[Row], device: str) -> Lines:
     return markdown(["", "16 x 128 tokens", "16 x 32 tokens", "optimizer state", "adapter's file"], body)
 
 
-def inference_table(rows: Sequence[Row], device: str) -> Lines:
-    """A forward pass against the base model's."""
+def inference_table(rows: Sequence[Row], device: str, ending: str = "") -> Lines:
+    """A forward pass against the base model's.
+
+    Args:
+        ending: of the settings' names.
+    """
     body = []
     for name, label in INFERENCE.items():
-        found = (row_of(rows, shape, name, device) for shape in SHAPES)
+        found = (row_of(rows, shape + ending, name, device) for shape in SHAPES)
         body.append([label, *(quartile_cell(row, "inference_base") for row in found)])
     return markdown(["", *SHAPES.values()], body)
 
@@ -235,6 +245,8 @@ TABLES: dict[str, Callable[[Sequence[Row], str], Lines]] = {
     "far": far_table,
     "nas": nas_table,
     "inference": inference_table,
+    "learner-kept-heap": partial(learner_table, ending=KEPT_HEAP),
+    "inference-kept-heap": partial(inference_table, ending=KEPT_HEAP),
     "models": models_table,
     "scaling": scaling_table,
     "targets": targets_table,

@@ -84,8 +84,8 @@ TARGETS = (
     Target("Learner after priming / LoRA: stored bytes", 0.95, RANK_64, "learner_primed", stored("lora")),
     Target("Learner after priming: flops / bound", 1.05, MINILM, "learner_primed", to_bound),
     Target("Learner in priming / full fine-tuning: step time", 1.00, MINILM, "learner_priming", step_time("full")),
-    Target("FAR after priming / full fine-tuning: step time", 0.88, LONG_ROWS, "far_after", step_time("full")),
-    Target("FAR after priming / full fine-tuning: stored bytes", 0.78, LONG_ROWS, "far_after", stored("full")),
+    Target("FAR after priming / full fine-tuning: step time", 0.88, RANK_64, "far_after", step_time("full")),
+    Target("FAR after priming / full fine-tuning: stored bytes", 0.78, RANK_64, "far_after", stored("full")),
     *(
         Target(
             f"NAS-LoRA's search ({space}) / without importance: step time",

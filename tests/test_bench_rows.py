@@ -221,3 +221,38 @@ def test_a_profile_of_a_step(tmp_path):
     ):
         other = bench_settings.prepare(dataclasses.replace(setting, rank=2), None, torch.device("cpu"))
         profile_step.profile_setting(other, ["full"], 1, tmp_path)
+
+
+# -- pages ---------------------------------------------------------------------------------------------------------
+
+
+def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
+    rows = [row("minilm-16x128-r64", "lora"), row("minilm-16x128-r64-kept-heap", "learner_primed", 0.77)]
+    rows += [
+        row("scaling", "learner_unprimed", 0.5, axis="rank", value=8),
+        row("scaling", "lora", 1.0, axis="rank", value=8),
+    ]
+    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
+    record = {"methods": {"lora": {"shares": {"norms": 0.25, "attention": 0.5}}, "full": {"shares": {"norms": 0.1}}}}
+    (tmp_path / "profile-minilm-16x32-r64-cpu.json").write_text(json.dumps(record))
+    names = ("learner-kept-heap", "scaling", "targets", "profile-minilm-16x32-r64")
+    text = "before\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- bench:end -->\nbetween\n" for name in names)
+    new = bench_tables.with_tables(text, tmp_path)
+    assert "old" not in new and new.startswith("before\n") and new.count("between") == len(names)
+    assert "| after priming |  |  |  | 0.77 [0.80, 1.00] | 0.94 | 0.50 |" in new
+    assert "| rank | 8: 0.50 |" in new and new.count("not measured") > 5
+    assert "| norms | 25 % | 10 % |" in new and "| attention | 50 % | 0 % |" in new
+    assert bench_tables.with_tables(new, tmp_path) == new
+    with pytest.raises(ValueError, match="bench:no-such -->"):
+        bench_tables.with_tables("<!-- bench:no-such -->\n<!-- bench:end -->", tmp_path)
+    (tmp_path / "page.md").write_text(text)
+    assert bench_tables.write_pages(tmp_path, tmp_path) == ["page.md"]
+    assert (tmp_path / "page.md").read_text() == new and bench_tables.write_pages(tmp_path, tmp_path) == []
+
+
+def test_what_the_environment_tells_the_allocator_stands_in_the_rows(monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "123")
+    assert (
+        bench.common_fields({"name": "x"}, torch.device("cpu"))["setting"]["allocator"]["MALLOC_TRIM_THRESHOLD_"]
+        == "123"
+    )

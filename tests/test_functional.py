@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.t5.modeling_t5 import T5LayerNorm
 
 from peft_learners.functional import (
     effective_linear,
@@ -160,3 +162,44 @@ def test_half_precision_norm_does_not_swallow_small_deltas():
     exact = F.layer_norm(x.float(), (64,), weight, norm.bias.float())
     assert torch.equal(out, exact.to(torch.bfloat16))
     assert torch.equal(weight.to(torch.bfloat16), norm.weight) and not torch.equal(out, norm(x))
+
+
+def kept_bytes(call) -> int:
+    """Bytes that autograd keeps of what `call` does, parameters aside."""
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        if not isinstance(tensor, torch.nn.Parameter):
+            kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        out = call()
+    assert out.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, LlamaRMSNorm, T5LayerNorm])
+def test_trained_norms_keep_no_activation_that_the_frozen_norm_does_not(kind, dtype):
+    """x is (100, 64): what a trained norm may keep beside what the frozen one keeps are its 64 weights and biases."""
+    norm = kind(64).to(dtype).requires_grad_(False)
+    x = torch.randn(100, 64).to(dtype).requires_grad_()
+    frozen = kept_bytes(lambda: norm(x))
+    deltas = [torch.nn.Parameter(0.1 * torch.randn(64)) for _ in range(2)]
+    weight = norm.weight + deltas[0]
+    bias = norm.bias + deltas[1] if kind is torch.nn.LayerNorm else None
+    trained = kept_bytes(lambda: norm_with(norm, x, weight, bias))
+    assert trained <= frozen + 2 * 64 * 4
+    # the gradients are those of the formula, in float32
+    wide = x.detach().float().requires_grad_()
+    mean = wide.mean(-1, keepdim=True) if bias is not None else 0.0
+    eps = norm.eps if bias is not None else norm.variance_epsilon
+    by_hand = (wide - mean) / ((wide - mean).pow(2).mean(-1, keepdim=True) + eps).sqrt() * weight
+    by_hand = by_hand if bias is None else by_hand + bias
+    wanted = torch.autograd.grad(by_hand.square().sum(), [wide, deltas[0]], retain_graph=True)
+    out = norm_with(norm, x, weight, bias)
+    got = torch.autograd.grad(out.float().square().sum(), [x, deltas[0]])
+    limit = 1e-5 if dtype == torch.float32 else 2**-6  # bfloat16 rounds x's gradient and the output to 8 bits
+    for ours, theirs in zip(got, wanted, strict=True):
+        assert (ours.float() - theirs).norm() <= limit * theirs.norm()

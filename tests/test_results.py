@@ -6,6 +6,8 @@ import json
 import re
 from pathlib import Path
 
+import bench_rows
+import bench_tables
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -24,20 +26,7 @@ NAS = {
     "S-MaM, 321,024": {"r": 16, "parameter_budget": 321_024.0, "nas_granularity": "structured", "rounds": 1},
 }  # fmt: skip
 PAGES = ("learner.md", "far.md", "nas_lora.md")
-BENCH = {"in priming": "far_priming", "after, by hidden unit": "far_after",
-         "the same, `discard_unkept`": "far_after_discard",
-         "after, by output node": "far_after_output_node"}  # fmt: skip
-
-
-NAS_BENCH = {
-    "search of U-MaM, against the same adapter without importance": ("search_u_mam", "search"),
-    "search of S-MaM, against the same": ("search_s_mam", "search"),
-    "search of U-BitFit, against the same": ("search_u_bitfit", "search"),
-    "retraining 10 % of the biases, against BitFit": ("retraining_bitfit", "u_bitfit_10"),
-    "retraining 1 % of the biases, against BitFit": ("retraining_bitfit", "u_bitfit_1"),
-    "retraining S-MaM at half, against LoRA of rank 8 with biases": ("retraining_lora", "s_mam_half"),
-    "retraining U-MaM at half, against LoRA of rank 8 with biases": ("retraining_lora", "u_mam_half"),
-}
+BENCH = ROOT / "results/bench"
 
 
 def rows() -> list[tuple[str, str, str, str]]:
@@ -71,37 +60,30 @@ def test_results_hold_no_path_of_a_machine():
         assert not re.search(r'"/(?!\s)', path.read_text()), path
 
 
-@pytest.mark.parametrize("label,variant", BENCH.items())
-def test_the_benchmark_table_is_that_of_its_files(label, variant):
-    off, on = (
-        json.loads((ROOT / f"results/bench/far-minilm-16x128-cpu{name}.json").read_text())["variants"][variant]
-        for name in ("-no-dropout", "")
-    )
-    file = off.get("adapter_file_bytes")
-    cells = [
-        f"{off['time_ratios']['step']['median']:.2f}", f"{off['bytes_ratios']['stored']:.2f}",
-        f"{on['bytes_ratios']['stored']:.2f}", f"{off['bytes_ratios']['total']:.2f}",
-        f"{file / 1e6:.1f} MB" if file else "",
-    ]  # fmt: skip
-    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "docs/far.md").read_text()
+@pytest.mark.parametrize("page", ["performance.md", *PAGES])
+def test_benchmark_tables_are_those_of_the_rows(page):
+    text = (ROOT / "docs" / page).read_text()
+    assert text.count("<!-- bench:end -->") >= 1
+    assert bench_tables.with_tables(text, BENCH) == text, "run: python scripts/bench_tables.py --write"
 
 
-@pytest.mark.parametrize("label,place", NAS_BENCH.items())
-def test_the_benchmark_table_of_nas_lora_is_that_of_its_files(label, place):
-    comparison, variant = place
-    long, short = (
-        json.loads((ROOT / f"results/bench/nas-minilm-16x{tokens}-cpu-no-dropout.json").read_text())["comparisons"][
-            comparison
-        ]["variants"][variant]
-        for tokens in (128, 32)
-    )
-    times = [found["time_ratios"]["step"] for found in (long, short)]
-    file = long.get("adapter_file_bytes")
-    cells = [
-        *(f"{time['median']:.2f} [{time['q1']:.2f}, {time['q3']:.2f}]" for time in times),
-        f"{long['bytes_ratios']['optimizer']:.2f}", f"{file / 1e6:.2f} MB" if file else "",
-    ]  # fmt: skip
-    assert f"| {label} | {' | '.join(cells)} |" in (ROOT / "docs/nas_lora.md").read_text()
+def test_ratios_in_the_benchmarks_rows_are_those_of_their_seconds():
+    """Of each row, the median over the rounds of its seconds over its peer's, by plain sorting."""
+    found = bench_rows.rows_to_show(BENCH)
+    own: dict[tuple, dict[str, list[float]]] = {}
+    for row in found:
+        if "seconds" in row:
+            place = (row["setting"]["name"], row["device"]["type"], row["group"], row.get("axis"), row.get("value"))
+            own.setdefault(place, {})[row["method"]] = row["seconds"]["step"]
+    checked = 0
+    for row in found:
+        for peer, ratio in row.get("time_ratios", {}).items():
+            place = (row["setting"]["name"], row["device"]["type"], row["group"], row.get("axis"), row.get("value"))
+            each = sorted(a / b for a, b in zip(row["seconds"]["step"], own[place][peer], strict=True))
+            middle = (each[(len(each) - 1) // 2] + each[len(each) // 2]) / 2
+            assert ratio["step"]["median"] == pytest.approx(middle, rel=1e-9), (place, row["method"], peer)
+            checked += 1
+    assert checked > 100
 
 
 def test_kept_shares_are_those_of_their_files():
@@ -148,29 +130,3 @@ def test_what_exports_cost_is_what_their_files_say(file):
     assert f"{scores(record['adapter']['dev'])} by itself" in page
     assert f"{record['adapter']['bytes'] / 1e6:.1f} MB" in page
     assert record["rows"] == 408
-
-
-LEARNER_BENCH = {
-    "learner_priming": "in priming", "learner_primed": "after priming", "learner_unprimed": "without priming",
-    "learner_unprimed_no_norms": "the same, `train_norms=False`", "full": "full fine-tuning",
-}  # fmt: skip
-SHAPES = ((8, 32), (8, 128), (64, 32), (64, 128))
-
-
-def learner_bench(rank: int, tokens: int) -> dict:
-    file = ROOT / f"results/bench/learner-r{rank}-minilm-16x{tokens}-cpu-no-dropout.json"
-    found = json.loads(file.read_text())
-    assert (found["settings"]["rank"], found["settings"]["tokens"]) == (rank, tokens)
-    return found["variants"]
-
-
-def test_the_benchmark_tables_of_learners_are_those_of_their_files():
-    page, benches = (ROOT / "docs/learner.md").read_text(), [learner_bench(*shape) for shape in SHAPES]
-    for name, label in LEARNER_BENCH.items():
-        times = [bench[name]["time_ratios"]["step"] for bench in benches]
-        cells = [f"{time['median']:.2f} [{time['q1']:.2f}, {time['q3']:.2f}]" for time in times]
-        cells += [f"{benches[-1][name]['bytes_ratios'][kind]:.2f}" for kind in ("stored", "total")]
-        assert f"| {label} | {' | '.join(cells)} |" in page
-    for name, label in (("lora", "LoRA"), ("learner_unprimed", "Learner")):
-        cells = [f"{bench[name]['flops_to_bound']:.2f}" for bench in benches]
-        assert f"| {label} | {' | '.join(cells)} |" in page

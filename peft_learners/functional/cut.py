@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .updates import applied, apply_to_rows, may_write_to_it, wide_type, without_autocast
+from .updates import applied, apply_to_rows, is_plain_torch, wide_type, without_autocast
 
 
 def order_of(kept: Tensor, nodes: int) -> Tensor:
@@ -58,12 +58,12 @@ def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axi
     base, nodes = base.to(wide), base.shape[axis]
     if rest is not None and axis == 1:  # adding to columns would take longer than putting them in order
         full = uncut(values, rest, kept, nodes, axis).to(wide)
-        return full.add_(base) if may_write_to_it() else full + base
+        return full.add_(base) if is_plain_torch() else full + base
     out = base.index_add(axis, kept, values.to(wide))
     if rest is None:
         return out
     others, rest = order_of(kept, nodes).argsort()[len(kept) :], rest.to(wide)
-    return out.index_add_(axis, others, rest) if may_write_to_it() else out.index_add(axis, others, rest)
+    return out.index_add_(axis, others, rest) if is_plain_torch() else out.index_add(axis, others, rest)
 
 
 class _CutLinear(torch.autograd.Function):

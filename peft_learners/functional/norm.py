@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .updates import is_plain_torch
+
 
 def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
     """`base + sum(deltas)`; None if there is neither."""
@@ -31,34 +33,31 @@ def norm_with(
         weight: (features,); bias: (features,) or None.
     """
     # A half-precision norm with float32 deltas is computed in float32: its own weight would swallow small deltas.
-    dtype, widest = x.dtype, weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
+    widest = weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
     wide = widest != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if bias is not None:  # a delta on one of them alone may have widened it
-        weight, bias = weight.to(widest), bias.to(widest)
-    if wide:
-        x = x.to(widest)
-    if type(base) is nn.LayerNorm:
-        out = F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
-    elif type(base) is nn.RMSNorm:
-        out = F.rms_norm(x, base.normalized_shape, weight, base.eps)
-    else:
-        out = _by_its_own_formula(base, x, weight, bias, *args, **kwargs)
-    return out.to(dtype) if wide else out
+
+    def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if bias is not None:  # a delta on one of them alone may have widened it
+            weight, bias = weight.to(widest), bias.to(widest)
+        out = _norm_at(base, x.to(widest) if wide else x, weight, bias, *args, **kwargs)
+        return out.to(x.dtype) if wide else out
+
+    # Wide copies of x, and the normalised x of norms that torch has no kernel for, are made again in backward: a few
+    # passes over x, which is all that is kept. The frozen norm does not need the latter.
+    has_kernel = type(base) in (nn.LayerNorm, nn.RMSNorm)
+    again = (weight.requires_grad and not has_kernel) or (wide and any(t.requires_grad for t in (x, weight)))
+    # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
+    if not again or not is_plain_torch() or not torch.is_grad_enabled():
+        return compute(x, weight, bias)
+    return checkpoint(compute, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
 
 
-def _by_its_own_formula(
+def _norm_at(
     base: nn.Module, x: Tensor, weight: Tensor, bias: Tensor | None, *args: object, **kwargs: object
 ) -> Tensor:
-    """The norm by its own forward pass, which is a few passes over x: done again in backward, so that x alone is kept.
-
-    Otherwise a weight that trains would have the normalised x kept too, which the frozen norm does not need.
-    """
-
-    def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-        return torch.func.functional_call(base, values, (x, *args), kwargs)
-
-    # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
-    if not weight.requires_grad or torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return call(x, weight, bias)
-    return checkpoint(call, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    if type(base) is nn.LayerNorm:
+        return F.layer_norm(x, base.normalized_shape, weight, bias, base.eps)
+    if type(base) is nn.RMSNorm:
+        return F.rms_norm(x, base.normalized_shape, weight, base.eps)
+    values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
+    return torch.func.functional_call(base, values, (x, *args), kwargs)

@@ -68,7 +68,7 @@ def effective_weight(weight: Tensor, low_rank: Sequence[Pair], dense: Sequence[D
     """
     total = weight
     for delta, factor in dense:
-        in_place = total is not weight and may_write_to_it()
+        in_place = total is not weight and is_plain_torch()
         total = total.add_(delta, alpha=factor) if in_place else torch.add(total, delta, alpha=factor)
     for a, b, factor in low_rank:
         left, right = dense_factor(b), dense_factor(a)
@@ -161,7 +161,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
 def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
     """`function.apply(*args)`, without binding default arguments, which takes longer than all else that it does."""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    if not is_plain_torch():
         return function.apply(*args)
     return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
@@ -169,15 +169,17 @@ def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
 # -- products --------------------------------------------------------------------------------------------------------
 
 
-def may_write_to_it() -> bool:
-    """Whether a tensor of our own may be written to: not under function transforms, where it may lack a batch
-    dimension that what is added has."""
+def is_plain_torch() -> bool:
+    """Whether no compiler and no function transform is at work.
+
+    Under the latter a tensor of our own may not be written to: it may lack a batch dimension that what is added has.
+    """
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
 
 
 def add_product(out: Tensor, left: Tensor, right: Tensor, factor: float) -> Tensor:
     """`out + factor * left right`, into the memory of out, which belongs to the caller."""
-    if may_write_to_it():
+    if is_plain_torch():
         return out.addmm_(left, right, alpha=factor)
     return torch.addmm(out, left, right, alpha=factor)
 
