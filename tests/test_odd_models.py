@@ -169,3 +169,35 @@ def test_hooks_on_a_base_layer_are_called(tuner):
     layer.base_layer.register_full_backward_hook(lambda *_: seen.append("backward"))
     model(**zoo.inputs_of("bert", model)).loss.backward()
     assert seen == ["forward", "backward"]
+
+
+@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig])
+def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
+    """As ZeRO's third stage has it: between the calls of its module a weight is an empty vector."""
+    torch.manual_seed(0)
+    x = torch.randn(40, 8)
+    config = tuner(target_modules=["0", "2"], init_weights=False, **({} if tuner is FARConfig else {"r": 2}))
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), config)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    expected = model(x)
+    wanted = torch.autograd.grad(expected.square().sum(), trained, allow_unused=True)
+    layers = [layer.base_layer for layer in model.modules() if hasattr(layer, "base_layer")]
+    assert len(layers) == 2
+    gathered = []
+    for layer in layers:
+        full = layer.weight.data
+
+        def gather(module, args, full=full):
+            gathered.append(module)
+            module.weight.data = full
+
+        layer.register_forward_pre_hook(gather)
+        # backward needs the weight again, as ZeRO's own hooks see to it
+        layer.register_full_backward_pre_hook(lambda module, grads, full=full: setattr(module.weight, "data", full))
+        layer.register_forward_hook(lambda module, *_: setattr(module.weight, "data", torch.empty(0)))
+        layer.weight.data = torch.empty(0)
+    out = model(x)
+    assert gathered == layers and layers[0].weight.numel() == 0
+    torch.testing.assert_close(out, expected)
+    for ours, theirs in zip(torch.autograd.grad(out.square().sum(), trained, allow_unused=True), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs)
