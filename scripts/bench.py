@@ -360,7 +360,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     args, device = parse(argv)
     for name in settings_to_run(args, device):
         kind = "cpu" if name == "import" else device.type
-        path = Path(args.out) / f"{name}-{kind}{'-selected' if args.methods else ''}.jsonl"
+        ends = (args.label, kind, "selected" if args.methods else None)
+        path = Path(args.out) / f"{'-'.join([name, *filter(None, ends)])}.jsonl"
         if path.is_file() and not args.again:
             print(f"{name}: {path} is there (--again measures anew)")
             continue

@@ -49,12 +49,12 @@ class Finding:
 
     @property
     def verdict(self) -> str:
-        """In a setting that the target is not for, none."""
+        """Of the value as it is printed, with two decimals; in a setting that the target is not for, none."""
         if self.setting not in self.target.settings:
             return ""
         if self.value is None:
             return self.why
-        return "met" if self.value <= self.target.limit else "MISSED"
+        return "met" if round(self.value, 2) <= self.target.limit else "MISSED"
 
 
 def step_time(reference: str) -> Figure:
@@ -133,7 +133,7 @@ def report(findings: Sequence[Finding]) -> str:
     """The findings as a table."""
     table = [["figure", "setting", "at most", "found", ""]]
     for finding in findings:
-        value = "" if finding.value is None else f"{finding.value:.3f}"
+        value = "" if finding.value is None else f"{finding.value:.2f}"
         table.append([finding.target.name, finding.setting, f"{finding.target.limit:.2f}", value, finding.verdict])
     return aligned(table)
 

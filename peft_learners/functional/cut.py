@@ -53,13 +53,10 @@ def uncut(values: Tensor, rest: Tensor | None, kept: Tensor, nodes: int, axis: i
 
 
 def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axis: int) -> Tensor:
-    """The base plus the cut tensor, in the wider of their types; only the sum is of its size."""
+    """The base plus the cut tensor, in the wider of their types: one matrix of its size is made, and no other."""
     wide = torch.promote_types(base.dtype, values.dtype)
-    base, nodes = base.to(wide), base.shape[axis]
-    if rest is not None and axis == 1:  # adding to columns would take longer than putting them in order
-        full = uncut(values, rest, kept, nodes, axis).to(wide)
-        return full.add_(base) if is_plain_torch() else full + base
-    out = base.index_add(axis, kept, values.to(wide))
+    nodes = base.shape[axis]
+    out = base.to(wide).index_add(axis, kept, values.to(wide))
     if rest is None:
         return out
     others, rest = order_of(kept, nodes).argsort()[len(kept) :], rest.to(wide)
