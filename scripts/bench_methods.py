@@ -250,7 +250,7 @@ _BOTH = ("lora", "full")
 #: Methods that are held at once and take their steps in turn. Each group has references of its own.
 GROUPS: dict[str, tuple[str, ...]] = {
     "learner": (*_BOTH, "learner_priming", "learner_primed", "learner_unprimed", "learner_unprimed_no_norms"),
-    "far": (*_BOTH, "far_priming", "far_after", "far_after_discard", "far_after_output_node"),
+    "far": ("full", "far_priming", "far_after", "far_after_discard", "far_after_output_node"),
     "peft": (*_BOTH, "lora_dora", "adalora", "shira"),
     "nas_search": (*_BOTH, "nas_plain", "nas_search"),
     "nas_search_more": (
@@ -268,7 +268,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 #: What a method is compared with before others, where that is not LoRA.
 REFERENCES = {
-    **dict.fromkeys(("lora", *GROUPS["far"][2:]), "full"),
+    **dict.fromkeys(("lora", *GROUPS["far"][1:]), "full"),
     **{f"nas_search{space}": f"nas_plain{space}" for space in ("", "_s_mam", "_u_bitfit")},
     "nas_retrain_structured": "lora_mam",
     "nas_retrain_unstructured": "lora_mam",
@@ -279,6 +279,7 @@ REFERENCES = {
 
 def references_of(method: str) -> list[str]:
     """The methods with which one is compared, the most telling first."""
-    others = [] if method.startswith("inference") else ["lora", "full"]
+    # FAR is full fine-tuning with less. Beside its large models LoRA's steps meet another heap than elsewhere.
+    others = [] if method.startswith(("inference", "far")) else ["lora", "full"]
     own = REFERENCES.get(method, "lora")
     return [own, *(name for name in others if name != own)]

@@ -170,7 +170,8 @@ def methods_table(rows: Sequence[Row], device: str, setting: str) -> Lines:
     """All methods that train in one setting."""
     head = ["", "step, to LoRA", "step, to full", "tokens/s", "flops / bound", "stored", "all"]
     head += ["exchanged", "file", "save", "load"]
-    body = []
+    body, lora = [], row_of(rows, setting, "lora", device)
+    assert lora is not None
     for name, label in METHODS.items():
         row = row_of(rows, setting, name, device)
         if row is None or "skipped" in row:
@@ -182,7 +183,7 @@ def methods_table(rows: Sequence[Row], device: str, setting: str) -> Lines:
                 *(quartile_cell(row, peer) for peer in ("lora", "full")),
                 f"{row['tokens_per_second']:,.0f}",
                 f"{row['flops_to_bound']:.2f}",
-                *(byte_cell(row, "lora", kind) for kind in ("stored", "total")),
+                *(f"{row['bytes'][kind] / lora['bytes'][kind]:.2f}" for kind in ("stored", "total")),
                 megabytes(row, "exchanged_bytes"),
                 megabytes(row),
                 *(seconds_cell(row, key) for key in ("save_seconds", "load_seconds")),
@@ -192,7 +193,7 @@ def methods_table(rows: Sequence[Row], device: str, setting: str) -> Lines:
 
 
 def models_table(rows: Sequence[Row], device: str) -> Lines:
-    """The main comparisons, a row per setting."""
+    """The main comparisons of larger models, a row per setting, and of the one shape of MiniLM beside them."""
     columns = {
         "Learner after priming / LoRA": ("learner_primed", "lora"),
         "Learner without priming / LoRA": ("learner_unprimed", "lora"),
@@ -202,7 +203,8 @@ def models_table(rows: Sequence[Row], device: str) -> Lines:
     }
     body = []
     for setting, kind in settings_of(rows):
-        if kind == device and row_of(rows, setting, "learner_primed", device):
+        larger = setting == LONG or not setting.startswith("minilm")
+        if kind == device and larger and row_of(rows, setting, "learner_primed", device):
             found = ((row_of(rows, setting, name, device), peer) for name, peer in columns.values())
             body.append([setting, *(quartile_cell(row, peer) for row, peer in found)])
     return markdown(["", *columns], body)

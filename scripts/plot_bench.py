@@ -3,7 +3,7 @@
     python scripts/plot_bench.py results/bench --out results/figures
 
 A setting's picture, `bench-<setting>-<cpu or cuda>.png`, has a bar per method in each of three panels: time of a step,
-relative to LoRA's (median and quartiles of the paired ratios), flops of matrix products, relative to LoRA's, with the
+relative to full fine-tuning's (median and quartiles of the paired ratios), flops of matrix products, relative to LoRA's, with the
 bound drawn in, and bytes that a step holds. The curves' picture, `bench-scaling-<cpu or cuda>.png`, has the time of a
 step, relative to LoRA's, against rank, tokens, width and number of adapters.
 """
@@ -48,12 +48,12 @@ def draw_setting(rows: dict[str, Row], title: str, path: Path) -> None:
         1, 3, sharey=True, figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained"
     )
     places = range(len(rows))
-    found = [time_ratio(row, "lora") for row in rows.values()]
+    found = [time_ratio(row, "full") for row in rows.values()]
     medians = [value["median"] for value in found]
     spread = [[v["median"] - v["q1"] for v in found], [v["q3"] - v["median"] for v in found]]
     times.barh(places, medians, xerr=spread, color="tab:blue", error_kw={"linewidth": 1})
     times.axvline(1, color="0.4", linewidth=1)
-    times.set_title("time of a step / LoRA's", fontsize=10)
+    times.set_title("time of a step / full fine-tuning's", fontsize=10)
     lora = rows["lora"]
     flops.barh(places, [row["flops"] / lora["flops"] for row in rows.values()], color="tab:green")
     bound = lora["bound_flops"] / lora["flops"]

@@ -13,7 +13,9 @@ def row(setting: str, method: str, median: float, flops: int, **more) -> dict:
         "setting": shape,
         "device": {"type": "cpu", "name": "a machine", "threads": 1},
         "method": method,
-        "time_ratios": {"lora": {"step": {"q1": median - 0.1, "median": median, "q3": median + 0.2}}},
+        "time_ratios": {
+            peer: {"step": {"q1": median - 0.1, "median": median, "q3": median + 0.2}} for peer in ("lora", "full")
+        },
         "flops": flops,
         "bound_flops": 90,
         "bytes": {"stored": 4_000_000, "parameters": 3_000_000, "gradients": 2_000_000, "optimizer": 1_000_000},
