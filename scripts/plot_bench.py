@@ -3,9 +3,9 @@
     python scripts/plot_bench.py results/bench --out results/figures
 
 A setting's picture, `bench-<setting>-<cpu or cuda>.png`, has a bar per method in each of three panels: time of a step,
-relative to full fine-tuning's (median and quartiles of the paired ratios), flops of matrix products, relative to LoRA's, with the
-bound drawn in, and bytes that a step holds. The curves' picture, `bench-scaling-<cpu or cuda>.png`, has the time of a
-step, relative to LoRA's, against rank, tokens, width and number of adapters.
+relative to full fine-tuning's (median and quartiles of the paired ratios); flops of matrix products, relative to
+LoRA's, with the bound drawn in; and bytes that a step holds. The curves' picture, `bench-scaling-<cpu or cuda>.png`,
+has the time of a step, relative to LoRA's, against rank, tokens, width and number of adapters.
 """
 
 import argparse
