@@ -276,7 +276,7 @@ def readable_weight(module: nn.Module) -> torch.Tensor | None:
     if type(module) not in (nn.Linear, Conv1D, nn.modules.linear.NonDynamicallyQuantizableLinear):
         return None
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    if "_hf_hook" in module.__dict__ or any(hooks):
+    if "_hf_hook" in module.__dict__ or "forward" in module.__dict__ or any(hooks):
         return None
     weight = float_weight(module)
     return weight.t() if weight is not None and isinstance(module, Conv1D) else weight

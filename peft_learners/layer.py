@@ -19,7 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, on
 from torch import Tensor, nn
 
 from .discovery import is_norm, is_offloaded, is_plain_float, stored_as
-from .functional import norm_with
+from .functional import call_with, norm_with
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE_ADAPTER = "__base__"
@@ -135,7 +135,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
                 f"FSDP hides the parameters of a {type(base).__name__} from the call that adds deltas to them. Leave "
                 "it out: exclude_modules, with the module's name."
             )
-        return torch.func.functional_call(self.base_layer, cast, (x, *args), kwargs)
+        return call_with(self.base_layer, cast, x, *args, **kwargs)
 
     def is_pruned_away(self, adapter: str, part: str) -> bool:
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""

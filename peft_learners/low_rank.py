@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .discovery import float_weight, readable_weight
-from .functional import Dense, LowRank, Pair, dense_factor, effective_weight, linear_with_updates, sum_of
+from .functional import Dense, LowRank, Pair, autocasts, dense_factor, effective_weight, linear_with_updates, sum_of
 from .linear import DeltaLinear
 
 
@@ -69,15 +69,15 @@ class LowRankLinear(DeltaLinear):
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         pairs, dense = self._updates(adapters)
+        weight = readable_weight(self.base_layer)
+        if weight is None or args or kwargs or x.is_nested or not self._may_mix(x, weight, pairs, dense):
+            return self._forward_plain(x, adapters, pairs, dense, *args, **kwargs)
         own = getattr(self.get_base_layer(), "bias", None)
         total = own
         for name in adapters:
             total = self.bias_with(total, name)
         if not (pairs or dense) and total is own:
             return self.base_layer(x, *args, **kwargs)
-        weight = readable_weight(self.base_layer)
-        if weight is None or args or kwargs or not self._may_mix(x, weight, pairs, dense, total):
-            return self._forward_plain(x, adapters, pairs, dense, *args, **kwargs)
         dropped = [name for name in pairs if self.dropout(name)]
         if len(dropped) == 1 == len(pairs):
             return linear_with_updates(
@@ -94,11 +94,9 @@ class LowRankLinear(DeltaLinear):
             out = (out + F.linear(F.linear(cast, a), b) * factor).to(out.dtype)
         return out
 
-    def _may_mix(
-        self, x: Tensor, weight: Tensor, pairs: dict[str, Pair], dense: dict[str, Dense], bias: Tensor | None
-    ) -> bool:
+    def _may_mix(self, x: Tensor, weight: Tensor, pairs: dict[str, Pair], dense: dict[str, Dense]) -> bool:
         """Whether the updates are of the weight's type, or x may be cast to theirs."""
-        if self.cast_input_dtype_enabled or torch.is_autocast_enabled(x.device.type):
+        if self.cast_input_dtype_enabled or autocasts(x):
             return True
         parts = [part for a, b, _ in pairs.values() for part in (a, b)] + [delta for delta, _ in dense.values()]
         return all(part.dtype == weight.dtype for part in parts)

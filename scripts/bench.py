@@ -5,7 +5,9 @@
     python scripts/bench_targets.py results/bench
 
 Each setting leaves a file of JSON lines, a row per method, `<setting>-<cpu or cuda>.jsonl`. A setting whose file is
-there is skipped; one that was cut off goes on with the next group of methods.
+there is skipped; one that was cut off goes on with the next group of methods. What is measured otherwise than the
+setting says (some methods or groups, other rounds, dropout or threads) needs a `--label` of its own, or its file's name
+ends in `-selected`, which no table and no target reads.
 
 The methods of a group are held at once, each a copy of one model, and take their steps in turn, a step each per
 round. Times are reported as ratios to the step of LoRA, of full fine-tuning and of a method's own peer in the same
@@ -18,9 +20,11 @@ A step is forward, backward, AdamW and zeroing the gradients, with `update_and_a
 import gc
 import os
 import statistics
+import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, Union
@@ -53,8 +57,14 @@ from bench_settings import SETTINGS, Setting, Workload, prepare
 from transformers import HfArgumentParser
 
 SCHEMA_VERSION = 1
+#: What rows must share for a setting that was cut off to go on with them.
+SAME = ("schema_version", "setting", "versions", "code", "device")
 #: Settings that are no single shape.
 SPECIAL = ("scaling", "import")
+#: Arguments with which a run is no longer the setting's own.
+OTHERWISE = ("groups", "rounds", "dropout", "threads")
+#: Arguments that say nothing to the settings of no single shape.
+FOR_SHAPES = ("methods", "groups", "dropout")
 
 
 @dataclass
@@ -100,9 +110,11 @@ def parse(argv: Optional[list[str]]) -> tuple[BenchArguments, torch.device]:
     """The command line's arguments, and the device; torch gets its threads.
 
     Raises:
-        ValueError: a number below 1.
+        ValueError: a number below 1, or arguments that don't go together.
     """
     (args,) = HfArgumentParser(BenchArguments, description=__doc__).parse_args_into_dataclasses(argv)
+    if args.methods and args.groups:
+        raise ValueError("--groups and --methods must not be given together: --methods has each method's groups.")
     for name in ("rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -240,7 +252,10 @@ def measure_setting(work: Workload, groups: dict[str, dict[str, Build]], path: P
     if again:
         part.unlink(missing_ok=True)
     common = common_fields(work.record(), work.device)
-    rows = [row for row in read_rows(part) if all(row.get(key) == common[key] for key in ("setting", "versions"))]
+    rows = read_rows(part)
+    if others := [key for key in SAME if any(row.get(key) != common[key] for row in rows)]:
+        print(f"  {part} is of another {', '.join(others)}: it begins anew")
+        rows = []
     done = {row["group"] for row in rows}
     limits = bounds(work)
     for group, methods in groups.items():
@@ -277,9 +292,26 @@ def common_fields(setting: dict[str, Any], device: torch.device) -> dict[str, An
         "schema_version": SCHEMA_VERSION,
         "setting": {**setting, "warmup_rounds": WARMUP_ROUNDS, "allocator": allocator()},
         "versions": run_record.versions(),
+        "code": code(),
         "device": run_record.device_record(SimpleNamespace(device=device, world_size=1)),
         "date": run_record.now(),
     }
+
+
+@cache
+def code() -> Optional[str]:
+    """The commit of the scripts as this process started, with "-dirty" if they or the package have changes; None where
+    there is no git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":/peft_learners")
+        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def allocator() -> dict[str, str]:
@@ -312,10 +344,13 @@ def settings_to_run(args: BenchArguments, device: torch.device) -> list[str]:
     """Names of the settings, without those of another device and, of all, those whose model is not given.
 
     Raises:
-        ValueError: a setting that is named is for another kind of device.
+        ValueError: a setting that is named is for another kind of device, or has no use for an argument.
     """
+    useless = [f"--{name}" for name in FOR_SHAPES if getattr(args, name) is not None]
     if "all" not in args.setting:
         for name in args.setting:
+            if name in SPECIAL and useless:
+                raise ValueError(f"--setting {name} must be without {' and '.join(useless)}: they are for a model's.")
             wanted = SETTINGS[name].device if name in SETTINGS else None
             if wanted not in (None, device.type):
                 raise ValueError(f"--setting {name} needs a device of the kind {wanted}, got {device.type}.")
@@ -325,7 +360,40 @@ def settings_to_run(args: BenchArguments, device: torch.device) -> list[str]:
         left = [name for name in names if SETTINGS[name].config is None]
         print(f"Without --model_name_or_path there is no model for: {', '.join(left)}")
         names = [name for name in names if name not in left]
+    if useless:
+        print(f"With {' and '.join(useless)} these are left out: {', '.join(SPECIAL)}")
+        return names
     return [*names, *SPECIAL]
+
+
+def path_of(name: str, args: BenchArguments, device: torch.device) -> Path:
+    """The file of a setting's rows."""
+    kind = "cpu" if name == "import" else device.type
+    otherwise = any(getattr(args, each) != getattr(BenchArguments, each, None) for each in OTHERWISE)
+    selected = args.methods is not None or (otherwise and args.label is None)
+    ends = (args.label, kind, "selected" if selected else None)
+    return Path(args.out) / f"{'-'.join([name, *filter(None, ends)])}.jsonl"
+
+
+def unfinished(path: Path, args: BenchArguments) -> Optional[str]:
+    """Why a setting's file does not count as measured; None where it does.
+
+    Raises:
+        ValueError: a line is no row.
+    """
+    if not path.is_file():
+        return "is not there"
+    rows = read_rows(path)
+    if not rows:
+        return "is empty"
+    first = rows[0]
+    if (version := first.get("schema_version")) != SCHEMA_VERSION:
+        return f"has schema_version {version}, not {SCHEMA_VERSION}"
+    if (threads := first["device"]["threads"]) != args.threads:
+        return f"was measured with {threads} threads, not {args.threads}"
+    if args.dropout is not None and set(rates := first["setting"]["dropout"].values()) - {args.dropout}:
+        return f"was measured with dropout {', '.join(map(str, rates))}, not {args.dropout}"
+    return None
 
 
 def run_setting(name: str, args: BenchArguments, device: torch.device, path: Path) -> None:
@@ -359,12 +427,14 @@ def main(argv: Optional[list[str]] = None) -> int:
     """Run the script."""
     args, device = parse(argv)
     for name in settings_to_run(args, device):
-        kind = "cpu" if name == "import" else device.type
-        ends = (args.label, kind, "selected" if args.methods else None)
-        path = Path(args.out) / f"{'-'.join([name, *filter(None, ends)])}.jsonl"
-        if path.is_file() and not args.again:
-            print(f"{name}: {path} is there (--again measures anew)")
-            continue
+        path = path_of(name, args, device)
+        if not args.again:
+            why = unfinished(path, args)
+            if why is None:
+                print(f"{name}: {path} is there (--again measures anew)")
+                continue
+            if path.is_file():
+                print(f"{name}: {path} {why}")
         print(f"{name}:")
         run_setting(name, args, device, path)
         print(f"-> {path}")

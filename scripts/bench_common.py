@@ -84,11 +84,12 @@ def _clock(device: torch.device) -> float:
 
 
 def order_of(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: each begins with another variant, and every other one goes backwards, so that none always
-    follows the same."""
-    first = number % len(names)
-    turned = [*names[first:], *names[:first]]
-    return turned[:1] + turned[:0:-1] if number % 2 else turned
+    """The order of a round, a row of a Williams square: over as many rounds as there are variants (twice as many where
+    their number is odd) each stands in each place equally often, and follows each other one equally often."""
+    count = len(names)
+    places = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2 ...
+    order = [names[(place + number) % count] for place in places]
+    return order[::-1] if count % 2 and number % 2 else order
 
 
 def take_rounds(variants: dict[str, Variant], rows: Rows, rounds: int) -> None:
@@ -126,6 +127,8 @@ def time_ratios(own: Variant, reference: Variant) -> dict[str, dict[str, float]]
 def _model_tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
     yield from model.parameters()
     yield from model.buffers()
+    for module in model.modules():  # SHiRA's positions, which are no buffers
+        yield from getattr(module, "shira_indices", {}).values()
 
 
 def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
@@ -140,8 +143,8 @@ def _storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
 def measure_bytes(variant: Variant, rows: Rows) -> dict[str, int]:
     """Bytes that a step holds: `stored`, `parameters`, `gradients`, `optimizer` and their sum, `total`.
 
-    `stored` is what autograd keeps from forward for backward. What the model holds anyway (its parameters and buffers)
-    does not count there, and tensors that lie in one storage count once, whole.
+    `stored` is what autograd keeps from forward for backward. What the model holds anyway (its parameters, buffers
+    and SHiRA's positions) does not count there, and tensors that lie in one storage count once, whole.
     """
     stored: dict[int, int] = {}
     gradients = state = 0
@@ -250,8 +253,9 @@ def bound_flops(base: torch.nn.Module, learner: Any, rows: Rows) -> int:
     """Flops of matrix products that training low-rank updates on a model's linear layers can't do without.
 
     These are those of training a bias on each of the layers (forward, and backward to activations as far as needed:
-    `4 N` per row and layer of N weights; the new head trains whole), plus `4 rho N`, with `rho N = r (d + h)`, for the
-    gradients of A: (r, d) and B: (h, r).
+    `4 N` per row and layer of N weights; the new head trains whole), plus the gradients of A: (r, d) and B: (h, r):
+    `4 rho N` per row, with `rho N = r (d + h)`, or by way of the weight's gradient `2 N` per row and `4 r N`, which is
+    less for large ranks.
 
     Args:
         base: the model without adapters.
@@ -269,8 +273,12 @@ def bound_flops(base: torch.nn.Module, learner: Any, rows: Rows) -> int:
         """A bias is added, whether the layer has one or not."""
         nonlocal low_rank
         if layer in ranks:
-            count = inputs[0].numel() // layer.in_features
-            low_rank += 4 * ranks[layer] * (layer.in_features + layer.out_features) * count
+            count, (d, h), r = (
+                inputs[0].numel() // layer.in_features,
+                (layer.in_features, layer.out_features),
+                ranks[layer],
+            )
+            low_rank += min(4 * r * (d + h) * count, 2 * d * h * count + 4 * r * d * h)
         return output + torch.zeros(1, dtype=output.dtype, device=output.device, requires_grad=True)
 
     for name in learner.targeted_module_names:

@@ -148,7 +148,7 @@ def nas_search(work: Workload, space: str, gathers: bool) -> Variant:
 
     The hook that gathers is called before the steps of all optimizers of the process. So it is there while its own
     variant takes a step, and gone for the others. Both kinds are treated alike before their steps, because what that
-    does warms caches.
+    does warms caches; but scores are held by the one that gathers alone.
     """
     variant = nas_lora(work, space, 0.5)
     tuner: Any = variant.model.base_model
@@ -157,7 +157,8 @@ def nas_search(work: Workload, space: str, gathers: bool) -> Variant:
 
     @contextmanager
     def in_search() -> Iterator[None]:
-        start(global_step=1)  # as a resumed training, which goes on with the scores that there are
+        # As a resumed training, which goes on with the scores that there are, or at the start, where there are none.
+        start(global_step=int(gathers))
         if not gathers:
             driver.finish()
         yield
@@ -166,7 +167,15 @@ def nas_search(work: Workload, space: str, gathers: bool) -> Variant:
     start()
     take_step(variant, work.rows)  # the first scores
     driver.finish()
-    variant.around = in_search
+    layers = [module for module in variant.model.modules() if hasattr(module, "nas_lora_scores")]
+
+    def scores() -> Iterable[torch.Tensor]:
+        return [score for layer in layers for own in layer.nas_lora_scores.values() for score in own.values()]
+
+    if not gathers:
+        for layer in layers:
+            layer.nas_lora_scores.clear()
+    variant.around, variant.state = in_search, scores
     if gathers:
         variant.after_step = partial(tuner.update_and_allocate, 1)
     return variant

@@ -19,12 +19,30 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, or of all files `*.jsonl` of a folder; none if there is no such file."""
+    """The rows of a file, or of all files `*.jsonl` of a folder but `*-selected*.jsonl`; none if there is no such file.
+
+    Raises:
+        ValueError: a line is no row.
+    """
     if path.is_dir():
-        return [row for file in sorted(path.glob("*.jsonl")) for row in read_rows(file)]
+        files = (file for file in sorted(path.glob("*.jsonl")) if "-selected" not in file.name)
+        return [row for file in files for row in read_rows(file)]
     if not path.is_file():
         return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [_row(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+
+
+def _row(line: str, place: str) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    if not isinstance(row, dict):
+        raise ValueError(
+            f"{place} must be a JSON object, got {line[:80]!r}; delete the file, or run bench.py with --again."
+        )
+    return row
 
 
 def rows_to_show(path: Path) -> list[Row]:

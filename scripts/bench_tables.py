@@ -24,8 +24,6 @@ SHAPES = {
     "minilm-16x128-r64": "r=64, 128",
 }
 LONG = "minilm-16x128-r64"
-#: Ends the names of settings measured with an allocator that gives no memory back.
-KEPT_HEAP = "-kept-heap"
 LEARNER = {
     "learner_priming": "in priming",
     "learner_primed": "after priming",
@@ -80,6 +78,8 @@ METHODS = {
     "bitfit": "BitFit",
     "u_bitfit_10": "NAS-LoRA, retraining (U-BitFit, 10 %)",
 }
+#: Methods that train low-rank updates of the setting's rank on all layers.
+HELD_AGAINST_THE_BOUND = ("lora", "lora_dora", "adalora", *(name for name in METHODS if name.startswith("learner")))
 
 
 def quartile_cell(row: Optional[Row], reference: str) -> str:
@@ -182,7 +182,7 @@ def methods_table(rows: Sequence[Row], device: str, setting: str) -> Lines:
                 label,
                 *(quartile_cell(row, peer) for peer in ("lora", "full")),
                 f"{row['tokens_per_second']:,.0f}",
-                f"{row['flops_to_bound']:.2f}",
+                f"{row['flops_to_bound']:.2f}" if name in HELD_AGAINST_THE_BOUND else "",
                 *(f"{row['bytes'][kind] / lora['bytes'][kind]:.2f}" for kind in ("stored", "total")),
                 megabytes(row, "exchanged_bytes"),
                 megabytes(row),
@@ -227,7 +227,7 @@ def scaling_table(rows: Sequence[Row], device: str) -> Lines:
 def targets_table(rows: Sequence[Row], device: str) -> Lines:
     """What was aimed at, what was found."""
     body = [
-        [f.target.name, f.setting, f"{f.target.limit:g}", "" if f.value is None else f"{f.value:.2f}", f.verdict]
+        [f.target.name, f.setting, f"{f.target.limit:g}", "" if f.value is None else f"{f.value:.3f}", f.verdict]
         for f in bench_targets.check(rows, device)
     ]
     return markdown(["figure", "setting", "at most", "found", ""], body)
@@ -247,8 +247,8 @@ TABLES: dict[str, Callable[[Sequence[Row], str], Lines]] = {
     "far": far_table,
     "nas": nas_table,
     "inference": inference_table,
-    "learner-kept-heap": partial(learner_table, ending=KEPT_HEAP),
-    "inference-kept-heap": partial(inference_table, ending=KEPT_HEAP),
+    "learner-kept-heap": partial(learner_table, ending=bench_targets.KEPT_HEAP),
+    "inference-kept-heap": partial(inference_table, ending=bench_targets.KEPT_HEAP),
     "models": models_table,
     "scaling": scaling_table,
     "targets": targets_table,

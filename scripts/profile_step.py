@@ -160,8 +160,10 @@ def profile_setting(
         path: of the model, where the setting has no config of its own.
 
     Raises:
-        ValueError: the rank is a size of one of the model's parameters.
+        ValueError: there is no such method, or the rank is a size of one of the model's parameters.
     """
+    if unknown := [name for name in methods if name not in METHODS]:
+        raise ValueError(f"methods must be some of {', '.join(METHODS)}; got {', '.join(unknown)}.")
     setting, layers = work.setting, [work.base.get_submodule(name) for name in linear_layers(work)]
     if setting.rank in {size for parameter in work.base.parameters() for size in parameter.shape}:
         raise ValueError(f"rank must be none of the model's sizes, for products to be told apart, got {setting.rank}.")

@@ -55,8 +55,8 @@ def found(rows: list[dict], **more) -> dict[tuple[str, str], tuple]:
 def test_each_target_is_held_against_its_rows():
     rows = [
         row("minilm-16x128-r64", "learner_primed", 0.87),
-        row("minilm-16x32-r64", "learner_primed", 0.876),
-        row("minilm-16x128-r8", "learner_primed", 0.876),
+        row("minilm-16x32-r64", "learner_primed", 0.871),
+        row("minilm-16x128-r8", "learner_primed", 0.871),
         row("minilm-16x128-r64", "far_after", 0.5),
         row("minilm-16x128-r8", "nas_search", 1.04),
         row("import", "peft_learners", import_seconds={"median": 0.0492}),
@@ -69,8 +69,8 @@ def test_each_target_is_held_against_its_rows():
         "NAS-LoRA's search (U-MaM) / without importance: step time",
     )
     assert findings[time, "minilm-16x128-r64"] == (0.87, 0.87, "met")
-    assert findings[time, "minilm-16x32-r64"] == (0.87, 0.876, "MISSED")
-    assert findings[time, "minilm-16x128-r8"] == (0.91, 0.876, "met")
+    assert findings[time, "minilm-16x32-r64"] == (0.87, 0.871, "MISSED")
+    assert findings[time, "minilm-16x128-r8"] == (0.91, 0.871, "met")
     assert findings[time, "minilm-16x32-r8"] == (0.91, None, "not measured")
     assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == (0.95, 0.94, "met")
     assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == (1.05, 1.04, "met")
@@ -91,7 +91,7 @@ def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
         bench_rows.write_rows(tmp_path / "tiny-cpu.jsonl", [row("tiny", "lora", value)])
         assert bench_targets.main([str(tmp_path)]) == 0
         assert bench_targets.main([str(tmp_path), "--strict"]) == status
-    assert "a figure     tiny     1.00   1.01  MISSED" in capsys.readouterr().out
+    assert "a figure     tiny     1.00  1.010  MISSED" in capsys.readouterr().out
     with pytest.raises(FileNotFoundError, match="must hold rows"):
         bench_targets.main([str(tmp_path / "elsewhere")])
 
@@ -128,7 +128,8 @@ def test_every_method_of_the_tables_is_measured():
     assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
     assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
     for target in bench_targets.TARGETS:
-        assert target.settings == ("import",) or set(target.settings) <= set(bench_settings.SETTINGS)
+        settings = {setting.removesuffix(bench_targets.KEPT_HEAP) for setting in target.settings}
+        assert target.settings == ("import",) or settings <= set(bench_settings.SETTINGS)
         assert target.settings == ("import",) or target.method in bench.METHODS
 
 

@@ -119,6 +119,16 @@ def test_training_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offload
 
 
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
+def test_norms_that_are_computed_again_in_backward_have_their_offloaded_weights_then(tuner):
+    base = zoo.build("llama")
+    batch = zoo.inputs_of("llama", base)
+    cpu_offload(base.model, execution_device=CPU)
+    reference, model = (adapted(one, tuner, task_type="CAUSAL_LM") for one in (zoo.build("llama"), base))
+    expected = take_steps(reference, batch, STEPS)[0]
+    assert take_steps(model, batch, STEPS)[0] == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("tuner", OFFLOADABLE)
 def test_merging_writes_to_offloaded_weights_and_unmerging_gives_them_back(tuner, offloaded):
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     model, base = adapted(offloaded(), tuner, init_weights=False), logits_of(zoo.build("bert"), batch)

@@ -203,3 +203,23 @@ def test_trained_norms_keep_no_activation_that_the_frozen_norm_does_not(kind, dt
     limit = 1e-5 if dtype == torch.float32 else 2**-6  # bfloat16 rounds x's gradient and the output to 8 bits
     for ours, theirs in zip(got, wanted, strict=True):
         assert (ours.float() - theirs).norm() <= limit * theirs.norm()
+
+
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, LlamaRMSNorm])
+def test_under_autocast_a_trained_norm_gives_the_type_that_the_frozen_one_gives(kind):
+    norm, x = kind(64).to(torch.bfloat16).requires_grad_(False), torch.randn(9, 64).to(torch.bfloat16)
+    weight = norm.weight + torch.nn.Parameter(torch.randn(64))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert norm_with(norm, x, weight, getattr(norm, "bias", None)).dtype == norm(x).dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_norm_of_which_only_the_bias_trains_keeps_nothing(dtype):
+    norm, x = torch.nn.LayerNorm(64).to(dtype).requires_grad_(False), torch.randn(100, 64).to(dtype)
+    delta = torch.nn.Parameter(torch.randn(64))
+    assert kept_bytes(lambda: norm_with(norm, x, norm.weight, norm.bias + delta)) <= 2 * 64 * 4
+    out = norm_with(norm, x, norm.weight, norm.bias + delta)
+    exact = F.layer_norm(x.float(), (64,), norm.weight.float(), norm.bias.float() + delta.detach())
+    torch.testing.assert_close(out, exact.to(dtype))
+    (gradient,) = torch.autograd.grad((out.float() * torch.arange(64)).sum(), delta)
+    torch.testing.assert_close(gradient, 100.0 * torch.arange(64))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -173,7 +175,7 @@ def test_hooks_on_a_base_layer_are_called(tuner):
 
 @pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig])
 def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
-    """As ZeRO's third stage has it: between the calls of its module a weight is an empty vector."""
+    """As ZeRO's third stage has it: between the calls of their module parameters are empty vectors."""
     torch.manual_seed(0)
     x = torch.randn(40, 8)
     config = tuner(target_modules=["0", "2"], init_weights=False, **({} if tuner is FARConfig else {"r": 2}))
@@ -185,19 +187,62 @@ def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
     assert len(layers) == 2
     gathered = []
     for layer in layers:
-        full = layer.weight.data
+        full = layer.weight.data, layer.bias.data
 
         def gather(module, args, full=full):
             gathered.append(module)
-            module.weight.data = full
+            module.weight.data, module.bias.data = full
+
+        def release(module, *_):
+            module.weight.data, module.bias.data = torch.empty(0), torch.empty(0)
 
         layer.register_forward_pre_hook(gather)
         # backward needs the weight again, as ZeRO's own hooks see to it
-        layer.register_full_backward_pre_hook(lambda module, grads, full=full: setattr(module.weight, "data", full))
-        layer.register_forward_hook(lambda module, *_: setattr(module.weight, "data", torch.empty(0)))
-        layer.weight.data = torch.empty(0)
+        layer.register_full_backward_pre_hook(lambda m, grads, full=full: setattr(m.weight, "data", full[0]))
+        layer.register_forward_hook(release)
+        release(layer)
     out = model(x)
-    assert gathered == layers and layers[0].weight.numel() == 0
+    assert gathered == layers and layers[0].weight.numel() == layers[0].bias.numel() == 0
     torch.testing.assert_close(out, expected)
     for ours, theirs in zip(torch.autograd.grad(out.square().sum(), trained, allow_unused=True), wanted, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("arch,tuner", [("llama", LearnerConfig), ("t5", LearnerConfig), ("vit", FARConfig)])
+def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
+    base = zoo.build(arch)
+    inputs = zoo.inputs_of(arch, base)
+    model = get_peft_model(base, tuner(init_weights=False)).eval()
+    before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
+    expected = logits_of(model, inputs)
+    with ThreadPoolExecutor(4) as pool:
+        outs = list(pool.map(lambda _: logits_of(model, inputs), range(60)))
+    assert all(torch.equal(out, expected) for out in outs)
+    after = dict(model.named_parameters())
+    assert all(id(after[name]) == place and torch.equal(after[name], value) for name, (place, value) in before.items())
+
+
+@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig])
+def test_a_model_on_the_meta_device_can_be_called(tuner):
+    base = zoo.build("llama")
+    inputs = {"input_ids": zoo.inputs_of("llama", base)["input_ids"].to("meta")}
+    model = get_peft_model(base, tuner(task_type="CAUSAL_LM")).to("meta")
+    assert model(**inputs).logits.is_meta
+
+
+def test_a_traced_learner_takes_other_batch_sizes():
+    model = get_peft_model(zoo.build("bert"), LearnerConfig(r=2, init_weights=False)).eval().requires_grad_(False)
+    ids = torch.randint(20, (6, 7))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda ids: logits_of(model, {"input_ids": ids}), (ids[:3],), check_trace=False)
+    for rows in (2, 3, 6):
+        torch.testing.assert_close(traced(ids[:rows]), logits_of(model, {"input_ids": ids[:rows]}))
+
+
+def test_another_forward_on_a_base_layer_is_called():
+    model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LearnerConfig(target_modules=["0"], r=2))
+    layer = model.base_model.model[0].base_layer
+    layer.forward = lambda x: type(layer).forward(layer, x) + 1
+    x = torch.randn(300, 8)
+    torch.testing.assert_close(model(x), nn.functional.linear(x, layer.weight, layer.bias) + 1)

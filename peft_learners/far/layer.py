@@ -10,7 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..discovery import base_of, readable_weight
-from ..functional import Dense, LowRank, cut_linear, effective_linear, separate_linear, sum_of, wants_summed_weight
+from ..functional import (
+    Dense,
+    LowRank,
+    call_with,
+    cut_linear,
+    effective_linear,
+    separate_linear,
+    sum_of,
+    wants_summed_weight,
+)
 from ..layer import TransparentLayer, parameter_at
 from ..linear import DeltaLinear
 from .base import BATCHLESS, FARLayer
@@ -52,11 +61,11 @@ class FARLinear(FARLayer, DeltaLinear):
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
         weight = readable_weight(self.base_layer)
-        if weight is None or args or kwargs:
+        if weight is None or args or kwargs or x.is_nested:
             return self._forward_plain(x, adapters, *args, **kwargs)
         summed = wants_summed_weight(x.numel() // max(1, self.in_features))
         frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        if summed and frozen and self._takes_cut(adapters):
+        if frozen and self._takes_cut(adapters):
             return self._forward_cut(x, weight, base.bias, adapters[0])
         dense, biases = self._full_deltas("far_delta", adapters), self._full_deltas("far_bias_delta", adapters)
         if not summed and any(delta.dtype != weight.dtype for delta in dense):
@@ -185,7 +194,7 @@ class FARModule(_Transparent):
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self.active_adapters
         values = self._values_with([name for name in active if self.has_adapter(name)])
-        return torch.func.functional_call(self.base_layer, values, ())
+        return call_with(self.base_layer, values)
 
     def _values_with(self, adapters: list[str]) -> dict[str, Tensor]:
         """Values of the base module's trained parameters with these adapters added."""

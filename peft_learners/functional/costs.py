@@ -38,6 +38,16 @@ def forms_weight_again(rows: int, out_features: int, in_features: int, dense: bo
     return dense or (rows > out_features if has_gb else wants_effective_weight(rows, in_features, out_features))
 
 
+def takes_dense_gradient(rows: int, in_features: int, out_features: int, rank: int) -> bool:
+    """Whether the gradients of both A and B come from `G = g^T x` although nothing else needs it.
+
+    G costs `2 T d h`, and `B^T G` and `G A^T` `4 r d h`; the products with g and x cost `4 T r (d + h)`: dearer for
+    ranks above about a quarter of the width.
+    """
+    weights = in_features * out_features
+    return 2 * rows * weights + 4 * rank * weights < 4 * rows * rank * (in_features + out_features)
+
+
 def wants_summed_weight(rows: int) -> bool:
     """Whether to form `W + D` of a dense D rather than to multiply twice.
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .costs import forms_weight_again
+from .costs import forms_weight_again, takes_dense_gradient
 from .separate import separate_linear
 from .updates import (
     Dense,
@@ -39,7 +39,7 @@ class _EffectiveLinear(torch.autograd.Function):
     Gradients, with g the gradient of y as (T, h):
         dx = g W', or g W + s (g B) A where that is cheaper (see `costs.forms_weight_again`)
         db = sum of g's rows
-        if D (or W) trains:  G = g^T x,  dW = G,  dD = c G,  dA = s B^T G,  dB = s G A^T
+        if D (or W) trains, or r is large:  G = g^T x,  dW = G,  dD = c G,  dA = s B^T G,  dB = s G A^T
         else:                dA = s (g B)^T x,  dB = s g^T (x A^T)
 
     Flops, N = d h, rho N = r (d + h): forward `2 T N + 2 r N`; backward `2 T N` and `2 r N` or `2 T r d` for dx, and
@@ -76,10 +76,13 @@ class _EffectiveLinear(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, a, b, delta, a_at, b_at = ctx.saved_tensors
         form, (needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta) = ctx.form, ctx.needs_input_grad[:6]
+        rows, (out_features, in_features) = len(g), weight.shape
         by_dense = needs_weight or needs_delta
+        if needs_a and needs_b and not by_dense:
+            by_dense = takes_dense_gradient(rows, in_features, out_features, form.rank)
         pair: Any = factors_of(weight, a, b, a_at, b_at, form) if a is not None else None
-        (out_features, in_features), has_gb = weight.shape, needs_a and not by_dense
-        again = pair is None or forms_weight_again(len(g), out_features, in_features, delta is not None, has_gb)
+        has_gb = needs_a and not by_dense
+        again = pair is None or forms_weight_again(rows, out_features, in_features, delta is not None, has_gb)
         gb: Any = None
         product: Any = None
         dx = dw = d_bias = da = db = ddelta = None

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .updates import is_plain_torch
+from .call import call_with
+from .updates import autocasts, is_plain_torch
 
 
 def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
@@ -25,7 +27,7 @@ def norm_with(
     """The norm `base` at other values of its weight and bias.
 
     `nn.LayerNorm` and `nn.RMSNorm` are called by their functions (a `functional_call` under FSDP's original
-    parameters gave wrong output); every other kind by `functional_call`, so that its own formula holds (Gemma's
+    parameters gave wrong output); every other kind by itself, so that its own formula holds (Gemma's
     `1 + weight`, MobileBERT's NoNorm).
 
     Args:
@@ -34,22 +36,30 @@ def norm_with(
     """
     # A half-precision norm with float32 deltas is computed in float32: its own weight would swallow small deltas.
     widest = weight.dtype if bias is None else torch.promote_types(weight.dtype, bias.dtype)
-    wide = widest != base.weight.dtype and not torch.is_autocast_enabled(x.device.type)
+    has_kernel = type(base) in (nn.LayerNorm, nn.RMSNorm)
+    own: Any = base.weight.dtype
+    wide = widest != own and not (has_kernel and autocasts(x))
+    frozen_type = torch.promote_types(x.dtype, own)
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:  # a delta on one of them alone may have widened it
             weight, bias = weight.to(widest), bias.to(widest)
         out = _norm_at(base, x.to(widest) if wide else x, weight, bias, *args, **kwargs)
-        return out.to(x.dtype) if wide else out
+        return out.to(frozen_type) if wide else out
 
+    if not is_plain_torch() or not torch.is_grad_enabled():
+        # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
+        return compute(x, weight, bias)
+    if bias is not None and bias.requires_grad and not (x.requires_grad or weight.requires_grad):
+        with torch.no_grad():
+            out = compute(x, weight, bias)
+        # The gradient of a bias alone needs nothing of x.
+        return (out.to(widest) + (bias - bias.detach())).to(out.dtype)
     # Wide copies of x, and the normalised x of norms that torch has no kernel for, are made again in backward: a few
     # passes over x, which is all that is kept. The frozen norm does not need the latter.
-    has_kernel = type(base) in (nn.LayerNorm, nn.RMSNorm)
-    again = (weight.requires_grad and not has_kernel) or (wide and any(t.requires_grad for t in (x, weight)))
-    # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
-    if not again or not is_plain_torch() or not torch.is_grad_enabled():
-        return compute(x, weight, bias)
-    return checkpoint(compute, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    if (weight.requires_grad and not has_kernel) or (wide and (x.requires_grad or weight.requires_grad)):
+        return checkpoint(compute, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
+    return compute(x, weight, bias)
 
 
 def _norm_at(
@@ -60,4 +70,4 @@ def _norm_at(
     if type(base) is nn.RMSNorm:
         return F.rms_norm(x, base.normalized_shape, weight, base.eps)
     values = {"weight": weight} if bias is None else {"weight": weight, "bias": bias}
-    return torch.func.functional_call(base, values, (x, *args), kwargs)
+    return call_with(base, values, x, *args, **kwargs)

@@ -151,7 +151,7 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(backward)
     def run(ctx: Any, g: Tensor, *others: Any) -> Any:
-        if not torch.is_autocast_enabled(g.device.type):
+        if not autocasts(g):
             return backward(ctx, g, *others)
         with torch.autocast(g.device.type, enabled=False):
             return backward(ctx, g, *others)
@@ -184,9 +184,15 @@ def add_product(out: Tensor, left: Tensor, right: Tensor, factor: float) -> Tens
     return torch.addmm(out, left, right, alpha=factor)
 
 
+def autocasts(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; never on the meta device."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+
+
 def wide_type(x: Tensor, *parts: Tensor | None) -> torch.dtype | None:
     """The widest type of x and what it meets, in which a layer is computed; None under autocast, which has its own."""
-    if torch.is_autocast_enabled(x.device.type):
+    if autocasts(x):
         return None
     wide = x.dtype
     for part in parts:
@@ -213,8 +219,9 @@ def apply_to_rows(function: Callable[[Tensor], Tensor], x: Tensor, weight: Tenso
     Args:
         weight: the layer's weight, whose type x must have where there is no autocast.
     """
-    rows, device = x.reshape(x.shape[:-1].numel(), x.shape[-1]), x.device.type
-    if not torch.is_autocast_enabled(device):
+    count = -1 if x.numel() else x.shape[:-1].numel()  # a number would stay in what `torch.jit.trace` makes
+    rows, device = x.reshape(count, x.shape[-1]), x.device.type
+    if not autocasts(x):
         if x.dtype != weight.dtype:
             F.linear(x, weight)  # raises, as the layer without updates does
         out = function(rows)
