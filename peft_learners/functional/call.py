@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,7 +31,8 @@ def call_with(module: nn.Module, values: Mapping[str, Tensor], *args: Any, **kwa
 
 def _twin(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A shallow copy with other values; what is not replaced is shared."""
-    twin = copy.copy(module)
+    twin: nn.Module = object.__new__(type(module))  # `copy.copy` is refused by parametrized modules
+    twin.__dict__.update(module.__dict__)
     own = {name: value for name, value in values.items() if "." not in name}
     inner: dict[str, dict[str, Tensor]] = {}
     for name, value in values.items():
