@@ -6,8 +6,8 @@
 
 Each setting leaves a file of JSON lines, a row per method, `<setting>-<cpu or cuda>.jsonl`. A setting whose file is
 there is skipped; one that was cut off goes on with the next group of methods. What is measured otherwise than the
-setting says (some methods or groups, other rounds, dropout or threads) needs a `--label` of its own, or its file's name
-ends in `-selected`, which no table and no target reads.
+setting says (some methods or groups, other rounds, dropout or threads) needs a `--label` of its own, or its file's
+name ends in `-selected`, which no table and no target reads.
 
 The methods of a group are held at once, each a copy of one model, and take their steps in turn, a step each per
 round. Times are reported as ratios to the step of LoRA, of full fine-tuning and of a method's own peer in the same
@@ -56,7 +56,7 @@ from bench_scaling import ROUNDS as SCALING_ROUNDS
 from bench_settings import SETTINGS, Setting, Workload, prepare
 from transformers import HfArgumentParser
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 #: What rows must share for a setting that was cut off to go on with them.
 SAME = ("schema_version", "setting", "versions", "code", "device")
 #: Settings that are no single shape.

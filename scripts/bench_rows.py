@@ -19,7 +19,7 @@ def write_rows(path: Path, rows: Iterable[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, or of all files `*.jsonl` of a folder but `*-selected*.jsonl`; none if there is no such file.
+    """The rows of a file, or of a folder's files `*.jsonl` but `*-selected*.jsonl`; none if there is no such file.
 
     Raises:
         ValueError: a line is no row.

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import statistics
+import subprocess
+from collections import Counter
+from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import bench
 import bench_common
 import bench_rows
 import bench_settings
+import profile_step
 import pytest
 import torch
 import zoo
@@ -57,7 +63,7 @@ def test_a_row_says_what_was_measured_on_what(path, rows, found):
     assert places == [(group, name) for group, names in bench.GROUPS.items() for name in names]
     assert not [row for row in rows if "skipped" in row]
     for row in rows:
-        assert row["schema_version"] == 1 and row["versions"]["torch"] and row["date"]
+        assert row["schema_version"] == bench.SCHEMA_VERSION and row["versions"]["torch"] and row["date"]
         assert (row["device"]["type"], row["device"]["threads"]) == ("cpu", torch.get_num_threads())
         known = {"name": "tiny", "model": "bert from its config", "layers": LAYERS, "width": D, "batch": BATCH}
         known |= {"tokens": TOKENS, "rank": R, "rounds": ROUNDS, "dtype": "float32", "warmup_rounds": 2}
@@ -82,7 +88,7 @@ def test_time_ratios_are_taken_round_by_round_within_the_group(rows):
                 assert ratios[part]["median"] == statistics.median(each)
                 assert min(each) <= ratios[part]["q1"] <= ratios[part]["median"] <= ratios[part]["q3"] <= max(each)
     peers = {name: next(r for r in rows if r["method"] == name)["references"] for name in ("far_after", "nas_search")}
-    assert peers == {"far_after": ["full", "lora"], "nas_search": ["nas_plain", "lora", "full"]}
+    assert peers == {"far_after": ["full"], "nas_search": ["nas_plain", "lora", "full"]}
     base = by_place["inference", "inference_base"]
     assert base["tokens_per_second"] == pytest.approx(T / statistics.median(base["seconds"]["step"]))
 
@@ -93,12 +99,101 @@ def test_quartiles():
     assert bench_common.ratios([3], [2]) == {"q1": 1.5, "median": 1.5, "q3": 1.5}
 
 
-def test_rounds_begin_with_each_in_turn_and_alternate_in_direction():
-    names = ["a", "b", "c", "d"]
-    orders = [bench_common.order_of(names, number) for number in range(-2, 8)]
-    assert [order[0] for order in orders] == list("cdabcdabcd")
-    assert orders[2:4] == [["a", "b", "c", "d"], ["b", "a", "d", "c"]]
+@pytest.mark.parametrize("count", range(1, 8))
+def test_orders_of_rounds_are_balanced(count):
+    names = list("abcdefg"[:count])
+    rounds = 2 * count
+    orders = [bench_common.order_of(names, number) for number in range(-2, rounds - 2)]
     assert all(sorted(order) == names for order in orders)
+    for place in range(count):
+        assert sorted(order[place] for order in orders) == sorted(2 * names)
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert pairs == {(a, b): 2 for a in names for b in names if a != b}
+
+
+def test_the_next_round_has_another_order():
+    assert [bench_common.order_of("abcd", number) for number in (0, 1)] == [list("abdc"), list("bcad")]
+    assert [bench_common.order_of("abc", number) for number in (0, 1)] == [list("abc"), list("acb")]
+
+
+class Clock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(bench_common.time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds: float):
+        def move(*_, **__) -> None:
+            self.now += seconds
+
+        return move
+
+
+class Slow(torch.nn.Module):
+    """A parameter, and a loss of which forward and backward take the clock's seconds."""
+
+    def __init__(self, forward=lambda: None, backward=lambda *_: None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(3))
+        self.spend, self.spend_backward, self.with_gradients = forward, backward, []
+
+    def forward(self, input_ids):
+        self.spend()
+        self.with_gradients.append(torch.is_grad_enabled())
+        loss = (self.weight * input_ids).sum()
+        if loss.requires_grad:
+            loss.register_hook(self.spend_backward)
+        return SimpleNamespace(loss=loss)
+
+
+def test_all_of_a_step_is_timed_and_nothing_else(monkeypatch):
+    clock = Clock(monkeypatch)
+
+    @contextmanager
+    def around():
+        clock.passes(100_000)()
+        yield
+        clock.passes(100_000)()
+
+    model = Slow(clock.passes(1), clock.passes(10))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    step, zero = optimizer.step, optimizer.zero_grad
+    optimizer.step = lambda: (step(), clock.passes(100)())
+    optimizer.zero_grad = lambda: (zero(), clock.passes(10_000)())
+    seen = []
+
+    def after() -> None:
+        seen.append(model.weight.grad.tolist())
+        clock.passes(1000)()
+
+    variant = bench_common.Variant(model, optimizer, after_step=after, around=around)
+    rows = {"input_ids": torch.arange(3.0)}
+    for number in (1, 2):
+        assert bench_common.take_step(variant, rows) == {"step": 11_111, "forward_backward": 11, "optimizer": 11_100}
+        assert model.weight.grad is None and model.weight.tolist() == [1.0, 1.0 - number, 1.0 - 2 * number]
+    assert seen == [[0, 1, 2]] * 2  # the second step's gradient is its own, and still there after the step
+    bench_common.step_flops(variant, rows)
+    assert model.weight.grad is None
+    bench_common.measure_bytes(variant, rows)
+    assert model.weight.grad is None and model.with_gradients == [True] * 4
+
+
+def test_inference_takes_no_gradients(monkeypatch):
+    clock = Clock(monkeypatch)
+    model = Slow(clock.passes(1))  # its parameter would want one
+    variant, rows = bench_common.Variant(model, None), {"input_ids": torch.arange(3.0)}
+    assert bench_common.take_step(variant, rows) == {"step": 1}
+    bench_common.step_flops(variant, rows)
+    assert model.with_gradients == [False, False]
+
+
+def test_saving_and_loading_are_told_apart(monkeypatch):
+    clock = Clock(monkeypatch)
+    monkeypatch.setattr(bench_common.PeftModel, "from_pretrained", clock.passes(10))
+    variant = bench_common.Variant(SimpleNamespace(save_pretrained=clock.passes(1)), None, saves=True)
+    found = bench_common.saving(variant, torch.nn.Linear(1, 1))
+    assert (found["save_seconds"], found["load_seconds"]) == ([1] * 3, [10] * 3)
 
 
 # -- flops ---------------------------------------------------------------------------------------------------------
@@ -163,6 +258,36 @@ def test_the_bound_holds_without_biases_and_with_norms_before_the_first_layers(n
 
 
 # -- bytes ---------------------------------------------------------------------------------------------------------
+
+
+class Halves(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(6))
+        self.register_buffer("scale", torch.full((6,), 2.0))
+
+    def forward(self, input_ids):
+        first = input_ids * self.weight  # keeps its input: 6 floats
+        second = first * self.weight  # keeps `first`, 6 floats, and the weight, which the model holds anyway
+        third = (second * self.scale).exp()  # keeps the buffer, and its result: 6 floats
+        return SimpleNamespace(loss=(third[:3] * third[3:]).sum())  # keeps both halves, which lie in that result
+
+
+def test_stored_bytes_of_a_net_by_hand():
+    model = Halves()
+    variant = bench_common.Variant(model, torch.optim.SGD(model.parameters(), momentum=0.9))
+    counted = bench_common.measure_bytes(variant, {"input_ids": torch.rand(6)})
+    sizes = {"stored": 3 * 6 * FLOAT, "parameters": 2 * 6 * FLOAT, "gradients": 6 * FLOAT, "optimizer": 6 * FLOAT}
+    assert counted == {**sizes, "total": 7 * 6 * FLOAT}
+
+
+def test_bytes_ratios_are_own_over_the_reference_s(rows):
+    by_place = {(row["group"], row["method"]): row["bytes"] for row in rows}
+    for row in rows:
+        assert list(row["bytes_ratios"]) == list(row["time_ratios"])
+        for reference, ratios in row["bytes_ratios"].items():
+            other = by_place[row["group"], reference]
+            assert ratios == {kind: row["bytes"][kind] / size for kind, size in other.items() if size}
 
 
 def test_far_stores_less_by_the_columns_that_backward_does_not_need(found):
@@ -266,6 +391,101 @@ def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
     assert measured[3:] == ["learner", "inference"]
 
 
+@pytest.mark.parametrize("key,value", [("schema_version", 0), ("code", "abc-dirty"), ("threads", 7), ("name", "Z80")])
+def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsys, rows, key, value):
+    begun = tmp_path / "tiny-cpu.jsonl"
+    old = [dict(row) for row in rows if row["group"] == "inference"]
+    for row in old:
+        row.update({key: value} if key in row else {"device": {**row["device"], key: value}})
+    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), old)
+    measured = []
+    monkeypatch.setattr(bench, "measure_group", lambda work, group, *_: measured.append(group) or [])
+    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
+    assert bench.measure_setting(work, {"inference": bench.groups_of(SETTING)["inference"]}, begun) == []
+    assert measured == ["inference"]
+    assert f"is of another {key if key in rows[0] else 'device'}: it begins anew" in capsys.readouterr().out
+
+
+def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
+    assert {row["code"] for row in rows} == {bench.code()}
+    answers = {"status": " M scripts/bench.py\n", "rev-parse": "abc\n"}
+
+    def run(command, **_):
+        return SimpleNamespace(stdout=next(text for word, text in answers.items() if word in command))
+
+    monkeypatch.setattr(subprocess, "run", run)
+    assert bench.code.__wrapped__() == "abc-dirty"
+    answers["status"] = ""
+    assert bench.code.__wrapped__() == "abc"
+
+    def no_git(command, **_):
+        raise FileNotFoundError(command[0])
+
+    monkeypatch.setattr(subprocess, "run", no_git)
+    assert bench.code.__wrapped__() is None
+
+
+@pytest.mark.parametrize(
+    "more,name",
+    [
+        ([], "minilm-16x32-r8-cpu"),
+        (["--label", "x"], "minilm-16x32-r8-x-cpu"),
+        (["--groups", "far"], "minilm-16x32-r8-cpu-selected"),
+        (["--rounds", "1"], "minilm-16x32-r8-cpu-selected"),
+        (["--dropout", "0"], "minilm-16x32-r8-cpu-selected"),
+        (["--threads", "1"], "minilm-16x32-r8-cpu-selected"),
+        (["--threads", "1", "--label", "x"], "minilm-16x32-r8-x-cpu"),
+        (["--methods", "lora", "--label", "x"], "minilm-16x32-r8-x-cpu-selected"),
+    ],
+)
+def test_what_is_measured_otherwise_does_not_pass_for_the_setting_s_own(monkeypatch, more, name):
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    args, device = bench.parse(["--setting", "minilm-16x32-r8", "--device", "cpu", *more])
+    assert bench.path_of("minilm-16x32-r8", args, device) == Path(f"results/bench/{name}.jsonl")
+
+
+@pytest.mark.parametrize(
+    "first,why",
+    [
+        (None, "is empty"),
+        ({"schema_version": 0}, f"has schema_version 0, not {bench.SCHEMA_VERSION}"),
+        ({"device": {"threads": 7}}, "was measured with 7 threads, not {bench.SCHEMA_VERSION}"),
+        ({"setting": {"dropout": {"a": 0.1, "b": 0.0}}}, "was measured with dropout 0.1, 0.0, not 0.0"),
+    ],
+)
+def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeypatch, capsys, first, why):
+    measured = []
+    monkeypatch.setattr(bench, "run_setting", lambda name, *_: measured.append(name))
+    argv = ["--setting", "minilm-16x32-r8", "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]
+    argv += ["--dropout", "0.0"]
+    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
+    good = {"schema_version": bench.SCHEMA_VERSION, "device": {"threads": 1}, "setting": {"dropout": {"a": 0.0}}}
+    bench_rows.write_rows(path, [good])
+    bench.main(argv)
+    assert measured == []
+    bench_rows.write_rows(path, [] if first is None else [{**good, **first}])
+    bench.main(argv)
+    assert measured == ["minilm-16x32-r8"] and f"{path} {why}" in capsys.readouterr().out
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "minilm-16x32-r8-x-cpu.jsonl"
+    argv = ["--setting", "minilm-16x32-r8", "--label", "x", "--out", str(tmp_path), "--device", "cpu"]
+    for line in ('{"setting": {', "3", ""):
+        path.write_text(f"{{}}\n{line}\n")
+        for read in (lambda: bench_rows.read_rows(tmp_path), lambda: bench.main([*argv, "--threads", "1"])):
+            with pytest.raises(ValueError, match=r"x-cpu.jsonl, line 2, .* delete the file, or run .* with --again"):
+                read()
+    path.rename(tmp_path / "minilm-16x32-r8-cpu-selected.jsonl")
+    assert bench_rows.read_rows(tmp_path) == []
+
+
+def test_a_profile_s_methods_are_named():
+    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
+    with pytest.raises(ValueError, match="methods must be some of lora, full, .*; got lora_twice"):
+        profile_step.profile_setting(work, ["lora", "lora_twice"], 1, Path("nowhere"))
+
+
 def test_what_can_t_be_built_has_a_row_that_says_why(tmp_path):
     setting = bench_settings.Setting(
         "tiny", TOKENS, R, 1, batch=BATCH, config=lambda: zoo.llama().config, task_type="CAUSAL_LM"
@@ -303,6 +523,9 @@ def test_a_method_of_others_may_fail_in_its_first_step():
         (["--setting", "minilm-16x32-r8"], "--model_name_or_path must name the model of the setting minilm-16x32-r8"),
         (["--setting", "bert-large-16x128-r64"], "needs a device of the kind cuda, got cpu"),
         (["--setting", "import", "--rounds", "0"], "--rounds must be at least 1, got 0"),
+        (["--setting", "minilm-16x32-r8", "--methods", "lora", "--groups", "far"], "must not be given together"),
+        (["--setting", "import", "--methods", "lora"], "--setting import must be without --methods"),
+        (["--setting", "scaling", "--groups", "far", "--dropout", "0"], "must be without --groups and --dropout"),
     ],
 )
 def test_arguments_that_can_t_be_right(tmp_path, more, message):
@@ -318,7 +541,9 @@ def test_more_tokens_than_positions(arguments, tmp_path):
 def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
     args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1"])
     assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
-    args.model_name_or_path = "somewhere"
+    args.dropout = 0.0
+    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64"]
+    args.dropout, args.model_name_or_path = None, "somewhere"
     assert len(bench.settings_to_run(args, device)) == 9
     assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
 
