@@ -449,7 +449,7 @@ def test_what_is_measured_otherwise_does_not_pass_for_the_setting_s_own(monkeypa
     [
         (None, "is empty"),
         ({"schema_version": 0}, f"has schema_version 0, not {bench.SCHEMA_VERSION}"),
-        ({"device": {"threads": 7}}, "was measured with 7 threads, not {bench.SCHEMA_VERSION}"),
+        ({"device": {"threads": 7}}, "was measured with 7 threads, not 1"),
         ({"setting": {"dropout": {"a": 0.1, "b": 0.0}}}, "was measured with dropout 0.1, 0.0, not 0.0"),
     ],
 )
