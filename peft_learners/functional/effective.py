@@ -23,6 +23,7 @@ from .updates import (
     b_gradient,
     effective_weight,
     factors_of,
+    is_plain_torch,
     outer_gradient,
     through_factor,
     wide_type,
@@ -78,7 +79,7 @@ class _EffectiveLinear(torch.autograd.Function):
         form, (needs_x, needs_weight, needs_bias, needs_a, needs_b, needs_delta) = ctx.form, ctx.needs_input_grad[:6]
         rows, (out_features, in_features) = len(g), weight.shape
         by_dense = needs_weight or needs_delta
-        if needs_a and needs_b and not by_dense:
+        if needs_a and needs_b and not by_dense and is_plain_torch():  # a compiler would have to guard one more size
             by_dense = takes_dense_gradient(rows, in_features, out_features, form.rank)
         pair: Any = factors_of(weight, a, b, a_at, b_at, form) if a is not None else None
         has_gb = needs_a and not by_dense
