@@ -302,19 +302,15 @@ class NASLoRALayer(DeltaLayer):
 
     # -- values in full ---------------------------------------------------------------------------------------------
 
-    def full(self, part: str, adapter: str) -> Tensor | None:
-        """A part as a dense tensor (of its kept columns), differentiable; None if nothing of it is there."""
-        values, space = self.values(part), self.nas_lora_space[adapter]
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        """db in full, differentiable; None if nothing of it is there."""
+        values, positions = self.values("bias"), self.positions("bias")
         if adapter not in values or values[adapter].numel() == 0:
             return None
-        if space.structured or adapter not in self.positions(part):
+        space = self.nas_lora_space[adapter]
+        if space.structured or adapter not in positions:
             return values[adapter]
-        entries = values[adapter].new_zeros(space.size(part))
-        entries = entries.index_add(0, self.positions(part)[adapter], values[adapter])
-        return entries if part == "bias" else entries.view(space.shapes[part][::-1]).t()
-
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        return self.full("bias", adapter)
+        return values[adapter].new_zeros(space.size("bias")).index_add(0, positions[adapter], values[adapter])
 
     def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
         """The bias with the adapter's delta added; entries go in one by one, without a delta in full."""
