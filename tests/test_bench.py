@@ -345,32 +345,7 @@ def test_file_sizes_and_seconds(found):
         assert 0 < sizes[name] - found[name]["settings"]["kept"] * (FLOAT + INT) - HEAD * FLOAT < 15_000, name
 
 
-# -- command line --------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def arguments(tmp_path_factory) -> list[str]:
-    folder = tmp_path_factory.mktemp("hidden-place") / "tiny-bert"
-    zoo.build("bert").save_pretrained(folder)
-    fixed = ["--setting", "minilm-16x32-r8", "--model_name_or_path", str(folder), "--device", "cpu"]
-    return [*fixed, "--threads", "1", "--rounds", "1", "--methods", "shira"]
-
-
-def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
-    bench.main([*arguments, "--out", str(tmp_path), "--dropout", "0.1"])
-    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
-    rows = bench_rows.read_rows(path)
-    assert [row["method"] for row in rows] == ["lora", "full", "shira"]
-    assert rows[0]["setting"]["model"] == "tiny-bert" and "hidden-place" not in path.read_text()
-    assert set(rows[0]["setting"]["dropout"].values()) == {0.1}
-    date = path.stat().st_mtime_ns
-    bench.main([*arguments, "--out", str(tmp_path)])
-    assert path.stat().st_mtime_ns == date and "is there" in capsys.readouterr().out
-    bench.main([*arguments, "--out", str(tmp_path), "--again"])
-    again = bench_rows.read_rows(path)
-    assert set(again[0]["setting"]["dropout"].values()) == {0.0}
-    # Masks of dropout are kept for backward.
-    assert rows[1]["bytes"]["stored"] > again[1]["bytes"]["stored"]
+# -- files, and what can't be measured -----------------------------------------------------------------------------
 
 
 def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
@@ -425,61 +400,6 @@ def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
     assert bench.code.__wrapped__() is None
 
 
-@pytest.mark.parametrize(
-    "more,name",
-    [
-        ([], "minilm-16x32-r8-cpu"),
-        (["--label", "x"], "minilm-16x32-r8-x-cpu"),
-        (["--groups", "far"], "minilm-16x32-r8-cpu-selected"),
-        (["--rounds", "1"], "minilm-16x32-r8-cpu-selected"),
-        (["--dropout", "0"], "minilm-16x32-r8-cpu-selected"),
-        (["--threads", "1"], "minilm-16x32-r8-cpu-selected"),
-        (["--threads", "1", "--label", "x"], "minilm-16x32-r8-x-cpu"),
-        (["--methods", "lora", "--label", "x"], "minilm-16x32-r8-x-cpu-selected"),
-    ],
-)
-def test_what_is_measured_otherwise_does_not_pass_for_the_setting_s_own(monkeypatch, more, name):
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    args, device = bench.parse(["--setting", "minilm-16x32-r8", "--device", "cpu", *more])
-    assert bench.path_of("minilm-16x32-r8", args, device) == Path(f"results/bench/{name}.jsonl")
-
-
-@pytest.mark.parametrize(
-    "first,why",
-    [
-        (None, "is empty"),
-        ({"schema_version": 0}, f"has schema_version 0, not {bench.SCHEMA_VERSION}"),
-        ({"device": {"threads": 7}}, "was measured with 7 threads, not 1"),
-        ({"setting": {"dropout": {"a": 0.1, "b": 0.0}}}, "was measured with dropout 0.1, 0.0, not 0.0"),
-    ],
-)
-def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeypatch, capsys, first, why):
-    measured = []
-    monkeypatch.setattr(bench, "run_setting", lambda name, *_: measured.append(name))
-    argv = ["--setting", "minilm-16x32-r8", "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]
-    argv += ["--dropout", "0.0"]
-    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
-    good = {"schema_version": bench.SCHEMA_VERSION, "device": {"threads": 1}, "setting": {"dropout": {"a": 0.0}}}
-    bench_rows.write_rows(path, [good])
-    bench.main(argv)
-    assert measured == []
-    bench_rows.write_rows(path, [] if first is None else [{**good, **first}])
-    bench.main(argv)
-    assert measured == ["minilm-16x32-r8"] and f"{path} {why}" in capsys.readouterr().out
-
-
-def test_a_broken_file_is_named(tmp_path):
-    path = tmp_path / "minilm-16x32-r8-x-cpu.jsonl"
-    argv = ["--setting", "minilm-16x32-r8", "--label", "x", "--out", str(tmp_path), "--device", "cpu"]
-    for line in ('{"setting": {', "3", ""):
-        path.write_text(f"{{}}\n{line}\n")
-        for read in (lambda: bench_rows.read_rows(tmp_path), lambda: bench.main([*argv, "--threads", "1"])):
-            with pytest.raises(ValueError, match=r"x-cpu.jsonl, line 2, .* delete the file, or run .* with --again"):
-                read()
-    path.rename(tmp_path / "minilm-16x32-r8-cpu-selected.jsonl")
-    assert bench_rows.read_rows(tmp_path) == []
-
-
 def test_a_profile_s_methods_are_named():
     work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
     with pytest.raises(ValueError, match="methods must be some of lora, full, .*; got lora_twice"):
@@ -515,37 +435,6 @@ def test_a_method_of_others_may_fail_in_its_first_step():
     assert list(full["time_ratios"]) == ["full"]
     with pytest.raises(RuntimeError, match="not for"):  # nothing of our own is passed over so
         bench.measure_group(work, "learner", methods, bench.bounds(work))
-
-
-@pytest.mark.parametrize(
-    "more,message",
-    [
-        (["--setting", "minilm-16x32-r8"], "--model_name_or_path must name the model of the setting minilm-16x32-r8"),
-        (["--setting", "bert-large-16x128-r64"], "needs a device of the kind cuda, got cpu"),
-        (["--setting", "import", "--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--setting", "minilm-16x32-r8", "--methods", "lora", "--groups", "far"], "must not be given together"),
-        (["--setting", "import", "--methods", "lora"], "--setting import must be without --methods"),
-        (["--setting", "scaling", "--groups", "far", "--dropout", "0"], "must be without --groups and --dropout"),
-    ],
-)
-def test_arguments_that_can_t_be_right(tmp_path, more, message):
-    with pytest.raises(ValueError, match=message):
-        bench.main([*more, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"])
-
-
-def test_more_tokens_than_positions(arguments, tmp_path):
-    with pytest.raises(ValueError, match="tokens must be from 1 to 32 for the model tiny-bert, got 128"):
-        bench.main(["--setting", "minilm-16x128-r8", *arguments[2:], "--out", str(tmp_path)])
-
-
-def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
-    args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1"])
-    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
-    args.dropout = 0.0
-    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64"]
-    args.dropout, args.model_name_or_path = None, "somewhere"
-    assert len(bench.settings_to_run(args, device)) == 9
-    assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
 
 
 def test_rows_are_json_lines(path):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from test_compile import nothing_compiled  # noqa: F401
 from test_functional_gradients import call, make
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -14,14 +15,6 @@ from torch._dynamo.utils import counters
 from peft_learners.functional import cut_linear, effective_linear, linear_with_updates, separate_linear
 
 AB = {"x", "a0", "b0"}
-
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
 
 
 def mixed(rows: int) -> Any:

@@ -63,11 +63,11 @@ class FARLinear(FARLayer, DeltaLinear):
         weight = readable_weight(self.base_layer)
         if weight is None or args or kwargs or x.is_nested:
             return self._forward_plain(x, adapters, *args, **kwargs)
-        summed = wants_summed_weight(x.numel() // max(1, self.in_features))
         frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
         if frozen and self._takes_cut(adapters):
             return self._forward_cut(x, weight, base.bias, adapters[0])
         dense, biases = self._full_deltas("far_delta", adapters), self._full_deltas("far_bias_delta", adapters)
+        summed = wants_summed_weight(x.numel() // max(1, self.in_features))
         if not summed and any(delta.dtype != weight.dtype for delta in dense):
             return self._forward_plain(x, adapters)
         path = effective_linear if summed else separate_linear
