@@ -20,11 +20,9 @@ A step is forward, backward, AdamW and zeroing the gradients, with `update_and_a
 import gc
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, Union
@@ -292,26 +290,10 @@ def common_fields(setting: dict[str, Any], device: torch.device) -> dict[str, An
         "schema_version": SCHEMA_VERSION,
         "setting": {**setting, "warmup_rounds": WARMUP_ROUNDS, "allocator": allocator()},
         "versions": run_record.versions(),
-        "code": code(),
+        "code": run_record.code(),
         "device": run_record.device_record(SimpleNamespace(device=device, world_size=1)),
         "date": run_record.now(),
     }
-
-
-@cache
-def code() -> Optional[str]:
-    """The commit of the scripts as this process started, with "-dirty" if they or the package have changes; None where
-    there is no git."""
-
-    def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-
-    try:
-        changes = git("status", "--porcelain", "--", ".", ":/peft_learners")
-        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def allocator() -> dict[str, str]:

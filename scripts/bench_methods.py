@@ -11,7 +11,7 @@ import torch
 from bench_common import Variant, take_step, trained_parameters
 from bench_settings import Workload
 from glue_methods import MethodArguments
-from glue_methods import bitfit as bitfit_in_place
+from glue_peers import bitfit as bitfit_in_place
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, PhaseDriver

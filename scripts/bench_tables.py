@@ -263,8 +263,24 @@ def tables_of(rows: Sequence[Row], device: str) -> dict[str, Callable[[Sequence[
 
 # -- pages ----------------------------------------------------------------------------------------------------------
 
-_MARK = re.compile(r"<!-- bench:([\w-]+) -->\n.*?<!-- bench:end -->", re.DOTALL)
 DOCS = Path(__file__).resolve().parents[1] / "docs"
+
+
+def spliced(text: str, kind: str, lines_of: Callable[[str], Lines]) -> str:
+    """A page with `lines_of(NAME)` between its markers, `<!-- KIND:NAME -->` and `<!-- KIND:end -->`.
+
+    Raises:
+        ValueError: a marker has no end, or an end no marker.
+    """
+    mark = re.compile(rf"<!-- {kind}:([\w-]+) -->\n(.*?)<!-- {kind}:end -->", re.DOTALL)
+    found = mark.findall(text)
+    if text.count(f"<!-- {kind}:") != 2 * len(found) or any(f"<!-- {kind}:" in body for _, body in found):
+        raise ValueError(f"Each <!-- {kind}:NAME --> must have its <!-- {kind}:end --> before the next one begins.")
+
+    def fill(match: re.Match[str]) -> str:
+        return "\n".join([f"<!-- {kind}:{match[1]} -->", "", *lines_of(match[1]), "", f"<!-- {kind}:end -->"])
+
+    return mark.sub(fill, text)
 
 
 def with_tables(text: str, folder: Path, device: str = "cpu") -> str:
@@ -276,17 +292,14 @@ def with_tables(text: str, folder: Path, device: str = "cpu") -> str:
     rows = rows_to_show(folder)
     tables = tables_of(rows, device)
 
-    def fill(mark: re.Match[str]) -> str:
-        name = mark[1]
+    def lines_of(name: str) -> Lines:
         if name.startswith("profile-"):
-            lines = profile_table(folder, name.removeprefix("profile-"), device)
-        elif name in tables:
-            lines = tables[name](rows, device)
-        else:
+            return profile_table(folder, name.removeprefix("profile-"), device)
+        if name not in tables:
             raise ValueError(f"<!-- bench:{name} --> must name one of {', '.join(tables)}, or profile-SETTING.")
-        return "\n".join([f"<!-- bench:{name} -->", "", *lines, "", "<!-- bench:end -->"])
+        return tables[name](rows, device)
 
-    return _MARK.sub(fill, text)
+    return spliced(text, "bench", lines_of)
 
 
 def write_pages(folder: Path, docs: Path = DOCS) -> list[str]:

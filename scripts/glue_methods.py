@@ -4,8 +4,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Optional
 
+import glue_peers as peers
 import torch
-from transformers import PreTrainedModel
+from glue_adalora import AdaLoraCallback, adalora
+from transformers import PreTrainedModel, TrainerCallback
 
 
 @dataclass
@@ -17,8 +19,8 @@ class MethodArguments:
         metadata={
             # torchrun's own parser takes --r for a cut-off option of its own and stops.
             "aliases": ["--rank"],
-            "help": "Rank of the low-rank modules. Default: 64 (lora, learner), 16 (nas_lora), 8 (mam). Under "
-            "torchrun write --rank.",
+            "help": "Rank of the low-rank modules. Default: 64 (learner, lora, adalora, shira), 16 (nas_lora), "
+            "8 (mam). Of adalora the mean in the end. Under torchrun write --rank.",
         },
     )
     priming_epochs: float = field(
@@ -69,18 +71,23 @@ class MethodArguments:
     )
     train_biases: bool = field(default=True, metadata={"help": "Search the biases too (nas_lora)."})
     dropout: float = field(
-        default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (lora, mam, learner)."}
+        default=0.0, metadata={"help": "Dropout on the input of the low-rank modules (learner, lora, mam, adalora)."}
+    )
+    num_virtual_tokens: int = field(
+        default=20, metadata={"help": "Trained embeddings before each example (prompt_tuning)."}
+    )
+    mode: str = field(
+        default="sequential",
+        metadata={"help": "Where the adapters are (bottleneck).", "choices": ["sequential", "parallel"]},
+    )
+    bottleneck_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "Width of an adapter. Default: 256 (sequential), 512 (parallel) (bottleneck)."},
     )
 
-
-def lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
-    """LoRA on every linear layer. lora_alpha=r: a scaling of 1, as Learners without priming have it."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules="all-linear", lora_dropout=args.dropout
-    )
-    return get_peft_model(model, config)
+    def __post_init__(self) -> None:
+        if self.bottleneck_dim is None:
+            self.bottleneck_dim = 256 if self.mode == "sequential" else 512
 
 
 def learner(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
@@ -145,29 +152,11 @@ def nas_lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     return get_peft_model(model, NASLoRAConfig(task_type="SEQ_CLS", **settings))
 
 
-def bitfit(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
-    """BitFit (Zaken et al., 2021): all biases of the backbone, norms' included, and the head, in place."""
-    backbone = f"{model.base_model_prefix}."
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(backbone) or name.endswith(".bias"))
-    return model
+def phases() -> TrainerCallback:
+    """Drives the phases of this package's tuners."""
+    from peft_learners import PhaseCallback
 
-
-def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
-    """Uniform LoRA on query, key and every `dense` of the blocks, and all biases: the peer of S-MaM and U-MaM
-    (arXiv 2305.16597, section 4.1; BERT's and RoBERTa's names). lora_alpha=r: a scaling of 1."""
-    from peft import LoraConfig, get_peft_model
-
-    targets = r".*\.layer\.\d+\..*(query|key|dense)"
-    config = LoraConfig(
-        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules=targets, bias="all", lora_dropout=args.dropout
-    )
-    return get_peft_model(model, config)
-
-
-def full(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
-    """All parameters of the model."""
-    return model
+    return PhaseCallback()
 
 
 @dataclass(frozen=True)
@@ -177,25 +166,34 @@ class Method:
     Attributes:
         wrap: makes the model to train.
         arguments: the `MethodArguments` that it uses; they are recorded.
-        phased: whether it is a phased tuner, which needs `peft_learners.PhaseCallback`.
+        callbacks: make the callbacks that it needs in the Trainer.
         rank: its `r` where none is given.
     """
 
     wrap: Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]
     arguments: tuple[str, ...] = ()
-    phased: bool = False
+    callbacks: tuple[Callable[[], TrainerCallback], ...] = ()
     rank: int = 64
 
     def __call__(self, model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
         return self.wrap(model, args)
 
+    def tokens(self, args: MethodArguments) -> int:
+        """Number of tokens that it puts before each example. They take up positions of the model."""
+        return args.num_virtual_tokens if "num_virtual_tokens" in self.arguments else 0
+
 
 METHODS: dict[str, Method] = {
-    "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), phased=True),
-    "far": Method(far, FAR_ARGUMENTS, phased=True),
-    "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, phased=True, rank=16),
-    "lora": Method(lora, ("r", "dropout")),
-    "mam": Method(mam, ("r", "dropout"), rank=8),
-    "bitfit": Method(bitfit),
-    "full": Method(full),
+    "learner": Method(learner, ("r", "priming_epochs", "priming_lr_scale", "dropout"), callbacks=(phases,)),
+    "far": Method(far, FAR_ARGUMENTS, callbacks=(phases,)),
+    "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, callbacks=(phases,), rank=16),
+    "lora": Method(peers.lora, ("r", "dropout")),
+    "adalora": Method(adalora, ("r", "dropout"), callbacks=(AdaLoraCallback,)),
+    "shira": Method(peers.shira, ("r",)),
+    "mam": Method(peers.mam, ("r", "dropout"), rank=8),
+    "bottleneck": Method(peers.bottleneck, ("mode", "bottleneck_dim")),
+    "prompt_tuning": Method(peers.prompt_tuning, ("num_virtual_tokens",)),
+    "bitfit": Method(peers.bitfit),
+    "freeze_ffns": Method(peers.freeze_ffns),
+    "full": Method(peers.full),
 }

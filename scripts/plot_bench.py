@@ -70,7 +70,7 @@ def draw_setting(rows: dict[str, Row], title: str, path: Path) -> None:
     times.set_yticks(places, [METHODS[name].replace("`", "") for name in rows], fontsize=8)
     times.invert_yaxis()
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
 def points_of(rows: Sequence[Row], axis: str, method: str) -> list[tuple[int, dict[str, float]]]:
@@ -99,10 +99,11 @@ def draw_scaling(rows: Sequence[Row], title: str, path: Path) -> None:
     panels[0][0].set_ylabel("time of a step / LoRA's")
     panels[0][0].legend(fontsize=8)
     figure.suptitle(title, fontsize=11)
-    _save(figure, path)
+    save(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
+    """Write a picture into a file, and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
     plt.close(figure)

@@ -7,17 +7,21 @@ import math
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
@@ -25,10 +29,49 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 #: Raised when a key of the results file changes its meaning.
 SCHEMA_VERSION = 1
+#: Exit status of a script that found another process at its run (EX_TEMPFAIL).
+EXIT_BUSY = 75
 #: Name of the single phase of a method without phases.
 ONLY_PHASE = "train"
 PACKAGES = ("torch", "transformers", "peft", "accelerate", "peft_learners", "datasets")
 _SPEED_KEYS = ("_runtime", "_samples_per_second", "_steps_per_second", "_preparation_time", "_compilation_time")
+
+
+class BusyError(RuntimeError):
+    """Another process works in the folder of a run."""
+
+
+@contextmanager
+def only_process(folder: Path) -> Iterator[None]:
+    """Keep other processes of this kind out of a run's folder. The operating system ends it with the process.
+
+    Raises:
+        BusyError: one is in it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout as error:
+        raise BusyError(
+            f"--output_dir {folder}: another process trains there (it holds {lock.lock_file}). Wait for it, or choose "
+            "another --output_dir."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def is_busy(folder: Path) -> bool:
+    """Whether a process works in the folder of a run."""
+    if not folder.is_dir():
+        return False
+    try:
+        with only_process(folder):
+            return False
+    except BusyError:
+        return True
 
 
 class PhaseTimer(TrainerCallback, ExportableState):
@@ -110,6 +153,22 @@ def peak_memory_bytes() -> int:
 def versions() -> dict[str, str | None]:
     """Versions of Python and of the packages a run depends on; None for one that is not there."""
     return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+
+
+@cache
+def code() -> str | None:
+    """The commit of the scripts as this process started, with "-dirty" if they or the package have changes; None where
+    there is no git."""
+
+    def git(*words: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    try:
+        changes = git("status", "--porcelain", "--", ".", ":/peft_learners")
+        return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def device_record(args: TrainingArguments) -> dict[str, Any]:

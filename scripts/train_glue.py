@@ -13,7 +13,6 @@ import gc
 import shutil
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
@@ -24,6 +23,7 @@ import numpy as np
 import run_record
 import torch
 from accelerate import PartialState
+from glue_arguments import GlueTrainingArguments, ScriptArguments, run_config
 from glue_methods import METHODS, MethodArguments
 from transformers import (
     AutoModelForSequenceClassification,
@@ -37,105 +37,6 @@ from transformers import (
     TrainingArguments,
     set_seed,
 )
-
-
-@dataclass
-class ScriptArguments:
-    """What is trained on what, and where the record goes."""
-
-    task: str = field(metadata={"help": f"GLUE task: {', '.join(glue_data.TASKS)} (any case; 'STS-B' works too)."})
-    method: str = field(default="learner", metadata={"help": "How to train.", "choices": list(METHODS)})
-    model_name_or_path: str = field(
-        default="distilbert-base-uncased", metadata={"help": "Model and tokenizer: a Hub id or a local folder."}
-    )
-    data_dir: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "Folder with <task's GLUE folder>/train.tsv and dev.tsv (header row, no quoting), e.g. CoLA. "
-            f"Default: {glue_data.HUB_DATASET} from the Hub."
-        },
-    )
-    max_length: int = field(default=128, metadata={"help": "Tokens per example; longer ones are cut."})
-    pad_to_max_length: bool = field(
-        default=False, metadata={"help": "Pad to max_length, instead of to the longest example of a batch."}
-    )
-    max_train_samples: Optional[int] = field(
-        default=None, metadata={"help": "Train on that many first rows only; recorded."}
-    )
-    max_eval_samples: Optional[int] = field(
-        default=None, metadata={"help": "Evaluate on that many first rows only; recorded."}
-    )
-    results_file: Optional[str] = field(
-        default=None, metadata={"help": "The results file. Default: results.json in output_dir."}
-    )
-    overwrite: bool = field(
-        default=False, metadata={"help": "Start again: delete the results and checkpoints of an earlier run."}
-    )
-
-
-@dataclass
-class GlueTrainingArguments(TrainingArguments):
-    """`TrainingArguments` with the paper's recipe as defaults."""
-
-    output_dir: Optional[str] = field(
-        default=None,
-        metadata={"help": "Folder of the run. Default: runs/<task>-<method>[-r<r>]-<model>-seed<seed>."},
-    )
-    learning_rate: float = field(default=2e-5, metadata={"help": "Initial learning rate of AdamW."})
-    num_train_epochs: float = field(default=5.0, metadata={"help": "Epochs of training."})
-    per_device_train_batch_size: int = field(default=16, metadata={"help": "Batch size per process for training."})
-    per_device_eval_batch_size: int = field(default=32, metadata={"help": "Batch size per process for evaluation."})
-    eval_strategy: str = field(default="epoch", metadata={"help": "When to evaluate: no, steps, epoch."})
-    save_strategy: str = field(default="epoch", metadata={"help": "When to save: no, steps, epoch, best."})
-    save_total_limit: Optional[int] = field(default=2, metadata={"help": "Checkpoints to keep."})
-    logging_strategy: str = field(default="epoch", metadata={"help": "When to log: no, steps, epoch."})
-    report_to: Optional[str] = field(default="none", metadata={"help": "Integrations to report to, e.g. tensorboard."})
-
-    def __post_init__(self) -> None:
-        self.has_default_output_dir = self.output_dir is None
-        super().__post_init__()
-
-
-#: Training arguments that decide what a run computes; they are recorded and must not change in a resumed run.
-RECORDED = (
-    "learning_rate",
-    "num_train_epochs",
-    "max_steps",
-    "per_device_train_batch_size",
-    "gradient_accumulation_steps",
-    "warmup_steps",
-    "lr_scheduler_type",
-    "lr_scheduler_kwargs",
-    "optim",
-    "optim_args",
-    "weight_decay",
-    "adam_beta1",
-    "adam_beta2",
-    "adam_epsilon",
-    "max_grad_norm",
-    "label_smoothing_factor",
-    "neftune_noise_alpha",
-    "load_best_model_at_end",
-    "bf16",
-    "fp16",
-    "seed",
-    "data_seed",
-)
-
-
-def run_config(
-    args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments
-) -> dict[str, Any]:
-    """The settings that decide what a run computes: the method's, the data's and the training's."""
-    config: dict[str, Any] = {name: getattr(method_args, name) for name in METHODS[args.method].arguments}
-    for name in RECORDED:
-        value = getattr(training_args, name, None)
-        config[name] = getattr(value, "value", value)
-    accumulated = training_args.per_device_train_batch_size * training_args.gradient_accumulation_steps
-    config["total_batch_size"] = accumulated * training_args.world_size
-    for name in ("max_length", "pad_to_max_length", "max_train_samples", "max_eval_samples"):
-        config[name] = getattr(args, name)
-    return config
 
 
 def load_model(
@@ -172,7 +73,8 @@ def load_model(
             f"The tokenizer of --model_name_or_path {args.model_name_or_path!r} has {known} tokens, the model {room}: "
             "the folder must hold the model's own tokenizer files (tokenizer.json, tokenizer_config.json)."
         )
-    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize))
+    extra = METHODS[args.method].tokens(method_args)
+    longest = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", sys.maxsize) - extra)
     if not 1 <= args.max_length <= longest:
         raise ValueError(f"--max_length must be from 1 to {longest} for this model, got {args.max_length}.")
     # BERT's and DistilBERT's forward takes any keyword, but their loss stays a mean over its batch. The Trainer would
@@ -228,23 +130,19 @@ def open_run(
 
 def build_trainer(
     args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments
-) -> tuple[Trainer, dict[str, Any]]:
-    """The Trainer of a run, and what the record says about its rows, metrics and parameters."""
+) -> tuple[Trainer, dict[str, Any], Optional[datasets.Dataset]]:
+    """The Trainer of a run, what the record says about its rows, metrics and parameters, and the held-out rows."""
     task = glue_data.find_task(args.task)
     set_seed(training_args.seed)  # before the model: the seed decides the new head too
     model, tokenizer = load_model(args, method_args, task)
-    data = glue_data.load_glue(task, args.data_dir, args.max_train_samples, args.max_eval_samples)
+    data = glue_data.load_glue(task, args.data_dir, args.max_train_samples, args.max_eval_samples, args.holdout_share)
 
     def encode(rows: datasets.Dataset, name: str) -> datasets.Dataset:
         return glue_data.tokenize(rows, tokenizer, args.max_length, args.pad_to_max_length, f"Tokenizing {name}")
 
     dev = {suffix: encode(rows, f"dev {suffix}".strip()) for suffix, rows in data.dev.items()}
     compute_metrics, source = make_compute_metrics(task)
-    callbacks: list[TrainerCallback] = []
-    if METHODS[args.method].phased:
-        from peft_learners import PhaseCallback
-
-        callbacks.append(PhaseCallback())
+    callbacks: list[TrainerCallback] = [make() for make in METHODS[args.method].callbacks]
     callbacks.append(run_record.PhaseTimer())  # after the callback that names the phase
     trainer = Trainer(
         model=model,
@@ -256,14 +154,17 @@ def build_trainer(
         compute_metrics=compute_metrics,
         callbacks=callbacks,
     )
-    counts = {suffix: len(rows) for suffix, rows in dev.items()}
+    counts = {f"dev_{suffix}".rstrip("_"): len(rows) for suffix, rows in dev.items()}
+    holdout = None if data.holdout is None else encode(data.holdout, "held-out rows")
+    if holdout is not None:
+        counts["holdout"] = len(holdout)
     about = {
-        "rows": {"train": len(data.train), **{f"dev_{suffix}".rstrip("_"): n for suffix, n in counts.items()}},
+        "rows": {"train": len(data.train), **counts},
         "metrics_source": source,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total": sum(p.numel() for p in model.parameters()),
     }
-    return trainer, about
+    return trainer, about, holdout
 
 
 def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -273,6 +174,13 @@ def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str
     if values and last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end:
         return values
     return run_record.eval_values(trainer.evaluate())
+
+
+def holdout_evaluation(trainer: Trainer, rows: datasets.Dataset) -> dict[str, Any]:
+    """Loss and metrics, by their names, on the rows that were held out of training."""
+    values = trainer.evaluate(rows, metric_key_prefix="holdout")
+    as_dev = {name.replace("holdout_", "eval_", 1): value for name, value in values.items()}
+    return {name.removeprefix("eval_"): value for name, value in run_record.eval_values(as_dev).items()}
 
 
 def peak_memory(trainer: Trainer, timer: run_record.PhaseTimer) -> int:
@@ -298,7 +206,7 @@ def train(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train, evaluate and save; returns what the results file says about the run, without its settings."""
-    trainer, about = build_trainer(args, method_args, training_args)
+    trainer, about, holdout = build_trainer(args, method_args, training_args)
     say(f"Rows: {about['rows']}. Parameters: {about['trained']:,} of {about['total']:,} trained.")
     if checkpoint:
         say(f"Going on from {checkpoint}")
@@ -306,12 +214,14 @@ def train(
     log = trainer.state.log_history
     epochs = run_record.epoch_rows(log)  # before the final evaluation adds itself to the log
     final = final_evaluation(trainer, epochs)
+    held_out = {} if holdout is None else {"holdout": holdout_evaluation(trainer, holdout)}
     folder = save(trainer)
     # By type: the Trainer may have put a restored copy in its place.
     timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, run_record.PhaseTimer))
     phases = run_record.phase_rows(log, timer.seconds, trainer.state.global_step, about["trained"])
     return {
         "versions": run_record.versions(),
+        "code": run_record.code(),
         "device": run_record.device_record(training_args),
         "rows": about["rows"],
         "parameters": {
@@ -321,6 +231,7 @@ def train(
         },
         "epochs": epochs,
         "final": final,
+        **held_out,
         "metrics_source": about["metrics_source"],
         "phases": phases,
         "wall_seconds": {
@@ -351,20 +262,35 @@ def run(argv: Optional[list[str]] = None) -> dict[str, Any]:
     args, method_args, training_args = parser.parse_args_into_dataclasses(argv)
     if method_args.r is None:
         method_args.r = METHODS[args.method].rank
-    task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
     if training_args.has_default_output_dir:
-        rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""
-        name = f"{task.name}-{args.method}{rank}-{label.replace('/', '--')}-seed{training_args.seed}"
-        training_args.output_dir = str(Path("runs") / name)
-    results_file = Path(args.results_file or Path(training_args.output_dir) / "results.json")
-    main_process = training_args.process_index == 0
-    say = print if main_process else (lambda _: None)
-    if not main_process:
+        training_args.output_dir = str(Path("runs") / default_name(args, method_args, training_args))
+    if training_args.process_index > 0:
         datasets.disable_progress_bars()
+        return train_or_find(args, method_args, training_args, say=lambda _: None)
+    with run_record.only_process(Path(training_args.output_dir)):
+        return train_or_find(args, method_args, training_args, say=print)
 
+
+def default_name(args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments) -> str:
+    """Name of the run's folder."""
+    label = run_record.model_label(args.model_name_or_path).replace("/", "--")
+    rank = f"-r{method_args.r}" if "r" in METHODS[args.method].arguments else ""
+    return f"{glue_data.find_task(args.task).name}-{args.method}{rank}-{label}-seed{training_args.seed}"
+
+
+def train_or_find(
+    args: ScriptArguments,
+    method_args: MethodArguments,
+    training_args: TrainingArguments,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """What the results file holds: of a finished run, or after training."""
+    task, label = glue_data.find_task(args.task), run_record.model_label(args.model_name_or_path)
+    results_file = Path(args.results_file or Path(training_args.output_dir) / "results.json")
     config = run_config(args, method_args, training_args)
     identity = {"method": args.method, "task": task.name, "model": label, "config": config}
     say(f"{task.name}: {args.method} on {label}, in {training_args.output_dir}")
+    torch.set_float32_matmul_precision(args.float32_matmul_precision)
     finished, checkpoint = open_run(args, training_args, results_file, identity)
     if finished:
         say(f"This run is finished: {results_file}. Start it again with --overwrite.")
@@ -372,7 +298,7 @@ def run(argv: Optional[list[str]] = None) -> dict[str, Any]:
 
     record = train(args, method_args, training_args, checkpoint, say)
     results = {"schema_version": run_record.SCHEMA_VERSION, **identity, **record}
-    if main_process:
+    if training_args.process_index == 0:
         run_record.write_json(results_file, results)
     values = ", ".join(f"{key} {value:.4f}" for key, value in results["final"].items())
     say(f"{task.name}, {args.method}: {values} -> {results_file}")
@@ -380,4 +306,8 @@ def run(argv: Optional[list[str]] = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except run_record.BusyError as error:
+        print(error, file=sys.stderr)
+        sys.exit(run_record.EXIT_BUSY)

@@ -17,6 +17,7 @@ import bench_rows
 import bench_settings
 import profile_step
 import pytest
+import run_record
 import torch
 import zoo
 
@@ -382,22 +383,22 @@ def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsy
 
 
 def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
-    assert {row["code"] for row in rows} == {bench.code()}
+    assert {row["code"] for row in rows} == {run_record.code()}
     answers = {"status": " M scripts/bench.py\n", "rev-parse": "abc\n"}
 
     def run(command, **_):
         return SimpleNamespace(stdout=next(text for word, text in answers.items() if word in command))
 
     monkeypatch.setattr(subprocess, "run", run)
-    assert bench.code.__wrapped__() == "abc-dirty"
+    assert run_record.code.__wrapped__() == "abc-dirty"
     answers["status"] = ""
-    assert bench.code.__wrapped__() == "abc"
+    assert run_record.code.__wrapped__() == "abc"
 
     def no_git(command, **_):
         raise FileNotFoundError(command[0])
 
     monkeypatch.setattr(subprocess, "run", no_git)
-    assert bench.code.__wrapped__() is None
+    assert run_record.code.__wrapped__() is None
 
 
 def test_a_profile_s_methods_are_named():

@@ -48,7 +48,7 @@ def test_a_picture_per_setting(tmp_path, ending, begin):
 
 def test_what_is_drawn(tmp_path, monkeypatch):
     drawn = {}
-    monkeypatch.setattr(plot_bench, "_save", lambda figure, path: drawn.update({path.name: figure}))
+    monkeypatch.setattr(plot_bench, "save", lambda figure, path: drawn.update({path.name: figure}))
     list(plot_bench.draw_all(ROWS, tmp_path, "png"))
     times, flops, sizes = drawn["bench-tiny-cpu.png"].axes
     assert [tick.get_text() for tick in times.get_yticklabels()] == ["LoRA", "Learner, after priming"]

@@ -16,13 +16,14 @@ import glue_data
 import glue_methods
 import run_record
 import train_glue
+from tiny_glue import same_numbers
 
 SCRIPTS = Path(train_glue.__file__).parent
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 #: For slow tests: the phased methods, an adapter of PEFT's, and none (BitFit trains as full fine-tuning does).
 MAIN = ("learner", "far", "nas_lora", "lora", "full")
-WITHOUT_ADAPTER = ("full", "bitfit")
+WITHOUT_ADAPTER = ("full", "bitfit", "freeze_ffns")
 
 
 @pytest.fixture(autouse=True)
@@ -31,39 +32,8 @@ def offline(monkeypatch):
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
 
 
-@pytest.fixture
-def arguments(model_dir, data_dir, tmp_path):
-    """Makes the arguments of a small run; keywords override them."""
-
-    def make(**values: object) -> list[str]:
-        defaults = {
-            "task": "cola",
-            "method": "lora",
-            "model_name_or_path": model_dir,
-            "data_dir": data_dir,
-            "output_dir": tmp_path / "run",
-            "max_length": 32,
-            "r": 4,
-            "priming_epochs": 1,
-            "num_train_epochs": 2,
-            "learning_rate": 1e-3,
-            "use_cpu": True,
-            "disable_tqdm": True,
-        }
-        return [part for name, value in {**defaults, **values}.items() for part in (f"--{name}", str(value))]
-
-    return make
-
-
 def environment() -> dict[str, str]:
     return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-
-
-def same_numbers(a: dict, b: dict) -> None:
-    """Two runs have computed the same thing; times and memory may differ."""
-    for key in ("config", "rows", "parameters", "epochs", "final"):
-        assert a[key] == b[key], key
-    assert [{**p, "seconds": 0} for p in a["phases"]] == [{**p, "seconds": 0} for p in b["phases"]]
 
 
 # -- data ------------------------------------------------------------------------------------------------------------
@@ -258,7 +228,8 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     assert "This run is finished" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("method", list(glue_methods.METHODS))
+# AdaLoRA's recorded loss holds a regularisation, and PEFT gives none for an adapter that is loaded: see test_peers.py.
+@pytest.mark.parametrize("method", [name for name in glue_methods.METHODS if name != "adalora"])
 def test_saved_folder_reproduces_the_final_loss(method, arguments, model_dir, data_dir, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import glue_data
@@ -13,6 +14,11 @@ SUBJECTS = ["cat", "dog", "bird", "fox", "child", "sailor", "farmer", "robot"]
 VERBS = ["sees", "likes", "chases", "paints", "carries", "finds"]
 GOOD, BAD = ["softly", "gladly", "warmly"], ["blue", "seven", "under"]
 TSV_FILES = {"mnli": ("train.tsv", "dev_matched.tsv", "dev_mismatched.tsv")}
+#: What methods need to fit the tiny model: it has 32 positions, and is 16 wide.
+METHOD_SETTINGS: dict[str, dict[str, object]] = {
+    "prompt_tuning": {"num_virtual_tokens": 4, "max_length": 28},
+    "bottleneck": {"bottleneck_dim": 8},
+}
 
 
 @pytest.fixture(scope="session")
@@ -75,3 +81,35 @@ def data_dir(tmp_path_factory) -> Path:
                 lines.append("\t".join((*texts, label)))
             (folder / task.folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def arguments(model_dir, data_dir, tmp_path) -> Callable[..., list[str]]:
+    """Makes the arguments of a small run; keywords override them."""
+
+    def make(**values: object) -> list[str]:
+        defaults = {
+            "task": "cola",
+            "method": "lora",
+            "model_name_or_path": model_dir,
+            "data_dir": data_dir,
+            "output_dir": tmp_path / "run",
+            "max_length": 32,
+            "r": 4,
+            "priming_epochs": 1,
+            "num_train_epochs": 2,
+            "learning_rate": 1e-3,
+            "use_cpu": True,
+            "disable_tqdm": True,
+        }
+        settings = {**defaults, **METHOD_SETTINGS.get(str(values.get("method")), {}), **values}
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    return make
+
+
+def same_numbers(a: dict, b: dict) -> None:
+    """Two runs have computed the same thing; times and memory may differ."""
+    for key in ("config", "rows", "parameters", "epochs", "final"):
+        assert a[key] == b[key], key
+    assert [{**p, "seconds": 0} for p in a["phases"]] == [{**p, "seconds": 0} for p in b["phases"]]

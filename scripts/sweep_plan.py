@@ -1,0 +1,306 @@
+"""Which training runs a sweep makes, and in which order. Pure: no torch, no files.
+
+A *variant* is a method with its settings, a *protocol* is a recipe, a *run* is a variant trained on a task by a
+protocol with one learning rate and one seed. The order is one of an *anytime* design: whatever prefix of it is
+finished is balanced. All variants are trained on the smallest tasks with the first seed before any gets a second
+seed, and the main variants (`core`) come before the others.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Optional
+
+#: Share of the train rows on which the tuned protocol chooses a learning rate.
+HOLDOUT_SHARE = 0.1
+PAPER_LR = 2e-5
+#: Smallest first: a run of one of the first two takes a third of the time of one of the others.
+TASKS = (("rte", "mrpc"), ("cola", "stsb"))
+#: Learning rates of the tuned protocol lie on a ladder of half decades; a grid whose best is at its end goes on there.
+LADDER = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A recipe. `arguments` are those of train_glue.py; `search_epochs` is the number of epochs of a method that
+    searches first and then trains again."""
+
+    label: str
+    epochs: float
+    search_epochs: float
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    # arXiv 2208.02070, section 5.
+    "paper": Protocol("paper's recipe: 2e-5, 5 epochs", 5, 5),
+    "tuned": Protocol("each at the best of its learning rates, 5 epochs", 5, 5, {"holdout_share": HOLDOUT_SHARE}),
+    # arXiv 2305.16597, section 4.1, with fewer epochs.
+    "nas": Protocol("6 % warm-up, 3 epochs; search and 3 more for NAS-LoRA", 3, 6, {"warmup_steps": 0.06}),
+    "curves": Protocol("paper's recipe over 20 epochs", 20, 20),
+}
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings.
+
+    Attributes:
+        label: for tables.
+        method: of `train_glue.py --method`.
+        arguments: its arguments, all that tell it from other variants.
+        lrs: grid of the tuned protocol, three neighbours on `LADDER`; empty: the variant is in neither the paper's nor
+            the tuned one.
+        nas_lr: learning rate in the NAS paper's recipe; None: not in it.
+        core: whether it is one of the main ones, which are trained first.
+    """
+
+    label: str
+    method: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    lrs: tuple[float, ...] = ()
+    nas_lr: Optional[float] = None
+    core: bool = False
+
+
+_WHOLE = (3e-5, 1e-4, 3e-4)
+_LOW_RANK = (1e-4, 3e-4, 1e-3)
+_ADDED = (3e-4, 1e-3, 3e-3)
+_SEQUENTIAL = {"mode": "sequential", "bottleneck_dim": 128}
+_PARALLEL = {"mode": "parallel", "bottleneck_dim": 256}
+_FEW = (1e-3, 3e-3, 1e-2)
+_FAR = {
+    "retention_ratio": 0.1,
+    "priming_ratio": 0.01,
+    "granularity": "hidden_unit",
+    "selection": "l1",
+    "discard_unkept": False,
+    "train_embeddings": True,
+}
+_NAS = {
+    "search_epochs": None,
+    "rounds": 1,
+    "init": "kaiming",
+    "criterion": "importance",
+    "averaging": "mean",
+    "rewind": "initial",
+    "train_biases": True,
+}
+
+
+def _learner(rank: int, priming_epochs: float, core: bool = False, label: str = "", **more: Any) -> Variant:
+    arguments = {"r": rank, "priming_epochs": priming_epochs, "priming_lr_scale": 1.0, "dropout": 0.0, **more}
+    return Variant(label or f"Learner, r = {rank}, p = {priming_epochs:g}", "learner", arguments, _LOW_RANK, core=core)
+
+
+def _lora(rank: int, core: bool = False) -> Variant:
+    return Variant(f"LoRA, r = {rank}", "lora", {"r": rank, "dropout": 0.0}, _LOW_RANK, core=core)
+
+
+def _far(label: str, core: bool = False, **more: Any) -> Variant:
+    return Variant(label, "far", {**_FAR, **more}, _WHOLE, core=core)
+
+
+def _nas(label: str, rank: int, budget: float, granularity: str, lr: float, core: bool = False) -> Variant:
+    arguments = {"r": rank, "parameter_budget": budget, "nas_granularity": granularity, **_NAS}
+    return Variant(label, "nas_lora", arguments, nas_lr=lr, core=core)
+
+
+def _bias_search(name: str, percent: int, core: bool = False) -> Variant:
+    granularity = {"U": "unstructured", "S": "structured"}[name]
+    return _nas(f"{name}-BitFit, {percent} % of the biases", 0, percent / 100, granularity, 3e-3, core)
+
+
+def _rank_search(name: str, percent: int, budget: int) -> Variant:
+    granularity = {"U": "unstructured", "S": "structured"}[name]
+    return _nas(f"{name}-MaM, {percent} % of MaM's parameters", 16, budget, granularity, 1e-3)
+
+
+#: Parameters of MaM (rank 8) on MiniLM-L6, without the head: the budget of U-MaM and S-MaM, as in the paper.
+MAM_BUDGET = 321_024
+
+VARIANTS: dict[str, Variant] = {
+    "full": Variant("full fine-tuning", "full", {}, _WHOLE, nas_lr=1e-4, core=True),
+    "lora64": _lora(64, core=True),
+    "learner64_p2": _learner(64, 2.0, core=True),
+    "learner64_p0": _learner(64, 0.0, core=True),
+    "far10": _far("FAR, 10 %", core=True),
+    "bitfit": Variant("BitFit", "bitfit", {}, _FEW, nas_lr=3e-3, core=True),
+    "freeze_ffns": Variant("FREEZE FFNs", "freeze_ffns", {}, _WHOLE, core=True),
+    "u_bitfit9": _bias_search("U", 9, core=True),
+    "s_bitfit9": _bias_search("S", 9, core=True),
+    "u_bitfit18": _bias_search("U", 18, core=True),
+    "s_bitfit18": _bias_search("S", 18, core=True),
+    "far10_random": _far("FAR, 10 %, random nodes", selection="random"),
+    "far10_output_node": _far("FAR, 10 %, by output node", granularity="output_node"),
+    "learner64_p1": _learner(64, 1.0),
+    "learner8_p2": _learner(8, 2.0),
+    "learner8_p0": _learner(8, 0.0),
+    "lora8": _lora(8),
+    "adapter_sequential": Variant(
+        "sequential adapters", "bottleneck", {"mode": "sequential", "bottleneck_dim": 128}, _ADDED
+    ),
+    "adapter_parallel": Variant(
+        "parallel adapters", "bottleneck", {"mode": "parallel", "bottleneck_dim": 256}, _ADDED
+    ),
+    "adalora64": Variant("AdaLoRA, r = 64", "adalora", {"r": 64}, _ADDED),
+    "shira64": Variant("SHiRA, r = 64", "shira", {"r": 64}, _ADDED),
+    "prompt20": Variant("prompt tuning, 20 tokens", "prompt_tuning", {"num_virtual_tokens": 20}, (3e-3, 1e-2, 3e-2)),
+    "mam8": Variant("MaM, r = 8", "mam", {"r": 8, "dropout": 0.0}, _LOW_RANK, nas_lr=1e-3),
+    "u_mam100": _rank_search("U", 100, MAM_BUDGET),
+    "s_mam100": _rank_search("S", 100, MAM_BUDGET),
+    "u_mam25": _rank_search("U", 25, MAM_BUDGET // 4),
+    "s_mam25": _rank_search("S", 25, MAM_BUDGET // 4),
+    "learner128_p2": _learner(128, 2.0),
+    "learner128_p0": _learner(128, 0.0),
+    "learner8_p1": _learner(8, 1.0),
+    "learner128_p1": _learner(128, 1.0),
+    "u_bitfit37": _bias_search("U", 37),
+}
+
+
+@dataclass(frozen=True, order=True)
+class Run:
+    """One training run: protocol, task, variant, learning rate and seed."""
+
+    protocol: str
+    task: str
+    variant: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its results file, without `.json`."""
+        return f"{self.protocol}-{self.task}-{self.variant}-lr{self.lr:g}-seed{self.seed}"
+
+    @classmethod
+    def parse(cls, name: str) -> Optional["Run"]:
+        """The run of that name; None if it is no name of a run."""
+        match = re.fullmatch(r"([a-z]+)-([a-z0-9]+)-(\w+)-lr([0-9.e+-]+)-seed(\d+)", name)
+        if not match or match[1] not in PROTOCOLS or match[3] not in VARIANTS:
+            return None
+        run = cls(match[1], match[2], match[3], float(match[4]), int(match[5]))
+        return run if run.name == name else None
+
+
+def settings(run: Run) -> dict[str, Any]:
+    """What tells the run from others, by the names of train_glue.py's arguments; its record must say the same."""
+    protocol, variant = PROTOCOLS[run.protocol], VARIANTS[run.variant]
+    epochs = protocol.search_epochs if variant.method == "nas_lora" else protocol.epochs
+    common = {"warmup_steps": 0, "holdout_share": 0.0, "max_train_samples": None, "max_eval_samples": None}
+    return {
+        **variant.arguments,
+        **common,
+        **protocol.arguments,
+        "max_steps": -1,
+        "learning_rate": run.lr,
+        "num_train_epochs": float(epochs),
+        "per_device_train_batch_size": 16,
+        "lr_scheduler_type": "linear",
+        "weight_decay": 0.0,
+        "max_length": 128,
+        "seed": run.seed,
+    }
+
+
+def planned(
+    scores: Mapping[Run, Optional[float]],
+    seeds: Sequence[int] = (0, 1, 2, 3, 4),
+    tasks: Optional[Collection[str]] = None,
+    variants: Optional[Collection[str]] = None,
+    protocols: Optional[Collection[str]] = None,
+) -> list[Run]:
+    """All runs in their order, finished ones too, as far as the finished ones tell which come.
+
+    The learning rates of further seeds are known once the first seed's grid is finished.
+
+    Args:
+        scores: held-out score of each finished run (None where nothing is held out).
+        seeds: in their order; the first is the one of the grids.
+        tasks, variants, protocols: only these; None: all.
+    """
+    order = dict.fromkeys(_in_order(scores, seeds))
+    return [
+        run
+        for run in order
+        if (tasks is None or run.task in tasks)
+        and (variants is None or run.variant in variants)
+        and (protocols is None or run.protocol in protocols)
+    ]
+
+
+def _in_order(scores: Mapping[Run, Optional[float]], seeds: Sequence[int]) -> Iterator[Run]:
+    core = [name for name, variant in VARIANTS.items() if variant.core]
+    rest = [name for name in VARIANTS if name not in core]
+    first, further = seeds[0], seeds[1:]
+    for tasks in TASKS:
+        for group in (core, rest):
+            yield from _fixed_rates("paper", group, tasks, first)
+            yield from _fixed_rates("nas", group, tasks, first)
+            yield from _grid(scores, group, tasks, first)
+        if tasks == TASKS[0]:
+            yield from _fixed_rates("curves", core, tasks, first)
+    for seed in further:
+        for tasks in TASKS:
+            for group in (core, rest):
+                yield from _fixed_rates("paper", group, tasks, seed)
+                yield from _fixed_rates("nas", group, tasks, seed)
+                yield from (
+                    Run("tuned", task, name, best, seed)
+                    for name in group
+                    for task in tasks
+                    if (best := best_rate(scores, task, name, first)) is not None
+                    and not missing_rates(scores, task, name, first)
+                )
+
+
+def _fixed_rates(protocol: str, group: Iterable[str], tasks: Iterable[str], seed: int) -> Iterator[Run]:
+    for name in group:
+        lr = VARIANTS[name].nas_lr if protocol == "nas" else PAPER_LR if VARIANTS[name].lrs else None
+        if lr is not None:
+            yield from (Run(protocol, task, name, lr, seed) for task in tasks)
+
+
+def _grid(
+    scores: Mapping[Run, Optional[float]], group: Sequence[str], tasks: Sequence[str], seed: int
+) -> Iterator[Run]:
+    """The middle rate of all, then their other rates, then what goes beyond a grid whose best is at its end."""
+    tuned = [name for name in group if VARIANTS[name].lrs]
+    for index in (1, 0, 2):
+        for name in tuned:
+            yield from (Run("tuned", task, name, VARIANTS[name].lrs[index], seed) for task in tasks)
+    for name in tuned:
+        for task in tasks:
+            tried = rates(scores, task, name, seed)
+            yield from (
+                Run("tuned", task, name, lr, seed)
+                for lr in (*tried, *missing_rates(scores, task, name, seed))
+                if lr not in VARIANTS[name].lrs
+            )
+
+
+def rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:
+    """Learning rates of the finished tuned runs, ascending."""
+    key = ("tuned", task, variant, seed)
+    return sorted(run.lr for run in scores if (run.protocol, run.task, run.variant, run.seed) == key)
+
+
+def best_rate(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> Optional[float]:
+    """The finished learning rate with the best score on the held-out rows, the lower of two equal ones."""
+    found = {lr: scores[Run("tuned", task, variant, lr, seed)] for lr in rates(scores, task, variant, seed)}
+    known = {lr: score for lr, score in found.items() if score is not None}
+    return max(known, key=lambda lr: (known[lr], -lr)) if known else None
+
+
+def missing_rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:
+    """Rates that the search still needs: those of the grid, then one more beyond its end as long as that is best."""
+    tried = rates(scores, task, variant, seed)
+    if missing := [lr for lr in VARIANTS[variant].lrs if lr not in tried]:
+        return missing
+    best = best_rate(scores, task, variant, seed)
+    beyond = {tried[0]: -1, tried[-1]: 1}
+    if best not in beyond:
+        return []
+    index = LADDER.index(best) + beyond[best]
+    return [LADDER[index]] if 0 <= index < len(LADDER) else []

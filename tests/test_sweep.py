@@ -1,0 +1,222 @@
+"""`scripts/sweep.py`: real runs of a tiny model, processes killed at random, two sweeps in one folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import glue_data
+import pytest
+import run_record
+import sweep
+import sweep_store
+from sweep_plan import Run
+
+SCRIPTS = Path(sweep.__file__).parent
+TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
+
+
+def record(run: Run, **changes: object) -> dict:
+    """A finished record of a run, as train_glue.py would write it."""
+    from sweep_plan import VARIANTS, settings
+
+    config = {**settings(run), "max_train_samples": None, **changes.pop("config", {})}
+    fields = {"method": VARIANTS[run.variant].method, "task": run.task, "model": sweep_store.MODEL}
+    return {**fields, "config": config, "final": {"eval_accuracy": 0.5}, "finished": True, **changes}
+
+
+def write(folder: Path, name: str, value: dict) -> None:
+    run_record.write_json(folder / f"{name}.json", value)
+
+
+PAPER = Run("paper", "rte", "lora64", 2e-5, 0)
+TUNED = Run("tuned", "rte", "lora64", 3e-4, 0)
+
+
+# -- what is finished ------------------------------------------------------------------------------------------------
+
+
+def test_unfinished_foreign_and_broken_files_are_no_runs(tmp_path):
+    write(tmp_path, PAPER.name, record(PAPER, finished=False))
+    write(tmp_path, "notes", {"finished": True, "config": {}})
+    (tmp_path / f"{TUNED.name}.json").write_text('{"finished": tr', encoding="utf-8")
+    assert sweep_store.finished(tmp_path) == {}
+    write(tmp_path, PAPER.name, record(PAPER))
+    assert set(sweep_store.finished(tmp_path)) == {PAPER}
+
+
+@pytest.mark.parametrize("config", [{"r": 8}, {"seed": 1}, {"num_train_epochs": 4.0}, {"holdout_share": 0.1}])
+def test_a_file_made_with_other_settings_than_its_name_says_is_refused(config, tmp_path):
+    write(tmp_path, PAPER.name, record(PAPER, config=config))
+    (key,) = config
+    with pytest.raises(ValueError, match=f"{key} .* there, .* here.*another --out"):
+        sweep_store.finished(tmp_path)
+
+
+def test_records_with_other_names_stand_for_runs_with_their_settings(tmp_path):
+    old = record(PAPER)
+    del old["config"]["holdout_share"]  # records from before there was such a thing
+    write(tmp_path / "old", "rte-lora", old)
+    write(tmp_path / "old", "rte-lora-other-rank", record(PAPER, config={"r": 5}))
+    write(tmp_path / "old", "rte-lora-other-model", record(PAPER, model="other"))
+    assert set(sweep_store.finished(tmp_path / "new", [tmp_path / "old"])) == {PAPER}
+
+
+def test_the_committed_runs_of_earlier_work_are_reused():
+    found = sweep_store.finished(SCRIPTS.parent / "results" / "nothing", [SCRIPTS.parent / "results" / "glue"])
+    names = {(run.protocol, run.task, run.variant) for run in found}
+    paper = {"full", "lora64", "learner64_p2", "far10", "far10_random", "far10_output_node"}
+    assert names >= {("paper", "mrpc", name) for name in paper} | {
+        ("nas", "mrpc", name) for name in ("bitfit", "mam8")
+    }
+    assert names >= {("nas", "mrpc", "u_mam100"), ("paper", "stsb", "learner64_p2"), ("paper", "cola", "learner64_p2")}
+
+
+def test_scores_are_means_of_a_tasks_metrics_and_only_of_held_out_rows():
+    both = {"accuracy": 0.8, "f1": 0.9}
+    assert sweep_store.score(both, "mrpc") == pytest.approx(85.0)  # (80 + 90) / 2
+    assert sweep_store.score({"accuracy": 0.8}, "mrpc") is None
+    runs = {
+        PAPER: record(PAPER),
+        TUNED: record(TUNED, holdout={"accuracy": 0.7, "loss": 1.0}),
+        Run("tuned", "rte", "lora64", 1e-3, 0): record(TUNED, holdout={"accuracy": None}),
+    }
+    assert list(sweep_store.holdout_scores(runs).values()) == [None, 70.0, float("-inf")]
+    assert sweep_store.chosen(runs) == {("rte", "lora64"): 3e-4}
+    assert not sweep_store.is_searched(runs, "rte", "lora64")
+
+
+# -- arguments -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words,message",
+    [
+        (["--tasks", "rte", "nothing"], "--tasks must be of rte, mrpc, cola, stsb, got nothing"),
+        (["--variants", "x"], "--variants must be of full, .* got x"),
+        (["--jobs", "0"], "--jobs must be above 0, got 0"),
+        (["--budget_hours", "-1"], "--budget_hours must be above 0, got -1"),
+    ],
+)
+def test_wrong_arguments_are_named(words, message):
+    with pytest.raises(ValueError, match=message):
+        sweep.main(words)
+
+
+def test_the_list_marks_what_is_finished(tmp_path, capsys):
+    write(tmp_path, PAPER.name, record(PAPER))
+    words = ["--model_name_or_path", f"x/{sweep_store.MODEL}", "--out", str(tmp_path), "--list", "--seeds", "0"]
+    assert sweep.main([*words, "--protocols", "paper", "--tasks", "rte", "--variants", "lora64", "full"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == ["  paper-rte-full-lr2e-05-seed0", f"x {PAPER.name}", "1 of 2 finished"]
+
+
+def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
+    write(tmp_path, PAPER.name, record(PAPER))
+    words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path), "--list"]
+    with pytest.raises(ValueError, match="max_train_samples None there, 7 here"):
+        sweep.main([*words, "--", "--max_train_samples", "7"])
+
+
+# -- held-out rows ---------------------------------------------------------------------------------------------------
+
+
+def test_held_out_rows_are_the_same_in_every_call_and_not_trained_on(data_dir):
+    task = glue_data.find_task("rte")
+    everything = glue_data.load_glue(task, str(data_dir))
+    first, second = (glue_data.load_glue(task, str(data_dir), holdout_share=0.25) for _ in range(2))
+    named = {"train": first.train, "holdout": first.holdout, "all": everything.train}
+    pairs = {name: list(zip(rows["text"], rows["text_pair"], strict=True)) for name, rows in named.items()}
+    assert first.holdout["text"] == second.holdout["text"] and first.train["text"] == second.train["text"]
+    assert (len(first.train), len(first.holdout)) == (36, 12)
+    assert sorted(pairs["train"] + pairs["holdout"]) == sorted(pairs["all"])
+    assert first.dev[""]["text"] == everything.dev[""]["text"]
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0])
+def test_a_wrong_share_is_named(share, data_dir):
+    with pytest.raises(ValueError, match=f"--holdout_share must be from 0 to below 1, got {share}"):
+        glue_data.load_glue(glue_data.find_task("rte"), str(data_dir), holdout_share=share)
+
+
+# -- whole sweeps ----------------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture
+def command(model_dir, data_dir):
+    """The command of a small sweep into a folder: two protocols of a phased method and of LoRA."""
+
+    def make(out: Path, *words: str) -> list[str]:
+        own = ["--model_name_or_path", model_dir, "--data_dir", data_dir, "--out", out, "--devices", "cpu"]
+        some = ["--tasks", "rte", "--variants", "learner8_p2", "--protocols", "paper", "tuned", "--seeds", "0"]
+        extra = ["--max_length", "32", "--r", "4", "--per_device_train_batch_size", "4", "--num_train_epochs", "4"]
+        parts = [sys.executable, SCRIPTS / "sweep.py", *own, *some, *words, "--", *extra]
+        return [str(part) for part in parts]
+
+    return make
+
+
+def without_times(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: without_times(item) for key, item in value.items() if key not in TIMES}
+    return [without_times(item) for item in value] if isinstance(value, list) else value
+
+
+def results(folder: Path) -> dict[str, object]:
+    return {path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*.json")}
+
+
+@pytest.mark.slow
+def test_killed_three_times_at_random_and_twice_in_one_folder_ends_with_the_same_files(command, tmp_path):
+    alone, killed = tmp_path / "alone", tmp_path / "killed"
+    whole = subprocess.run(command(alone), env=environment(), capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    expected = results(alone)
+    assert len(expected) >= 4  # the paper's rate and a grid of three
+    assert not (alone / ".work").exists() or not list((alone / ".work").iterdir())
+
+    kills, rng = 0, random.Random()
+    while kills < 3:
+        process = subprocess.Popen(command(killed, "--jobs", "2"), env=environment(), start_new_session=True)
+        time.sleep(rng.uniform(6, 14))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            kills += 1
+        process.wait()
+        if process.returncode == 0:
+            break
+    assert kills
+    both = [subprocess.Popen(command(killed), env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [(process.communicate()[1], process.returncode)[1] for process in both] == [0, 0]
+    assert results(killed) == expected
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path):
+    words = command(tmp_path, "--protocols", "paper", "--variants", "learner8_p2", "learner8_p0", "--seeds", "0")
+    (tmp_path / ".work" / "paper-rte-learner8_p0-lr2e-05-seed0").mkdir(parents=True)
+    (tmp_path / ".work" / "paper-rte-learner8_p0-lr2e-05-seed0" / "run_config.json").mkdir()  # can't be written
+    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "paper-rte-learner8_p0-lr2e-05-seed0 failed with status 1: see " in done.stderr + done.stdout
+    assert set(results(tmp_path)) == {"paper-rte-learner8_p2-lr2e-05-seed0.json"}
+
+
+@pytest.mark.slow
+def test_a_folder_in_which_another_process_trains_is_left_alone(command, tmp_path):
+    out = tmp_path / "out"
+    run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
+    words = command(out, "--protocols", "paper", "--budget_hours", "0.002")
+    with run_record.only_process(out / ".work" / run.name):
+        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0 and results(out) == {}
