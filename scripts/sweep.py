@@ -92,7 +92,7 @@ class Job:
         """Steps of the training so far, from the log's progress bars; those of evaluations have fewer."""
         with self.log.open("rb") as file:
             file.seek(max(0, self.log.stat().st_size - 4096))
-            bars = re.findall(rb"(\d+)/(\d+) \[", file.read())
+            bars = re.findall(rb"(\d+)/(\d+) \[[^\]]*(?:it/s|s/it)", file.read())  # others count examples
         step, total = max(((int(a), int(b)) for a, b in bars), key=lambda bar: (bar[1], bar[0]), default=(0, 0))
         return f"{self.run.name} {step}/{total}" if total else self.run.name
 
@@ -138,6 +138,7 @@ class Sweep:
             "output_dir": self.work(run),
             "results_file": self.out / f"{run.name}.json",
             "save_total_limit": 1,
+            "disable_tqdm": False,
             **settings(run),
         }
         pairs = [word for key, value in words.items() if value is not None for word in (f"--{key}", str(value))]
