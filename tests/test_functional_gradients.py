@@ -139,7 +139,7 @@ def near(got: Sequence[Tensor], wanted: Sequence[Tensor], magnitude: Sequence[Te
         assert ours.shape == exact.shape
         assert torch.isfinite(ours).all()
         # Below a type's normal numbers its spacing no longer shrinks with the value.
-        spacing = TYPE_ROUNDINGS * torch.finfo(ours.dtype).smallest_subnormal
+        spacing = TYPE_ROUNDINGS * torch.finfo(ours.dtype).smallest_normal * torch.finfo(ours.dtype).eps
         assert ((ours.double() - exact).abs() <= bound * size + spacing).all()
 
 
