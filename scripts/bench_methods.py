@@ -12,14 +12,19 @@ from bench_common import Variant, take_step, trained_parameters
 from bench_settings import Workload
 from glue_methods import MethodArguments
 from glue_peers import bitfit as bitfit_in_place
+from glue_peers import freeze_ffns as freeze_ffns_in_place
+from glue_peers import prompt_tuning as with_prompt
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, ShiraConfig, get_peft_model
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, PhaseDriver
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, PhaseDriver
 
 #: Of a training that is never over while it is measured.
 LONG = 1_000_000
 RETENTION_RATIO = 0.1
 SEARCH_STEPS = 2
+VIRTUAL_TOKENS = 20
+#: Width of a bottleneck adapter relative to the rank: 256 and 512, as in arXiv 2208.02070, where Learners have 64.
+BOTTLENECK_TO_RANK = {"sequential": 4, "parallel": 8}
 SPACES = {"u_mam": NASLoRAConfig.u_mam, "s_mam": NASLoRAConfig.s_mam, "u_bitfit": NASLoRAConfig.u_bitfit}
 Build = Callable[[Workload], Variant]
 
@@ -99,6 +104,27 @@ def bitfit(work: Workload) -> Variant:
     if not has_biases(work):
         raise ValueError("The model has no biases.")
     return trains(work, bitfit_in_place(copy.deepcopy(work.base), MethodArguments()), {})
+
+
+def freeze_ffns(work: Workload) -> Variant:
+    return trains(work, freeze_ffns_in_place(copy.deepcopy(work.base), MethodArguments()), {})
+
+
+def prompt_tuning(work: Workload) -> Variant:
+    """Trained embeddings before each row: steps are longer by these tokens."""
+    positions = getattr(work.base.config, "max_position_embeddings", LONG)
+    if work.setting.tokens + VIRTUAL_TOKENS > positions:
+        raise ValueError(f"The model has {positions} positions, too few for {VIRTUAL_TOKENS} tokens more.")
+    args = MethodArguments(num_virtual_tokens=VIRTUAL_TOKENS)
+    model = with_prompt(copy.deepcopy(work.base), args, work.setting.task_type)
+    return trains(work, model, {"num_virtual_tokens": VIRTUAL_TOKENS}, saves=True)
+
+
+def bottleneck(work: Workload, mode: str) -> Variant:
+    """Bottleneck adapters, sequential or parallel, of about as many parameters as LoRA of the rank."""
+    settings = {"mode": mode, "bottleneck_dim": BOTTLENECK_TO_RANK[mode] * work.setting.rank}
+    config = BottleneckConfig(task_type=work.setting.task_type, **settings)
+    return trains(work, adapted(work, config), settings, saves=True)
 
 
 # -- Learners and FAR ----------------------------------------------------------------------------------------------
@@ -248,6 +274,10 @@ METHODS: dict[str, Build] = {
     "nas_retrain_structured": partial(nas_retrain, space="s_mam", share=0.5),
     "nas_retrain_unstructured": partial(nas_retrain, space="u_mam", share=0.5),
     "bitfit": bitfit,
+    "freeze_ffns": freeze_ffns,
+    "adapter_sequential": partial(bottleneck, mode="sequential"),
+    "adapter_parallel": partial(bottleneck, mode="parallel"),
+    "prompt_tuning": prompt_tuning,
     "u_bitfit_10": partial(nas_retrain, space="u_bitfit", share=0.1),
     "inference_base": partial(inference, full),
     "inference_lora": partial(inference, lora),
@@ -261,6 +291,10 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "learner": (*_BOTH, "learner_priming", "learner_primed", "learner_unprimed", "learner_unprimed_no_norms"),
     "far": ("full", "far_priming", "far_after", "far_after_discard", "far_after_output_node"),
     "peft": (*_BOTH, "lora_dora", "adalora", "shira"),
+    "peers": (
+        *(*_BOTH, "freeze_ffns", "adapter_sequential", "adapter_parallel"),
+        *("prompt_tuning", "lora_mam", "bitfit"),
+    ),
     "nas_search": (*_BOTH, "nas_plain", "nas_search"),
     "nas_search_more": (
         *(*_BOTH, "nas_plain_s_mam", "nas_search_s_mam"),

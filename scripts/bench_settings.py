@@ -75,6 +75,7 @@ def _decoder_1b() -> tf.LlamaConfig:
 _MAIN = ("learner", "far", "inference")
 #: FAR does not depend on the rank, nor does NAS-LoRA, whose search spaces have ranks of their own.
 _WITH_FAR = ("learner", "far", "peft", "inference")
+_WITH_PEERS = ("learner", "far", "peft", "peers", "inference")
 _WITH_NAS = ("learner", "peft", "nas_search", "nas_search_more", "nas_retrain", "inference")
 
 SETTINGS: dict[str, Setting] = {
@@ -83,7 +84,7 @@ SETTINGS: dict[str, Setting] = {
         Setting("minilm-16x32-r8", 32, 8, rounds=20, groups=_WITH_NAS),
         Setting("minilm-16x32-r64", 32, 64, rounds=20, groups=_WITH_FAR),
         Setting("minilm-16x128-r8", 128, 8, rounds=9, groups=_WITH_NAS),
-        Setting("minilm-16x128-r64", 128, 64, rounds=9, groups=_WITH_FAR),
+        Setting("minilm-16x128-r64", 128, 64, rounds=9, groups=_WITH_PEERS),
         Setting(
             "minilm-16x128-r64-dropout",
             128,

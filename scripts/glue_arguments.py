@@ -100,6 +100,7 @@ RECORDED = (
     "label_smoothing_factor",
     "neftune_noise_alpha",
     "load_best_model_at_end",
+    "train_sampling_strategy",
     "bf16",
     "fp16",
     "seed",

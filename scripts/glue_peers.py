@@ -19,7 +19,10 @@ LEARNER_PARTS = {"learner_dense_delta": "weight", "learner_layernorm_delta": "we
 
 
 def head(model: PreTrainedModel) -> list[str]:
-    """Names of the new head's modules: what has parameters and lies outside the pretrained backbone."""
+    """Names of the new head's modules: what has parameters and lies outside the backbone. A language model's head is
+    pretrained, and none of these."""
+    if model.get_output_embeddings() is not None:
+        return []
     outside = ((name, child) for name, child in model.named_children() if name != model.base_model_prefix)
     return [name for name, child in outside if any(True for _ in child.parameters())]
 
@@ -65,9 +68,9 @@ def freeze_ffns(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Modul
             f"--method freeze_ffns trains the attention, and none was found in {type(model).__name__}. Take another "
             "model, or a method that needs none: --method bitfit."
         )
-    backbone = f"{model.base_model_prefix}."
+    in_head = tuple(f"{name}." for name in head(model))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(backbone) or name in trained)
+        parameter.requires_grad_(name in trained or name.startswith(in_head))
     return model
 
 
@@ -79,19 +82,30 @@ def lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
-        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules="all-linear", lora_dropout=args.dropout
+        task_type="SEQ_CLS",
+        r=args.r,
+        lora_alpha=args.r,
+        target_modules="all-linear",
+        modules_to_save=head(model),  # by itself PEFT takes a part of DistilBERT's for a linear layer of the backbone
+        lora_dropout=args.dropout,
     )
     return get_peft_model(model, config)
 
 
 def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """Uniform LoRA on query, key and every `dense` of the blocks, and all biases: the peer of S-MaM and U-MaM
-    (arXiv 2305.16597, section 4.1; BERT's and RoBERTa's names). lora_alpha=r: a scaling of 1."""
+    (arXiv 2305.16597, section 4.1; BERT's, RoBERTa's and DistilBERT's names). lora_alpha=r: a scaling of 1."""
     from peft import LoraConfig, get_peft_model
 
-    targets = r".*\.layer\.\d+\..*(query|key|dense)"
+    targets = r".*\.layer\.\d+\..*(query|key|dense|q_lin|k_lin|out_lin|lin1|lin2)"
     config = LoraConfig(
-        task_type="SEQ_CLS", r=args.r, lora_alpha=args.r, target_modules=targets, bias="all", lora_dropout=args.dropout
+        task_type="SEQ_CLS",
+        r=args.r,
+        lora_alpha=args.r,
+        target_modules=targets,
+        modules_to_save=head(model),
+        bias="all",
+        lora_dropout=args.dropout,
     )
     return get_peft_model(model, config)
 
@@ -111,12 +125,17 @@ def shira(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     return get_peft_model(model, config)
 
 
-def prompt_tuning(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
+def prompt_tuning(model: PreTrainedModel, args: MethodArguments, task_type: str | None = "SEQ_CLS") -> torch.nn.Module:
     """Prompt tuning (Lester et al., 2021): trained embeddings before the tokens of each example, random at first."""
     from peft import PromptTuningConfig, get_peft_model
 
     config = PromptTuningConfig(
-        task_type="SEQ_CLS", num_virtual_tokens=args.num_virtual_tokens, modules_to_save=head(model)
+        task_type=task_type,
+        num_virtual_tokens=args.num_virtual_tokens,
+        modules_to_save=head(model),
+        # PEFT does not find DistilBERT's.
+        token_dim=model.config.hidden_size,
+        num_attention_heads=model.config.num_attention_heads,
     )
     return get_peft_model(model, config)
 

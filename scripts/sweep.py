@@ -90,9 +90,11 @@ class Job:
 
     def progress(self) -> str:
         """Steps of the training so far, from the log's progress bars; those of evaluations have fewer."""
-        with self.log.open("rb") as file:
-            file.seek(max(0, self.log.stat().st_size - 4096))
-            bars = re.findall(rb"(\d+)/(\d+) \[[^\]]*(?:it/s|s/it)", file.read())  # others count examples
+        try:
+            text = self.log.read_bytes()
+        except FileNotFoundError:  # another sweep found the run finished, and cleared its folder
+            return self.run.name
+        bars = re.findall(rb"(\d+)/(\d+) \[[^\]]*(?:it/s|s/it)", text[-4096:])  # others count examples
         step, total = max(((int(a), int(b)) for a, b in bars), key=lambda bar: (bar[1], bar[0]), default=(0, 0))
         return f"{self.run.name} {step}/{total}" if total else self.run.name
 

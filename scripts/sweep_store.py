@@ -10,7 +10,7 @@ from sweep_plan import PROTOCOLS, VARIANTS, Run, best_rate, missing_rates, setti
 
 Record = dict[str, Any]
 #: What a record that does not name a setting was made with: the settings are younger than some records.
-DEFAULTS: Mapping[str, Any] = {"holdout_share": 0.0, "max_train_samples": None, "max_eval_samples": None}
+DEFAULTS: Mapping[str, Any] = {"holdout_share": 0.0, "train_sampling_strategy": "random"}
 MODEL = "all-MiniLM-L6-v2"
 
 

@@ -23,7 +23,7 @@ import zoo
 
 # The zoo's BERT: 2 layers, d = 16, h = 32, a pooler. A tenth of the nodes is kept.
 LAYERS, D, H, R = 2, 16, 32, 2
-BATCH, TOKENS, ROUNDS = 3, 16, 3
+BATCH, TOKENS, ROUNDS = 3, 12, 3
 T, FLOAT, INT = BATCH * TOKENS, 4, 4
 WEIGHTS = LAYERS * (4 * D * D + 2 * D * H)
 IN_AND_OUT = LAYERS * (4 * (D + D) + 2 * (D + H))
@@ -238,8 +238,15 @@ def test_flops_are_those_counted_by_hand(found):
 
 def test_attention_is_counted_apart(found):
     # Two products per layer, of T x d with d x TOKENS over all heads.
-    assert found["inference_base"]["attention_flops"] == LAYERS * 2 * 2 * T * TOKENS * D
-    assert len({row["attention_flops"] for row in found.values() if row["phase"] != "inference"}) == 1
+    layer = 2 * 2 * T * TOKENS * D
+    assert found["inference_base"]["attention_flops"] == LAYERS * layer
+    # Backward has five. None reaches the first layer's below a bottleneck adapter, and a prompt makes rows longer.
+    backward = layer * 5 // 2
+    others = dict.fromkeys(("adapter_sequential", "adapter_parallel"), LAYERS * layer + backward)
+    others["prompt_tuning"] = LAYERS * (layer + backward) * (TOKENS + 20) ** 2 // TOKENS**2
+    for name, row in found.items():
+        if row["phase"] != "inference":
+            assert row["attention_flops"] == others.get(name, LAYERS * (layer + backward)), name
 
 
 @pytest.mark.parametrize("name,norms_cost", [("llama", True), ("bert", False)])
@@ -332,7 +339,7 @@ def test_inference_keeps_parameters_alone(found):
 
 def test_file_sizes_and_seconds(found):
     sizes = {name: row["adapter_file_bytes"] for name, row in found.items()}
-    without = {"full", "bitfit", "learner_priming", "far_priming"}
+    without = {"full", "bitfit", "freeze_ffns", "learner_priming", "far_priming"}
     without |= {name for name in sizes if name.startswith(("inference", "nas_plain", "nas_search"))}
     assert {name for name, size in sizes.items() if size is None} == without
     for name, row in found.items():

@@ -24,7 +24,7 @@ from peft_learners.nas_lora.importance import Gatherer
 # output and both layers of the FFN; biases on these, the value, the pooler and the norms (2 per layer, and the
 # embeddings').
 LAYERS, D, H, R, SEARCH_R = 2, 16, 32, 2, 16
-BATCH, TOKENS, ROUNDS = 3, 16, 3
+BATCH, TOKENS, ROUNDS = 3, 12, 3
 T, FLOAT = BATCH * TOKENS, 4
 STEPS = bench_common.WARMUP_ROUNDS + ROUNDS
 ALL_SIZES = LAYERS * (4 * (D + D) + 2 * (D + H)) + D + D  # d + h of all linear layers, the pooler too
@@ -63,6 +63,16 @@ def all_trained(work) -> dict[str, dict[str, int]]:
     return found
 
 
+def test_virtual_tokens_need_positions():
+    """A model whose positions the rows fill: the benchmark leaves the method out, and says so."""
+    config = zoo.bert().config
+    config.max_position_embeddings = TOKENS + 19
+    setting = bench_settings.Setting("tiny", TOKENS, R, 1, batch=BATCH, config=lambda: config)
+    work = bench_settings.prepare(setting, None, torch.device("cpu"))
+    with pytest.raises(ValueError, match="31 positions, too few for 20 tokens more"):
+        METHODS["prompt_tuning"](work)
+
+
 def test_every_method_has_a_group():
     assert set(METHODS) == {name for names in GROUPS.values() for name in names}
     for group, names in GROUPS.items():
@@ -77,6 +87,11 @@ def test_what_is_compared_trains_the_same(all_trained):
     assert trained["learner_unprimed"] == trained["learner_primed"] == low_rank + NORMS
     assert trained["learner_priming"] == low_rank + NORMS + LAYERS * 4 * D * D
     assert trained["shira"] == R * ALL_SIZES + HEAD
+    assert trained["freeze_ffns"] == LAYERS * 4 * D * D + ALL_BIASES + NORMS + HEAD
+    assert trained["prompt_tuning"] == 20 * D + HEAD
+    # Of the width 4 R twice per block, or 8 R once.
+    assert trained["adapter_sequential"] == LAYERS * 2 * (2 * D * 4 * R + 4 * R + D) + NORMS + HEAD
+    assert trained["adapter_parallel"] == LAYERS * (2 * D * 8 * R + 8 * R + D) + NORMS + HEAD
     # A magnitude per output, and a scale per rank.
     assert trained["lora_dora"] == low_rank + LAYERS * (5 * D + H) + D
     assert trained["adalora"] == low_rank + R * (6 * LAYERS + 1)
@@ -157,7 +172,7 @@ def test_shira_s_positions_are_parameters(all_trained):
     [
         *((name, 1) for name in ("learner_primed", "learner_priming", "far_priming", "far_after", "nas_search")),
         *((name, 1) for name in ("nas_retrain_structured", "nas_retrain_unstructured", "adalora")),
-        *((name, 0) for name in ("lora", "full", "learner_unprimed", "inference_learner")),
+        *((name, 0) for name in ("lora", "full", "learner_unprimed", "inference_learner", "freeze_ffns")),
     ],
 )
 def test_steps_have_their_driver_s_work(work, monkeypatch, name, calls):

@@ -154,11 +154,11 @@ def environment() -> dict[str, str]:
 
 @pytest.fixture
 def command(model_dir, data_dir):
-    """The command of a small sweep into a folder: two protocols of a phased method and of LoRA."""
+    """The command of a small sweep into a folder: the grid of a phased method."""
 
     def make(out: Path, *words: str) -> list[str]:
         own = ["--model_name_or_path", model_dir, "--data_dir", data_dir, "--out", out, "--devices", "cpu"]
-        some = ["--tasks", "rte", "--variants", "learner8_p2", "--protocols", "paper", "tuned", "--seeds", "0"]
+        some = ["--tasks", "rte", "--variants", "learner8_p2", "--protocols", "tuned", "--seeds", "0"]
         extra = ["--max_length", "32", "--r", "4", "--per_device_train_batch_size", "4", "--num_train_epochs", "4"]
         parts = [sys.executable, SCRIPTS / "sweep.py", *own, *some, *words, "--", *extra]
         return [str(part) for part in parts]
@@ -179,10 +179,10 @@ def results(folder: Path) -> dict[str, object]:
 @pytest.mark.slow
 def test_killed_three_times_at_random_and_twice_in_one_folder_ends_with_the_same_files(command, tmp_path):
     alone, killed = tmp_path / "alone", tmp_path / "killed"
-    whole = subprocess.run(command(alone), env=environment(), capture_output=True, text=True)
+    whole = subprocess.run(command(alone, "--jobs", "2"), env=environment(), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
     expected = results(alone)
-    assert len(expected) >= 4  # the paper's rate and a grid of three
+    assert len(expected) >= 3  # a grid
     assert not (alone / ".work").exists() or not list((alone / ".work").iterdir())
 
     kills, rng = 0, random.Random()

@@ -94,6 +94,7 @@ def test_prefixes_are_balanced():
         ([63.0, 61.0, 62.0], 1e-4, [3e-5]),
         ([60.0, 62.0, 62.0], 3e-4, []),  # the lower of two equal ones
         ([60.0, float("-inf"), 59.0], 1e-4, [3e-5]),
+        ([60.0, 60.0, 59.0], 1e-4, []),  # not better than its neighbour
     ],
 )
 def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):

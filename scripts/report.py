@@ -1,0 +1,139 @@
+"""Bring the report up to date: the tables in README.md and docs/results.md, and the pictures that they show.
+
+    python scripts/report.py            # writes the tables between their markers, and draws the pictures
+    python scripts/report.py --check    # writes nothing; fails if a page is not up to date or a picture is missing
+
+All of it comes from committed files: results/sweep and results/glue (scripts/sweep.py), results/bench
+(scripts/bench.py), results/architectures (scripts/plot_architecture.py) and results/papers.json (the papers' own
+numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->; so does a picture, as picture-NAME.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import report_pictures
+from bench_rows import read_rows
+from bench_tables import Lines, spliced
+from report_costs import table1
+from report_progress import coverage_table, phases_table, rates_table, setting_table
+from report_runs import Papers, Results
+from report_scores import LAYOUTS, headline, score_tables
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+
+
+class Report:
+    """The report on one folder of results.
+
+    Attributes:
+        figures: folder of the pictures.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.figures = folder, folder / "figures"
+        self.results = Results.read(folder / "sweep", [folder / "glue"])
+        papers = Papers.read(folder / "papers.json")
+        self.tables: dict[str, Callable[[], Lines]] = {
+            "headline": partial(headline, self.results),
+            "table1": lambda: table1(read_rows(folder / "bench"), papers),
+            **{name: partial(score_tables, self.results, papers, layout) for name, layout in LAYOUTS.items()},
+            "lr": partial(rates_table, self.results),
+            "phases": partial(phases_table, self.results),
+            "coverage": partial(coverage_table, self.results),
+            "setting": partial(setting_table, self.results),
+        }
+        self.pictures = {name: (what, draw) for name, what, draw in report_pictures.pictures(self.results)}
+
+    def page(self, path: Path) -> str:
+        """A page's text as it is to be.
+
+        Raises:
+            ValueError: a marker names nothing that there is.
+        """
+        return spliced(path.read_text(encoding="utf-8"), "report", partial(self.lines_of, folder=path.parent))
+
+    def lines_of(self, name: str, folder: Path) -> Lines:
+        """What stands between the markers of that name, in a page of a folder."""
+        if name == "architectures":
+            return self.architectures(folder)
+        if name.startswith("picture-"):
+            return self.picture(name.removeprefix("picture-"), folder)
+        if name not in self.tables:
+            known = ", ".join([*self.tables, "architectures"])
+            raise ValueError(f"<!-- report:{name} --> must name one of {known}, or picture-NAME.")
+        return self.tables[name]()
+
+    def picture(self, name: str, folder: Path) -> Lines:
+        """The link to a picture.
+
+        Raises:
+            ValueError: the report has none of that name.
+        """
+        if name not in report_pictures.NAMES:
+            known = ", ".join(f"picture-{known}" for known in report_pictures.NAMES)
+            raise ValueError(f"<!-- report:picture-{name} --> must name one of {known}.")
+        if name not in self.pictures:
+            return ["Not drawn yet: no finished runs."]
+        return [f"![{self.pictures[name][0]}]({_relative(self.figures / report_pictures.file_of(name), folder)})"]
+
+    def architectures(self, folder: Path) -> Lines:
+        """The learned architectures that were drawn, each with its data."""
+        lines: Lines = []
+        for path in sorted(self.figures.glob("*-architecture.png")):
+            name = path.stem.removesuffix("-architecture")
+            data = self.folder / "architectures" / f"{name}.json"
+            source = f" ([json]({_relative(data, folder)}))" if data.is_file() else ""
+            lines += [
+                f"`{name}`{source}:",
+                "",
+                f"![What {name} kept, by block and module]({_relative(path, folder)})",
+                "",
+            ]
+        return lines[:-1] or ["None drawn yet."]
+
+    def stale(self, pages: tuple[Path, ...]) -> list[Path]:
+        """The pages whose text is not as it is to be, and the pictures that are not there."""
+        missing = (self.figures / report_pictures.file_of(name) for name in self.pictures)
+        changed = [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
+        return [*changed, *(path for path in missing if not path.is_file())]
+
+    def write(self, pages: tuple[Path, ...]) -> list[Path]:
+        """Write the pages and draw the pictures; returns the files that were written."""
+        changed = [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
+        for page in changed:
+            page.write_text(self.page(page), encoding="utf-8")
+        drawn = []
+        for name, (_, draw) in self.pictures.items():
+            drawn.append(self.figures / report_pictures.file_of(name))
+            draw(self.results, drawn[-1])
+        return [*changed, *drawn]
+
+
+def _relative(path: Path, folder: Path) -> str:
+    return Path(os.path.relpath(path, folder)).as_posix()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything is not up to date")
+    parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder (default: results)")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: README.md docs/results.md)")
+    args = parser.parse_args(argv)
+    report, pages = Report(args.results.resolve()), tuple(page.resolve() for page in args.pages)
+    if not args.check:
+        for path in report.write(pages):
+            print(f"-> {path}")
+    elif stale := report.stale(pages):
+        sys.exit(f"Not up to date: {', '.join(path.name for path in stale)}. Run: python scripts/report.py")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""What a training step of each method costs, beside Table 1 of the Learners paper."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+from bench_rows import Row, row_of, time_ratio
+from bench_tables import Lines, markdown
+from report_runs import Papers
+from report_statistics import MISSING
+
+#: Of bytes, in the order of the columns.
+KINDS = ("stored", "optimizer", "total")
+SETTING = "minilm-16x128-r64"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A line of the table.
+
+    Attributes:
+        label: in the first column.
+        rows: names of its benchmark rows, one per phase in their order.
+        paper: its name in `papers.json`; empty: not in the paper.
+    """
+
+    label: str
+    rows: tuple[str, ...]
+    paper: str = ""
+
+
+METHODS = (
+    Method("full fine-tuning", ("full",), "full"),
+    Method("FAR, 10 %", ("far_priming", "far_after"), "far10"),
+    Method("sequential adapters", ("adapter_sequential",), "adapter_sequential"),
+    Method("parallel adapters", ("adapter_parallel",), "adapter_parallel"),
+    Method("FREEZE FFNs", ("freeze_ffns",), "freeze_ffns"),
+    Method("BitFit", ("bitfit",), "bitfit"),
+    Method("Learner, primed", ("learner_priming", "learner_primed"), "learner64_p2"),
+    Method("Learner, without priming", ("learner_unprimed",)),
+    Method("LoRA", ("lora",)),
+    Method("AdaLoRA", ("adalora",)),
+    Method("SHiRA", ("shira",)),
+    Method("prompt tuning", ("prompt_tuning",)),
+    Method("MaM", ("lora_mam",)),
+)
+
+
+def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
+    """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order.
+
+    Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for backward),
+    *optimizer* (its state), and *peak*, the sum of these and of the gradients.
+    """
+    head = ["", "trained", "weights", "time / full", "time / LoRA", "stored", "optimizer", "peak"]
+    theirs = papers.rows("learners", "table1")
+    reference = theirs["full"]
+    columns = ("total, M", "trained, M", "minutes", "/ full", "peak, GB")
+    model = papers.model("learners")
+    body = []
+    for method in METHODS:
+        phases = [row_of(rows, SETTING, name, device) for name in method.rows]
+        found = [row for row in phases if row is not None and "skipped" not in row]
+        if len(found) < len(method.rows):
+            continue
+        paper = theirs.get(method.paper)
+        body.append(
+            [
+                method.label,
+                _each(found, lambda row: f"{row['trained_parameters']:,}"),
+                _each(found, partial(_megabytes, kind="parameters")),
+                *(_each(found, partial(_time, peer=peer)) for peer in ("full", "lora")),
+                *(_each(found, partial(_megabytes, kind=kind)) for kind in ("stored", "optimizer", "total")),
+                *(_paper_cells(paper, reference) if paper else [MISSING] * len(columns)),
+            ]
+        )
+    if not body:
+        return [f"No rows of {SETTING} yet."]
+    return markdown([*head, *(f"{model}: {columns[0]}", *columns[1:])], body)
+
+
+def _each(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
+    """The phases' cells, once where they are the same."""
+    return ", then ".join(dict.fromkeys(cell(row) for row in rows))
+
+
+def _megabytes(row: Row, kind: str) -> str:
+    return f"{row['bytes'][kind] / 1e6:.1f}"
+
+
+def _time(row: Row, peer: str) -> str:
+    if peer == row["method"]:
+        return "1"
+    return f"{time_ratio(row, peer)['median']:.2f}" if peer in row.get("time_ratios", {}) else MISSING
+
+
+def _paper_cells(paper: Mapping[str, float], reference: Mapping[str, float]) -> list[str]:
+    total, trained, minutes, peak = (paper[key] for key in ("total", "trained", "time", "peak"))
+    return [f"{total:.2f}", f"{trained:.2f}", f"{minutes:.2f}", f"{minutes / reference['time']:.2f}", f"{peak:.3f}"]

@@ -1,0 +1,196 @@
+"""Tables of scores: each protocol's, beside the paper's own numbers, and the one in README."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+
+from bench_tables import Lines, markdown
+from report_runs import ALL_TASKS, FULL, LORA, Papers, Results, common_phrases, deviations, task_label
+from report_statistics import MISSING, difference_cell, estimate, paired_difference, score_cell, short_cell
+from sweep_plan import PROTOCOLS, VARIANTS
+
+#: Marks a learning rate that the search has not passed on both sides.
+OPEN = "†"
+NOTHING: Lines = ["No finished runs yet."]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A protocol's tables.
+
+    Attributes:
+        paper: whose numbers stand beside, and from which of its tables.
+        references: what a variant is compared with, by the head of the column; not with itself.
+    """
+
+    protocol: str
+    paper: tuple[str, ...]
+    references: Mapping[str, Callable[[str], str | None]]
+
+
+def uniform_peer(variant: str) -> str | None:
+    """What NAS-LoRA's search is held against: the same parameters without a search. None for other methods."""
+    if VARIANTS[variant].method != "nas_lora":
+        return None
+    return "bitfit" if VARIANTS[variant].arguments["r"] == 0 else "mam8"
+
+
+_TO_FULL = {f"to {VARIANTS[FULL].label}": lambda variant: FULL}
+_TO_BOTH = {**_TO_FULL, f"to {VARIANTS[LORA].label}": lambda variant: LORA}
+LAYOUTS = {
+    "table2-paper": Layout("paper", ("learners", "table2"), _TO_BOTH),
+    "table2-tuned": Layout("tuned", ("learners", "table2"), _TO_BOTH),
+    "nas": Layout("nas", ("nas", "table1", "table2"), {**_TO_FULL, "to BitFit or MaM": uniform_peer}),
+}
+
+
+def rate_text(lr: float) -> str:
+    """A learning rate without needless zeros: 3e-5."""
+    mantissa, exponent = f"{lr:.0e}".split("e")
+    return mantissa if int(exponent) == 0 else f"{mantissa}e{int(exponent)}"
+
+
+def listed(names: Sequence[str]) -> str:
+    """`a, b and c`."""
+    return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
+
+
+def label_of(results: Results, protocol: str, variant: str, common: Mapping[str, str], tasks: Sequence[str]) -> str:
+    """A variant's label, with what of its runs' sizes is not the common one."""
+    records = (record for task in tasks for record in results.cell(protocol, task, variant).values())
+    others = deviations(records, common)
+    return VARIANTS[variant].label + (f" ({', '.join(others)})" if others else "")
+
+
+def average_tasks(results: Results, protocol: str) -> list[str]:
+    """The tasks that averages are over: those that all main variants of the protocol have finished."""
+    main = [name for name in results.shown(protocol) if VARIANTS[name].core]
+    return [task for task in ALL_TASKS if main and all(results.scores(protocol, task, name) for name in main)]
+
+
+def score_text(results: Results, protocol: str, task: str, variant: str) -> str:
+    """A cell of scores; seeds whose metrics are no numbers are counted beside."""
+    scores = results.scores(protocol, task, variant)
+    lost = len(results.cell(protocol, task, variant)) - len(scores)
+    return score_cell(estimate(scores.values())) + (f", {lost} without a value" if lost else "")
+
+
+def differences_of(layout: Layout, variant: str, values: Callable[[str], Mapping[int, float]]) -> list[str]:
+    """The cells of a row's differences, paired by seed."""
+    cells = []
+    for reference in layout.references.values():
+        other = reference(variant)
+        same = other is None or other == variant
+        cells.append("" if same else difference_cell(paired_difference(values(variant), values(other or ""))))
+    return cells
+
+
+def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> Lines:
+    """One task's methods."""
+    protocol, tuned = layout.protocol, layout.protocol == "tuned"
+    variants = results.shown(protocol, (task,))
+    common = common_phrases(r for name in variants for r in results.cell(protocol, task, name).values())
+    theirs = papers.rows(*layout.paper)
+    head = ["", "trained", *(["learning rate"] if tuned else []), "score", *layout.references]
+    body = []
+    for name in variants:
+        record = next(iter(results.cell(protocol, task, name).values()))
+        paper = papers.score(theirs.get(name), task)
+        body.append(
+            [
+                label_of(results, protocol, name, common, (task,)),
+                f"{record['parameters']['trained_last_phase']:,}",
+                *([chosen_rate(results, task, name)] if tuned else []),
+                score_text(results, protocol, task, name),
+                *differences_of(layout, name, lambda variant: results.scores(protocol, task, variant)),
+                MISSING if paper is None else f"{paper:.1f}",
+            ]
+        )
+    epochs = f"{papers.epochs(layout.paper[0], task):g} epochs"
+    size = {**common, "epochs": common["epochs"] + ("" if common["epochs"] == epochs else f" (paper: {epochs})")}
+    title = f"**{task_label(task)}**: {', '.join(size.values())}"
+    return [title, "", *markdown([*head, f"paper, {papers.model(layout.paper[0])}"], body), ""]
+
+
+def chosen_rate(results: Results, task: str, variant: str) -> str:
+    """The learning rate of a tuned cell, marked where the search goes on."""
+    mark = "" if results.is_searched(task, variant) else f" {OPEN}"
+    return f"{rate_text(results.chosen[task, variant])}{mark}"
+
+
+def average_table(results: Results, papers: Papers, layout: Layout) -> Lines:
+    """Averages over the tasks; none if there is but one."""
+    protocol = layout.protocol
+    tasks = average_tasks(results, protocol)
+    if len(tasks) < 2:
+        return []
+
+    def values(variant: str) -> Mapping[int, float]:
+        return results.averages(protocol, tasks, variant)
+
+    theirs = papers.rows(*layout.paper)
+    head = ["", "trained", "average", *layout.references, "paper, same tasks", "paper, all tasks"]
+    body = []
+    for name in results.shown(protocol):
+        if not values(name):
+            continue
+        row = theirs.get(name)
+        found = [papers.score(row, task) for task in tasks]
+        same = [score for score in found if score is not None]
+        trained = results.trained(name, (protocol,))
+        body.append(
+            [
+                VARIANTS[name].label,
+                f"{trained[1]:,}" if trained else MISSING,
+                score_cell(estimate(values(name).values())),
+                *differences_of(layout, name, values),
+                f"{fmean(same):.1f}" if len(same) == len(tasks) else MISSING,
+                f"{row['average']:.1f}" if row else MISSING,
+            ]
+        )
+    return [f"**Average of {listed([task_label(task) for task in tasks])}**", "", *markdown(head, body), ""]
+
+
+def score_tables(results: Results, papers: Papers, layout: Layout) -> Lines:
+    """A table of averages, and one per task."""
+    tasks = results.tasks(layout.protocol)
+    if not tasks:
+        return NOTHING
+    lines = average_table(results, papers, layout)
+    lines += [line for task in tasks for line in task_table(results, papers, layout, task)]
+    marked = any(line.endswith("|") and f" {OPEN} |" in line for line in lines)
+    note = f"{OPEN} The best rate so far is at the end of the grid; what lies beyond is not trained yet."
+    return [*lines, note] if marked else lines[:-1]
+
+
+def headline(results: Results) -> Lines:
+    """The main methods in both protocols of the Learners paper, in one table."""
+    both = ("paper", "tuned")
+    main = [n for n in VARIANTS if VARIANTS[n].core and any(n in results.shown(protocol) for protocol in both)]
+    tasks = [task for task in ALL_TASKS if any(task in results.tasks(protocol) for protocol in both)]
+    if not main:
+        return NOTHING
+    body = []
+    for name in main:
+        trained = results.trained(name, both)
+        cells = (
+            " / ".join(short_cell(estimate(results.scores(protocol, task, name).values())) for protocol in both)
+            for task in tasks
+        )
+        body.append([VARIANTS[name].label, f"{trained[1]:,}" if trained else MISSING, *cells])
+    for split in ("train", "dev"):
+        rows = (" / ".join(_rows_text(results, protocol, task, main, split) for protocol in both) for task in tasks)
+        body.append([f"*{split} rows*", "", *rows])
+    caption = (
+        f"Score on dev, mean ± standard error (seeds): {PROTOCOLS['paper'].label} / {PROTOCOLS['tuned'].label}. "
+        "A score is the mean of the task's metrics, times 100."
+    )
+    return [caption, "", *markdown(["", "trained", *(task_label(task) for task in tasks)], body)]
+
+
+def _rows_text(results: Results, protocol: str, task: str, variants: Sequence[str], split: str) -> str:
+    """The number of rows that the runs of a column had; several where they differ."""
+    records = (record for name in variants for record in results.cell(protocol, task, name).values())
+    return " or ".join(dict.fromkeys(f"{record['rows'][split]:,}" for record in records)) or MISSING

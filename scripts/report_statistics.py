@@ -1,0 +1,73 @@
+"""Means over seeds with their standard errors, and differences that are paired by seed. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+#: Of a cell that nothing stands behind.
+MISSING = "\N{EN DASH}"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over seeds, in the unit of its values.
+
+    Attributes:
+        mean: of the values.
+        error: standard error of the mean, `sd / sqrt(n)` with `sd` over n - 1; None with one seed.
+        seeds: n.
+    """
+
+    mean: float
+    error: float | None
+    seeds: int
+
+    @property
+    def tie(self) -> bool:
+        """Of a difference: whether it is smaller than its own error. One seed can't tell."""
+        return self.error is not None and (abs(self.mean) < self.error or self.mean == 0)
+
+
+def estimate(values: Collection[float]) -> Estimate | None:
+    """The mean of one value per seed; None if there are none."""
+    if not values:
+        return None
+    error = stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+    return Estimate(fmean(values), error, len(values))
+
+
+def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
+    """The mean of `ours - theirs` over the seeds that both have; None if they share none.
+
+    Args:
+        ours, theirs: values by seed.
+    """
+    return estimate([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
+
+
+def score_cell(found: Estimate | None) -> str:
+    """`mean ± standard error (n seeds)`, `mean (one seed)`, or a dash."""
+    return MISSING if found is None else f"{found.mean:.1f}{_spread(found)}"
+
+
+def difference_cell(found: Estimate | None) -> str:
+    """A difference with its sign, and the word "tie" where it is one."""
+    if found is None:
+        return MISSING
+    mean = round(found.mean, 1) + 0.0  # no minus before a zero
+    return f"{mean:+.1f}{_spread(found)}{', tie' if found.tie else ''}"
+
+
+def short_cell(found: Estimate | None) -> str:
+    """As `score_cell`, with the number of seeds alone in the brackets."""
+    if found is None:
+        return MISSING
+    error = "" if found.error is None else f" ± {found.error:.1f}"
+    return f"{found.mean:.1f}{error} ({found.seeds})"
+
+
+def _spread(found: Estimate) -> str:
+    return " (one seed)" if found.error is None else f" ± {found.error:.1f} ({found.seeds} seeds)"

@@ -1,0 +1,306 @@
+"""The report's statistics, by hand, and its tables of invented runs."""
+
+from __future__ import annotations
+
+from statistics import fmean
+from typing import Any
+
+import pytest
+from report_costs import table1
+from report_progress import coverage_table, phases_table, rates_table, setting_table
+from report_runs import Results
+from report_scores import LAYOUTS, headline, score_tables
+from report_statistics import difference_cell, estimate, paired_difference, score_cell, short_cell
+from sweep_plan import Run
+from sweep_records import PAPERS, grid, lines_with, paper, record, results, scored
+
+# -- statistics ------------------------------------------------------------------------------------------------------
+
+
+def test_standard_error_is_that_of_the_mean_with_one_degree_of_freedom_less():
+    # mean (70 + 72 + 77) / 3 = 73; squares 9 + 1 + 16 = 26; sd = sqrt(26 / 2) = 3.60555; / sqrt(3) = 2.08167
+    found = estimate([70.0, 72.0, 77.0])
+    assert (found.mean, found.seeds) == (73.0, 3)
+    assert found.error == pytest.approx(2.08167, abs=1e-5)
+    assert score_cell(found) == "73.0 ± 2.1 (3 seeds)" and short_cell(found) == "73.0 ± 2.1 (3)"
+
+
+def test_differences_are_paired_over_the_seeds_that_both_have():
+    ours, theirs = {0: 70.0, 1: 72.0, 2: 77.0, 9: 99.0}, {2: 75.0, 1: 73.0, 0: 69.0, 5: 1.0}
+    # 1, -1, 2: mean 2/3; squares (1 + 25 + 16) / 9; sd = sqrt(42 / 9 / 2) = 1.52753; / sqrt(3) = 0.88192
+    found = paired_difference(ours, theirs)
+    assert (found.mean, found.error, found.seeds) == (pytest.approx(2 / 3), pytest.approx(0.88192, abs=1e-5), 3)
+    assert difference_cell(found) == "+0.7 ± 0.9 (3 seeds), tie"
+    assert paired_difference(ours, {5: 1.0}) is None and difference_cell(None) == "–"  # noqa: RUF001
+
+
+def test_a_tie_is_a_difference_smaller_than_its_error():
+    # 1, 1, 2: mean 4/3; squares (1 + 1 + 4) / 9; sd = sqrt(1/3) = 0.57735; / sqrt(3) = 1/3
+    larger = paired_difference({0: 1.0, 1: 1.0, 2: 2.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+    assert difference_cell(larger) == "+1.3 ± 0.3 (3 seeds)" and not larger.tie
+    assert difference_cell(estimate([-1.0, -1.0, -2.0])) == "-1.3 ± 0.3 (3 seeds)"
+    # -1, 3: mean 1, sd = sqrt(8), error = 2
+    assert estimate([-1.0, 3.0]).tie
+    # 0, 2: mean 1, sd = sqrt(2), error = 1: not smaller
+    assert not estimate([0.0, 2.0]).tie
+    assert estimate([0.0, 0.0]).tie
+
+
+def test_one_seed_has_no_error_and_is_no_tie():
+    assert score_cell(estimate([71.3])) == "71.3 (one seed)"
+    assert difference_cell(estimate([0.0])) == "+0.0 (one seed)" and not estimate([0.0]).tie
+    assert short_cell(estimate([71.3])) == "71.3 (1)" and estimate([]) is None
+
+
+def test_a_small_negative_difference_is_not_written_as_minus_zero():
+    assert difference_cell(estimate([-0.01])) == "+0.0 (one seed)"
+
+
+# -- tables of scores ------------------------------------------------------------------------------------------------
+
+
+def test_a_tasks_table_has_scores_differences_and_the_papers_number():
+    found = scored(
+        {
+            paper("rte", "full"): 60.0,
+            paper("rte", "full", 1): 62.0,
+            paper("rte", "lora64"): 55.0,
+            paper("rte", "lora64", 1): 55.0,
+            paper("rte", "learner64_p2"): 61.0,
+        }
+    )
+    lines = score_tables(found, PAPERS, LAYOUTS["table2-paper"])
+    assert lines[0] == "**RTE**: 5 epochs, 2,490 train rows, 277 dev rows, up to 128 tokens"
+    # full: mean 61, sd = sqrt(2), error 1. To LoRA 5 and 7: mean 6, error 1.
+    assert lines_with(lines, "| full") == [
+        "| full fine-tuning | 2,000,000 | 61.0 ± 1.0 (2 seeds) |  | +6.0 ± 1.0 (2 seeds) | 60.1 |"
+    ]
+    assert lines_with(lines, "| LoRA, r = 64") == [
+        "| LoRA, r = 64 | 2,000,000 | 55.0 ± 0.0 (2 seeds) | -6.0 ± 1.0 (2 seeds) |  | – |"  # noqa: RUF001
+    ]
+    assert lines_with(lines, "| Learner, r = 64, p = 2") == [
+        "| Learner, r = 64, p = 2 | 2,000,000 | 61.0 (one seed) | +1.0 (one seed) | +6.0 (one seed) | 60.1 |"
+    ]
+    assert not lines_with(lines, "| BitFit") and not lines_with(lines, "**Average")
+
+
+def test_a_score_is_the_mean_of_a_tasks_metrics_of_the_paper_too():
+    run = paper("mrpc", "full")
+    lines = score_tables(results((run, record(run, 70.0, 80.6))), PAPERS, LAYOUTS["table2-paper"])
+    # (70 + 80.6) / 2; the paper's (84.80 + 89.43) / 2 = 87.115
+    assert lines_with(lines, "| full") == ["| full fine-tuning | 2,000,000 | 75.3 (one seed) |  | – | 87.1 |"]  # noqa: RUF001
+
+
+def test_averages_are_over_the_tasks_that_all_main_methods_have_and_by_seed():
+    found = scored(
+        {
+            **{paper("rte", name, seed): 60.0 + seed for name in ("full", "lora64") for seed in (0, 1)},
+            **{paper("mrpc", name): 80.0 for name in ("full", "lora64")},
+            paper("cola", "full"): 10.0,
+            paper("rte", "lora8"): 50.0,
+        }
+    )
+    lines = score_tables(found, PAPERS, LAYOUTS["table2-paper"])
+    assert lines[0] == "**Average of RTE and MRPC**"
+    lines = lines[: lines.index(lines_with(lines, "**RTE**")[0])]
+    # seed 1 has no MRPC; the paper's are (60.14 + 87.115) / 2 = 73.6 and, over all tasks, 79.51
+    assert lines_with(lines, "| full") == [
+        "| full fine-tuning | 2,000,000 | 70.0 (one seed) |  | +0.0 (one seed) | 73.6 | 79.5 |"
+    ]
+    assert not lines_with(lines, "| LoRA, r = 8 ")
+
+
+def test_sizes_that_were_cut_down_are_named():
+    short = paper("rte", "lora64")
+    cut = record(short, 55.0, rows={"train": 64, "dev": 277})
+    cut["config"] = {**cut["config"], "max_train_samples": 64, "max_length": 32}
+    whole = [(run, record(run, 60.0)) for run in (paper("rte", "full"), paper("rte", "full", 1))]
+    lines = score_tables(results(*whole, (short, cut)), PAPERS, LAYOUTS["table2-paper"])
+    assert "2,490 train rows" in lines[0] and "64" not in lines[0]
+    assert lines_with(lines, "| LoRA, r = 64 (the first 64 train rows, up to 32 tokens) |")
+    both = results((paper("rte", "full"), cut))
+    assert "the first 64 train rows" in score_tables(both, PAPERS, LAYOUTS["table2-paper"])[0]
+
+
+def test_fewer_epochs_than_the_papers_are_named_and_nas_lora_is_held_against_its_uniform_peer():
+    runs = {
+        Run("nas", "rte", "bitfit", 3e-3, 0): 60.0,
+        Run("nas", "rte", "full", 1e-4, 0): 66.0,
+        Run("nas", "rte", "u_bitfit9", 3e-3, 0): 59.0,
+        Run("nas", "mrpc", "mam8", 1e-3, 0): 80.0,
+        Run("nas", "mrpc", "u_mam100", 1e-3, 0): 83.0,
+    }
+    lines = score_tables(scored(runs), PAPERS, LAYOUTS["nas"])
+    assert lines[0].startswith("**RTE**: 3 epochs (paper: 20 epochs), 2,490")
+    (row,) = lines_with(lines, "| U-BitFit, 9 % of the biases (6 epochs) |")
+    assert row.endswith("| 59.0 (one seed) | -7.0 (one seed) | -1.0 (one seed) | 74.0 |")
+    (row,) = lines_with(lines, "| U-MaM")
+    # the paper gives one metric of MRPC, ours are two
+    assert row.endswith("| 83.0 (one seed) | – | +3.0 (one seed) | – |")  # noqa: RUF001
+    (row,) = lines_with(lines, "| BitFit")
+    assert row.endswith("| 60.0 (one seed) | -6.0 (one seed) |  | 81.9 |")
+
+
+def test_a_seed_without_a_value_is_counted_and_left_out():
+    found = {paper("stsb", "full", seed): seed for seed in (0, 1, 2)}
+    records = {run: record(run, 80.0, None if seed == 1 else 82.0) for run, seed in found.items()}
+    lines = score_tables(Results(records), PAPERS, LAYOUTS["table2-paper"])
+    assert "| 81.0 ± 0.0 (2 seeds), 1 without a value |" in lines_with(lines, "| full")[0]
+
+
+def test_no_runs_give_no_table():
+    assert score_tables(Results({}), PAPERS, LAYOUTS["nas"]) == ["No finished runs yet."]
+    for table in (headline, rates_table, phases_table, setting_table):
+        assert table(Results({})) == ["No finished runs yet."]
+
+
+# -- learning rates --------------------------------------------------------------------------------------------------
+
+
+def test_the_chosen_rate_is_the_best_on_held_out_rows():
+    found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0}))
+    assert rates_table(found)[2:] == ["| full fine-tuning | 3e-5: 60.0<br>**1e-4: 62.0**<br>3e-4: 61.0 |"]
+    lines = score_tables(found, PAPERS, LAYOUTS["table2-tuned"])
+    assert "(249 more held out)" in lines[0]
+    assert "| full fine-tuning | 2,000,000 | 1e-4 | 61.0 (one seed) |" in lines_with(lines, "| full")[0]
+    assert not any("†" in line for line in lines)
+
+
+def test_a_best_rate_at_the_end_of_the_grid_is_marked():
+    found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 63.0}))
+    lines = score_tables(found, PAPERS, LAYOUTS["table2-tuned"])
+    assert "| 3e-4 † |" in lines_with(lines, "| full")[0] and lines[-1].startswith("† ")
+    assert rates_table(found)[2].endswith("**3e-4: 63.0** † |")
+    # 1e-3 lies beyond, and is worse
+    more = Results({**found.records, **grid("rte", "full", {1e-3: 50.0})})
+    assert not any("†" in line for line in score_tables(more, PAPERS, LAYOUTS["table2-tuned"]))
+
+
+def test_an_unfinished_grid_gives_no_score():
+    found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0}))
+    assert score_tables(found, PAPERS, LAYOUTS["table2-tuned"]) == ["No finished runs yet."]
+    assert "| full fine-tuning | 2 of 3 rates | – |" in "\n".join(coverage_table(found))  # noqa: RUF001
+
+
+def test_further_seeds_count_at_the_chosen_rate():
+    runs = grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0})
+    other = Run("tuned", "rte", "full", 1e-4, 3)
+    found = Results({**runs, other: record(other, 64.0, held_out=10.0)})
+    # seed 0 at 1e-4: 60 + 1 = 61; seed 3: 64. Mean 62.5, sd = sqrt(2 * 1.5^2) = 2.12, error 1.5
+    assert found.scores("tuned", "rte", "full") == pytest.approx({0: 61.0, 3: 64.0})
+    assert "62.5 ± 1.5 (2 seeds)" in "\n".join(score_tables(found, PAPERS, LAYOUTS["table2-tuned"]))
+
+
+def test_a_protocol_that_chooses_nothing_has_one_rate():
+    found = scored({paper("rte", "full"): 60.0, Run("paper", "rte", "full", 1e-4, 1): 61.0})
+    with pytest.raises(ValueError, match="'paper' must have one learning rate for full on rte, got 2e-05, 0.0001"):
+        found.cell("paper", "rte", "full")
+
+
+# -- README, coverage, phases, setting -------------------------------------------------------------------------------
+
+
+def test_the_headline_has_both_protocols_and_dashes_where_nothing_is_finished():
+    tuned = grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0})
+    lines = headline(Results({**scored({paper("rte", "full"): 60.0, paper("mrpc", "bitfit"): 70.0}).records, **tuned}))
+    assert lines_with(lines, "| full") == ["| full fine-tuning | 2,000,000 | 60.0 (1) / 61.0 (1) | – / – |"]  # noqa: RUF001
+    assert lines_with(lines, "| BitFit") == ["| BitFit | 2,000,000 | – / – | 70.0 (1) / – |"]  # noqa: RUF001
+    assert lines_with(lines, "| *train rows*") == ["| *train rows* |  | 2,490 / 2,490 | 3,668 / – |"]  # noqa: RUF001
+
+
+def test_coverage_counts_seeds_of_the_planned_ones():
+    lines = coverage_table(scored({paper("rte", "lora64"): 60.0, paper("rte", "lora64", 3): 60.0}))
+    assert lines[0].endswith("(2 finished runs)")
+    assert "| LoRA, r = 64 | 2 of 5 | – | – | – |" in lines  # noqa: RUF001
+    assert len(lines_with(lines, "| U-BitFit, 9 %")) == 1  # in its own protocol alone
+
+
+def test_shares_of_phases_are_medians_over_runs():
+    def phases(first: float, second: float, trained: int) -> list[dict[str, Any]]:
+        return [
+            {"name": "priming", "first_step": 0, "steps": 8, "seconds": first, "trained_parameters": 6_000_000},
+            {"name": "learning", "first_step": 8, "steps": 12, "seconds": second, "trained_parameters": trained},
+        ]
+
+    runs = [paper("rte", "learner64_p2"), paper("stsb", "learner64_p2"), paper("rte", "learner64_p2", 1)]
+    found = results(
+        (runs[0], record(runs[0], 60.0, phases=phases(50.0, 50.0, 2_000_000))),
+        (runs[1], record(runs[1], 80.0, 80.0, phases=phases(6.0, 4.0, 1_999_615))),
+        (runs[2], record(runs[2], 60.0, phases=phases(9.0, 1.0, 2_000_000))),
+        (paper("rte", "full"), record(paper("rte", "full"), 60.0)),
+    )
+    assert phases_table(found)[2:] == [  # of the seconds 50, 60 and 90 %
+        "| Learner, r = 64, p = 2 (3 runs) | priming | 40 % | 60 % | 6,000,000 |",
+        "|  | learning | 60 % | 40 % | 1,999,615 to 2,000,000 |",
+    ]
+
+
+def test_the_setting_says_what_differs_between_runs():
+    first, second = paper("rte", "full"), paper("rte", "lora64")
+    code = "0123456789abcdef-dirty"
+    table = "\n".join(setting_table(results((first, record(first, 60.0, code=code)), (second, record(second, 60.0)))))
+    assert "| machine | a machine, 1 process of 2 threads (cpu) |" in table
+    assert "| code | 0123456-dirty (1)<br>not recorded (1) |" in table
+    assert "| runs | 2, 1.0 hours in all |" in table and "| dates | 2026-11-22 |" in table
+
+
+def test_costs_stand_beside_the_papers():
+    def row(method: str, trained: int, time: float, size: int) -> dict[str, Any]:
+        kinds = ("parameters", "stored", "optimizer", "total")
+        return {
+            "setting": {"name": "minilm-16x128-r64"},
+            "device": {"type": "cpu"},
+            "method": method,
+            "trained_parameters": trained,
+            "time_ratios": {"full": {"step": {"median": time}}},
+            "bytes": {kind: size * (place + 1) for place, kind in enumerate(kinds)},
+        }
+
+    rows = [
+        row("full", 9, 1.0, 2_000_000),
+        row("far_priming", 9, 1.1, 3_000_000),
+        row("far_after", 4, 0.875, 1_000_000),
+    ]
+    rows += [row("learner_priming", 5, 1.0, 1), {**row("bitfit", 2, 0.5, 1), "skipped": "ValueError: no."}]
+    # The paper's 46.60 / 56.87 minutes = 0.819
+    assert table1(rows, PAPERS)[2:] == [
+        "| full fine-tuning | 9 | 2.0 | 1 | – | 4.0 | 6.0 | 8.0 | 66.95 | 66.95 | 56.87 | 1.00 | 1.306 |",  # noqa: RUF001
+        "| FAR, 10 % | 9, then 4 | 3.0, then 1.0 | 1.10, then 0.88 | – | 6.0, then 2.0 | 9.0, then 3.0 | "  # noqa: RUF001
+        "12.0, then 4.0 | 66.95 | 41.45 | 46.60 | 0.82 | 1.017 |",
+    ]
+    assert table1([], PAPERS) == ["No rows of minilm-16x128-r64 yet."]
+
+
+# -- the papers' numbers ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name,table", [("learners", "table2"), ("nas", "table1"), ("nas", "table2")], ids=lambda value: value
+)
+def test_the_papers_averages_are_those_of_their_scores(name, table):
+    """Over all tasks but WNLI, pairs averaged first. Both are rounded, each to half a unit of its last digit, so they
+    may differ by a whole one."""
+    data = PAPERS.data[name][table]
+    for row in data["rows"]:
+        scores = [fmean(values) for task, values in row["scores"].items() if task != "wnli"]
+        assert len(scores) == 8
+        assert row["average"] == pytest.approx(fmean(scores), abs=1.001 * 10 ** -data["decimals"]), row["name"]
+
+
+def test_the_papers_headlines():
+    table1, table2 = (PAPERS.rows("learners", table) for table in ("table1", "table2"))
+    averages = {"full": 79.51, "far10": 79.68, "freeze_ffns": 79.24, "learner64_p2": 79.07, "learner64_p0": 76.84,
+                "adapter_sequential": 76.10, "adapter_parallel": 71.94, "bitfit": 65.66}  # fmt: skip
+    assert {name: table2[name]["average"] for name in averages} == averages
+    costs = {"full": (56.87, 1.306), "far10": (46.60, 1.017), "learner64_p2": (40.50, 0.793),
+             "adapter_sequential": (33.01, 0.554), "freeze_ffns": (32.59, 0.630),
+             "bitfit": (27.73, 0.440)}  # fmt: skip
+    assert {name: (table1[name]["time"], table1[name]["peak"]) for name in costs} == costs
+    counts = {"full": (66.95, 66.95), "learner64_p2": (72.26, 5.96), "freeze_ffns": (66.95, 14.80),
+              "bitfit": (66.95, 0.64), "adapter_sequential": (71.68, 5.34), "adapter_parallel": (71.68, 5.33),
+              "far10": (66.95, 41.45)}  # fmt: skip
+    assert {name: (table1[name]["total"], table1[name]["trained"]) for name in counts} == counts
+    nas = PAPERS.rows("nas", "table1", "table2")
+    averages = {"full": 88.2, "u_mam100": 88.3, "s_mam100": 88.1, "mam8": 87.7, "bitfit": 86.7, "u_bitfit18": 86.5,
+                "u_bitfit9": 84.6, "s_bitfit18": 78.6, "s_bitfit9": 74.3}  # fmt: skip
+    assert {name: nas[name]["average"] for name in averages} == averages
