@@ -60,6 +60,9 @@ class SweepArguments:
     budget_hours: Optional[float] = field(
         default=None, metadata={"help": "Stop after so many hours; what is cut off goes on next time."}
     )
+    keep: Optional[str] = field(
+        default=None, metadata={"help": "Folder for the adapters of finished runs. Default: they are deleted."}
+    )
     list: bool = field(default=False, metadata={"help": "Print the order and what is finished, and train nothing."})
 
     def __post_init__(self) -> None:
@@ -217,9 +220,11 @@ class Sweep:
         return bool(ended) or any(moment < time.monotonic() for moment in self.elsewhere.values())
 
     def clear(self, run: Run) -> None:
-        """Delete checkpoints and log of a finished run."""
+        """Delete checkpoints and log of a finished run, and its adapter unless that is to be kept."""
         folder = self.work(run)
         if folder.is_dir() and not run_record.is_busy(folder):
+            if self.args.keep and (folder / "adapter").is_dir():
+                shutil.copytree(folder / "adapter", Path(self.args.keep) / run.name, dirs_exist_ok=True)
             shutil.rmtree(folder, ignore_errors=True)
 
     def stop(self) -> None:
@@ -249,19 +254,24 @@ def listing(sweep: Sweep) -> str:
     return "\n".join([*lines, f"{len(sweep.finished_of(runs))} of {len(runs)} finished"])
 
 
-def main(argv: Optional[list[str]] = None) -> int:
-    """Run the script; returns the number of runs that failed."""
-    words = sys.argv[1:] if argv is None else argv
+def parsed(argv: Optional[Sequence[str]] = None) -> Sweep:
+    """The sweep that the words of a command line ask for."""
+    words = list(sys.argv[1:] if argv is None else argv)
     own, extra = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     (args,) = HfArgumentParser(SweepArguments, description=__doc__).parse_args_into_dataclasses(own)
-    sweep = Sweep(args, extra)
-    if args.list:
+    return Sweep(args, extra)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Run the script; returns the number of runs that failed."""
+    sweep = parsed(argv)
+    if sweep.args.list:
         print(listing(sweep))
         return 0
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: sys.exit(128))
     return sweep.train()
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda *_: sys.exit(128))  # through `finally`, which ends the processes
     sys.exit(min(main(), 100))

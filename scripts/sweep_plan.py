@@ -68,8 +68,9 @@ class Variant:
 _WHOLE = (3e-5, 1e-4, 3e-4)
 _LOW_RANK = (1e-4, 3e-4, 1e-3)
 _ADDED = (3e-4, 1e-3, 3e-3)
-_SEQUENTIAL = {"mode": "sequential", "bottleneck_dim": 128}
-_PARALLEL = {"mode": "parallel", "bottleneck_dim": 256}
+#: About the parameters of LoRA of rank 64, as in arXiv 2208.02070, Table 1.
+_SEQUENTIAL = {"mode": "sequential", "bottleneck_dim": 256}
+_PARALLEL = {"mode": "parallel", "bottleneck_dim": 512}
 _FEW = (1e-3, 3e-3, 1e-2)
 _FAR = {
     "retention_ratio": 0.1,

@@ -87,7 +87,7 @@ def test_prompt_tuning_on_distilbert_trains_the_prompt_and_the_head():
 
 
 def test_lora_and_mam_train_the_whole_head_of_distilbert():
-    """Per block: q, k, v, out of 768 x 768, two linear layers of 768 x 3,072; MaM leaves v out and takes biases too."""
+    """Per block: q, k, v, out of 768 x 768, two linear layers of 768 x 3,072; MaM leaves v out and takes biases."""
     sizes = 4 * (768 + 768) + 2 * (768 + 3072)
     biases = 6 * (4 * 768 + 3072 + 768 + 2 * 768) + 768  # norms' too, and the embeddings'
     assert trained(METHODS["lora"](distilbert(), MethodArguments(r=64))) == 6 * 64 * sizes + HEAD

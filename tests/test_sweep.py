@@ -8,7 +8,7 @@ import random
 import signal
 import subprocess
 import sys
-import time
+from contextlib import suppress
 from pathlib import Path
 
 import glue_data
@@ -16,9 +16,12 @@ import pytest
 import run_record
 import sweep
 import sweep_store
+import train_glue
 from sweep_plan import Run
 
 SCRIPTS = Path(sweep.__file__).parent
+#: Settings of the small sweeps that are not a real one's.
+CHANGED = {"max_length": 32, "r": 4, "per_device_train_batch_size": 4, "num_train_epochs": 4.0}
 TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
 
 
@@ -148,20 +151,21 @@ def test_a_wrong_share_is_named(share, data_dir):
 # -- whole sweeps ----------------------------------------------------------------------------------------------------
 
 
-def environment() -> dict[str, str]:
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+@pytest.fixture(autouse=True)
+def one_thread_and_no_hub(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture
-def command(model_dir, data_dir):
-    """The command of a small sweep into a folder: the grid of a phased method."""
+def words(model_dir, data_dir):
+    """The arguments of a small sweep into a folder: the paper's protocol of a phased method, on two tasks."""
 
-    def make(out: Path, *words: str) -> list[str]:
+    def make(out: Path, *more: str) -> list[str]:
         own = ["--model_name_or_path", model_dir, "--data_dir", data_dir, "--out", out, "--devices", "cpu"]
-        some = ["--tasks", "rte", "--variants", "learner8_p2", "--protocols", "tuned", "--seeds", "0"]
-        extra = ["--max_length", "32", "--r", "4", "--per_device_train_batch_size", "4", "--num_train_epochs", "4"]
-        parts = [sys.executable, SCRIPTS / "sweep.py", *own, *some, *words, "--", *extra]
-        return [str(part) for part in parts]
+        some = ["--tasks", "rte", "mrpc", "--variants", "learner8_p2", "--protocols", "paper", "--seeds", "0"]
+        extra = [word for name, value in CHANGED.items() for word in (f"--{name}", value)]
+        return [str(word) for word in (*own, *some, *more, "--", *extra)]
 
     return make
 
@@ -177,46 +181,51 @@ def results(folder: Path) -> dict[str, object]:
 
 
 @pytest.mark.slow
-def test_killed_three_times_at_random_and_twice_in_one_folder_ends_with_the_same_files(command, tmp_path):
-    alone, killed = tmp_path / "alone", tmp_path / "killed"
-    whole = subprocess.run(command(alone, "--jobs", "2"), env=environment(), capture_output=True, text=True)
-    assert whole.returncode == 0, whole.stderr
+def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files_of_unbroken_runs(words, tmp_path):
+    alone, out = tmp_path / "alone", tmp_path / "out"
+    command = [sys.executable, str(SCRIPTS / "sweep.py"), *words(out, "--jobs", "2")]
+    unbroken = sweep.parsed(words(alone))
+    for run in unbroken.read():
+        train_glue.main([*unbroken.command(run)[2:], "--use_cpu"])
     expected = results(alone)
-    assert len(expected) >= 3  # a grid
-    assert not (alone / ".work").exists() or not list((alone / ".work").iterdir())
+    assert len(expected) == 2
 
-    kills, rng = 0, random.Random()
-    while kills < 3:
-        process = subprocess.Popen(command(killed, "--jobs", "2"), env=environment(), start_new_session=True)
-        time.sleep(rng.uniform(6, 14))
-        if process.poll() is None:
+    rng = random.Random()
+    for _ in range(3):
+        process = subprocess.Popen(command, start_new_session=True)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(rng.uniform(6, 14))
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
-            kills += 1
         process.wait()
-        if process.returncode == 0:
-            break
-    assert kills
-    both = [subprocess.Popen(command(killed), env=environment(), stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    assert [(process.communicate()[1], process.returncode)[1] for process in both] == [0, 0]
-    assert results(killed) == expected
+    both = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait() for process in both] == [0, 0]
+    assert results(out) == expected
+    assert not list((out / ".work").iterdir())
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(command, tmp_path):
-    words = command(tmp_path, "--protocols", "paper", "--variants", "learner8_p2", "learner8_p0", "--seeds", "0")
-    (tmp_path / ".work" / "paper-rte-learner8_p0-lr2e-05-seed0").mkdir(parents=True)
-    (tmp_path / ".work" / "paper-rte-learner8_p0-lr2e-05-seed0" / "run_config.json").mkdir()  # can't be written
-    done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 1
-    assert "paper-rte-learner8_p0-lr2e-05-seed0 failed with status 1: see " in done.stderr + done.stdout
-    assert set(results(tmp_path)) == {"paper-rte-learner8_p2-lr2e-05-seed0.json"}
+def test_a_run_that_fails_is_named_and_the_others_go_on(words, tmp_path, capsys):
+    broken = tmp_path / ".work" / "paper-rte-learner8_p2-lr2e-05-seed0" / "run_config.json"
+    broken.mkdir(parents=True)  # where a file is to be written
+    assert sweep.main(words(tmp_path, "--jobs", "2")) == 1
+    said = capsys.readouterr()
+    assert "paper-rte-learner8_p2-lr2e-05-seed0 failed with status 1: see " in said.out + said.err
+    assert set(results(tmp_path)) == {"paper-mrpc-learner8_p2-lr2e-05-seed0.json"}
 
 
-@pytest.mark.slow
-def test_a_folder_in_which_another_process_trains_is_left_alone(command, tmp_path):
-    out = tmp_path / "out"
+def test_a_folder_in_which_another_process_trains_is_left_alone(words, tmp_path):
     run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
-    words = command(out, "--protocols", "paper", "--budget_hours", "0.002")
-    with run_record.only_process(out / ".work" / run.name):
-        done = subprocess.run(words, env=environment(), capture_output=True, text=True)
-    assert done.returncode == 0 and results(out) == {}
+    with run_record.only_process(tmp_path / ".work" / run.name):
+        assert sweep.main(words(tmp_path, "--tasks", "rte", "--budget_hours", "0.0003")) == 0
+        with pytest.raises(run_record.BusyError, match="another process trains there"):
+            train_glue.main(["--task", "rte", "--output_dir", str(tmp_path / ".work" / run.name), "--use_cpu"])
+    assert results(tmp_path) == {}
+
+
+def test_adapters_are_kept_where_that_is_asked_for(words, tmp_path):
+    run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
+    (tmp_path / "out" / ".work" / run.name / "adapter").mkdir(parents=True)
+    write(tmp_path / "out", run.name, record(run, model="tiny-bert", config=CHANGED))
+    assert sweep.main(words(tmp_path / "out", "--tasks", "rte", "--keep", str(tmp_path / "kept"))) == 0
+    assert (tmp_path / "kept" / run.name).is_dir() and not (tmp_path / "out" / ".work" / run.name).exists()
