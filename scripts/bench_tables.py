@@ -68,6 +68,7 @@ METHODS = {
     "adapter_parallel": "bottleneck adapters, parallel",
     "prompt_tuning": "prompt tuning",
     "freeze_ffns": "FREEZE FFNs",
+    "lora_mam": "MaM (LoRA of rank 8, all biases)",
     "learner_priming": "Learner, in priming",
     "learner_primed": "Learner, after priming",
     "learner_unprimed": "Learner, without priming",

@@ -13,13 +13,14 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 PAGES: dict[str, type[PeftConfig]] = {
     "learner.md": LearnerConfig,
     "far.md": FARConfig,
     "nas_lora.md": NASLoRAConfig,
+    "bottleneck.md": BottleneckConfig,
 }
 BEGIN, END = "<!-- fields:begin -->", "<!-- fields:end -->"
 #: Help texts of fields that training writes begin a sentence with this word.
@@ -43,7 +44,7 @@ def groups_of(config: type[PeftConfig]) -> dict[str, list[Field]]:
     own = set(vars(config).get("__annotations__", {}))
     groups: dict[str, list[Field]] = {
         f"Fields of `{config.__name__}` alone": [],
-        "Fields of all three tuners": [],
+        "Fields of all tuners": [],
         "Fields of every PEFT config": [],
         "Written by training, and saved with the adapter": [],
     }

@@ -1,4 +1,4 @@
-"""Write the model card (README.md) of a saved Learner, FAR or NAS-LoRA adapter.
+"""Write the model card (README.md) of a saved Learner, FAR, NAS-LoRA or bottleneck adapter.
 
     python scripts/model_card.py ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
 
@@ -50,7 +50,7 @@ class Adapter:
 
     Attributes:
         folder: where it lies.
-        method: learner, far or nas_lora.
+        method: learner, far, nas_lora or bottleneck.
         config: its config.
         shapes: shapes of its values by name.
         base: name of its base model, to be shown.
@@ -91,7 +91,8 @@ def read_adapter(folder: Path, base_model: Optional[str] = None) -> Adapter:
     kind = str((config or {}).get("peft_type"))
     if config is None or not weights.is_file() or kind.lower() not in CARD_METHODS:
         raise ValueError(
-            f"{folder} must be the folder of a saved Learner, FAR or NAS-LoRA adapter, but {_fault(folder, config)}."
+            f"{folder} must be the folder of a saved Learner, FAR, NAS-LoRA or bottleneck adapter, but "
+            f"{_fault(folder, config)}."
         )
     name = base_model or config.get("base_model_name_or_path")
     if not name:
@@ -249,7 +250,7 @@ def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
         num_labels=num_labels_in(config, adapter.shapes),
         revision=config.revision,
         remark=remark,
-        merge=True,
+        merge=not config.unmergeable,
     )
     return usage_text(code)
 

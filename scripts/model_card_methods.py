@@ -8,9 +8,9 @@ from typing import Any, Optional, Union
 
 from glue_methods import METHODS
 
-from peft_learners import Architecture, FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import Architecture, BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
-Config = Union[LearnerConfig, FARConfig, NASLoRAConfig]
+Config = Union[LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig]
 #: Shapes of an adapter's values, by name.
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -54,6 +54,15 @@ CARD_METHODS = {
         "fit a budget; these go back to their initial values, and they and the head are trained again, the "
         "*retraining* ([Lawton et al., 2023](https://arxiv.org/abs/2305.16597)).",
     ),
+    "bottleneck": CardMethod(
+        BottleneckConfig,
+        "A bottleneck adapter",
+        "Bottleneck adapters are small networks of two linear layers with an activation between them: *sequential* "
+        "ones follow each attention and each feed-forward network "
+        "([Houlsby et al., 2019](https://arxiv.org/abs/1902.00751)), *parallel* ones lie beside the feed-forward "
+        "networks ([He et al., 2022](https://arxiv.org/abs/2110.04366)). They, the norms of the blocks and the head "
+        "are trained. They are not linear, so that they can't be merged into the model.",
+    ),
 }
 
 
@@ -90,6 +99,8 @@ def trained_by_file(config: Config, shapes: Shapes) -> dict[str, int]:
         sizes[kind] = sizes.get(kind, 0) + math.prod(shape)
     trained, dense = sizes.get("", 0), sizes.get("learner_dense_delta", 0)
     rest = sizes.get("far_rest", 0) + sizes.get("far_bias_rest", 0)
+    if isinstance(config, BottleneckConfig):
+        return {phases[0]: trained}
     if isinstance(config, LearnerConfig):
         return {phase: trained + (dense if phase == "priming" else 0) for phase in phases}
     if not config.reconfigured:

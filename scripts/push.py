@@ -1,4 +1,4 @@
-"""Push a saved Learner, FAR or NAS-LoRA adapter to the Hub, with its model card, in one commit.
+"""Push a saved adapter of this package to the Hub, with its model card, in one commit.
 
     python scripts/push.py ADAPTER_FOLDER OWNER/NAME [--base_model OWNER/NAME] [--results results.json]
         [--picture nodes.png] [--private] [--update] [--revision BRANCH] [--create_pr] [--commit_message TEXT]

@@ -55,6 +55,7 @@ class Variant:
             the tuned one.
         nas_lr: learning rate in the NAS paper's recipe; None: not in it.
         core: whether it is one of the main ones, which are trained first.
+        attempt: whether it is an attempt to better a main one, only in the tuned protocol and on the smallest tasks.
     """
 
     label: str
@@ -63,6 +64,7 @@ class Variant:
     lrs: tuple[float, ...] = ()
     nas_lr: Optional[float] = None
     core: bool = False
+    attempt: bool = False
 
 
 _WHOLE = (3e-5, 1e-4, 3e-4)
@@ -91,9 +93,14 @@ _NAS = {
 }
 
 
-def _learner(rank: int, priming_epochs: float, core: bool = False, label: str = "", **more: Any) -> Variant:
-    arguments = {"r": rank, "priming_epochs": priming_epochs, "priming_lr_scale": 1.0, "dropout": 0.0, **more}
-    return Variant(label or f"Learner, r = {rank}, p = {priming_epochs:g}", "learner", arguments, _LOW_RANK, core=core)
+def _learner(rank: int, priming_epochs: float, core: bool = False) -> Variant:
+    arguments = {"r": rank, "priming_epochs": priming_epochs, "priming_lr_scale": 1.0, "dropout": 0.0}
+    return Variant(f"Learner, r = {rank}, p = {priming_epochs:g}", "learner", arguments, _LOW_RANK, core=core)
+
+
+def _attempt(change: str, **more: Any) -> Variant:
+    arguments = {**_learner(64, 2.0).arguments, **more}
+    return Variant(f"Learner, r = 64, {change}", "learner", arguments, _LOW_RANK, attempt=True)
 
 
 def _lora(rank: int, core: bool = False) -> Variant:
@@ -159,6 +166,9 @@ VARIANTS: dict[str, Variant] = {
     "learner8_p1": _learner(8, 1.0),
     "learner128_p1": _learner(128, 1.0),
     "u_bitfit37": _bias_search("U", 37),
+    "learner64_p2_slow": _attempt("p = 2, primed weights at a tenth of the rate", priming_lr_scale=0.1),
+    "learner64_p2_warm": _attempt("p = 2, 6 % warm-up", warmup_steps=0.06),
+    "learner64_p4": _attempt("p = 4", priming_epochs=4.0),
 }
 
 
@@ -192,11 +202,11 @@ def settings(run: Run) -> dict[str, Any]:
     protocol, variant = PROTOCOLS[run.protocol], VARIANTS[run.variant]
     epochs = protocol.search_epochs if variant.method == "nas_lora" else protocol.epochs
     return {
-        **variant.arguments,
         "warmup_steps": 0,
         "holdout_share": 0.0,
         "train_sampling_strategy": "random",
         **protocol.arguments,
+        **variant.arguments,
         "max_train_samples": None,
         "max_eval_samples": None,
         "max_steps": -1,
@@ -238,13 +248,16 @@ def planned(
 
 def _in_order(scores: Mapping[Run, Optional[float]], seeds: Sequence[int]) -> Iterator[Run]:
     core = [name for name, variant in VARIANTS.items() if variant.core]
-    rest = [name for name in VARIANTS if name not in core]
+    attempts = [name for name, variant in VARIANTS.items() if variant.attempt]
+    rest = [name for name in VARIANTS if name not in (*core, *attempts)]
     first, further = seeds[0], seeds[1:]
     for tasks in TASKS:
         for group in (core, rest):
             yield from _fixed_rates("paper", group, tasks, first)
             yield from _fixed_rates("nas", group, tasks, first)
             yield from _grid(scores, group, tasks, first)
+            if group is core and tasks == TASKS[0]:
+                yield from _grid(scores, attempts, tasks, first)
         if tasks == TASKS[0]:
             yield from _fixed_rates("curves", core, tasks, first)
     for seed in further:

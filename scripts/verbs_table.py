@@ -31,7 +31,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "verbs.md"
 #: Names of tuners in parameters of tests, by their beginnings.
-COLUMNS = {"Learner": "learner", "FAR": "far", "NAS-LoRA": "nas"}
+COLUMNS = {"Learner": "learner", "FAR": "far", "NAS-LoRA": "nas", "bottleneck": "bottleneck"}
 
 VERBS: dict[str, tuple[str, ...]] = {
     "Adapters on a model": (
@@ -86,7 +86,7 @@ INTRODUCTION = """\
 # PEFT's verbs and our tuners
 
 What a user of PEFT or transformers may call, and whether it works. Written by `python scripts/verbs_table.py` from the
-markers of the tests, which are named: not to be edited. PEFT's own test-suite runs on all three tuners beside these.
+markers of the tests, which are named: not to be edited. PEFT's own test-suite runs on all tuners beside these.
 """
 
 
