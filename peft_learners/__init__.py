@@ -7,6 +7,7 @@ from peft_learners import LearnerConfig, PhaseCallback
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
+from .bottleneck import BottleneckConfig, BottleneckModel
 from .far import FARConfig, FARModel
 from .learner import LearnerConfig, LearnerModel
 from .nas_lora import Architecture, NASLoRAConfig, NASLoRAModel
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Architecture",
+    "BottleneckConfig",
+    "BottleneckModel",
     "FARConfig",
     "FARModel",
     "LearnerConfig",

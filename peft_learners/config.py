@@ -8,7 +8,7 @@ import functools
 import math
 import weakref
 from dataclasses import dataclass, field, fields
-from typing import Any, Optional, TypeVar, Union
+from typing import Any, ClassVar, Optional, TypeVar, Union
 
 from peft.config import PeftConfig
 from peft.utils import PeftType
@@ -62,13 +62,17 @@ class PhasedConfig(PeftConfig):
     its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
     """
 
+    #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
+    unmergeable: ClassVar[str] = ""
+
     target_modules: Optional[Union[list[str], set[str], str]] = field(
         default=None,
         metadata={
             "help": "Names (or a regex) of the modules to adapt. None: found from the model's structure; Learners "
             "take every linear layer of the backbone (a pooler only if the model has a head that uses it) and, with "
             "train_norms, the norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value "
-            "projections; FAR all that has parameters. 'all-linear': every linear layer of the backbone."
+            "projections; FAR all that has parameters; bottleneck adapters the layers that they follow (in parallel "
+            "mode the FFNs' last ones). 'all-linear': every linear layer of the backbone."
         },
     )
     exclude_modules: Optional[Union[list[str], set[str], str]] = field(

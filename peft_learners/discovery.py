@@ -20,6 +20,9 @@ _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)s?$", re.IGNORECASE)
 #: Of these models some layers' weights are read by kernels, and the layers are not called.
 _STATE_SPACE_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
 _READ_NOT_CALLED = {"conv1d", "dt_proj", "out_proj"}
+_ATTENTION_INPUT_NAME = re.compile(
+    r"(^|_)(in|w?(q|k|v|kv|qk|qkv)|quer(y|ies)|keys?|values?|pos(ition(al)?)?|gates?|g)(_|$)", re.IGNORECASE
+)
 _VALUE_NAME = re.compile(r"(v|value|values)(_?(proj|projection|lin|linear|layer|head|net))?", re.IGNORECASE)
 _FEED_FORWARD_NAME = re.compile(r"(^|_)(mlp|ffn?|feed_forward|feedforward|intermediate|experts?)$", re.IGNORECASE)
 
@@ -161,12 +164,8 @@ def norm_names(model: nn.Module) -> list[str]:
     return [name for name, module in walk(model) if is_norm(module) and _ancestor_in(name, blocks)]
 
 
-def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
-    """Those of `linears` (or embeddings: T5's relative positions) that belong to an attention.
-
-    They lie below a module whose class says so, or whose name does and which holds several linear layers (MobileBERT
-    calls a bottleneck "attention"), and not below a feed-forward part of it.
-    """
+def _attentions(model: nn.Module, linears: Iterable[str]) -> dict[str, str]:
+    """`{name: name of the innermost attention that it belongs to}` for those of `linears` that belong to one."""
     linears = list(linears)
     attention = {
         name
@@ -178,16 +177,37 @@ def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
             and sum(linear.startswith(f"{name}.") for linear in linears) > 1
         )
     }
-    found = []
+    found = {}
     for name in linears:
         parts = name.split(".")
         for depth in range(len(parts) - 1, 0, -1):
             if _FEED_FORWARD_NAME.search(parts[depth]):
                 break
-            if ".".join(parts[:depth]) in attention:
-                found.append(name)
+            outer = ".".join(parts[:depth])
+            if outer in attention:
+                found[name] = outer
                 break
     return found
+
+
+def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """Those of `linears` (or embeddings: T5's relative positions) that belong to an attention.
+
+    They lie below a module whose class says so, or whose name does and which holds several linear layers (MobileBERT
+    calls a bottleneck "attention"), and not below a feed-forward part of it.
+    """
+    return list(_attentions(model, linears))
+
+
+def attention_output_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
+    """The output projections of attentions among `linears`: of each the last layer, in the order of registration,
+    whose name is not one of queries, keys, values, positions or gates."""
+    last = {
+        attention: name
+        for name, attention in _attentions(model, linears).items()
+        if not _ATTENTION_INPUT_NAME.search(name.rpartition(".")[2])
+    }
+    return list(last.values())
 
 
 def value_names(model: nn.Module, linears: Iterable[str]) -> list[str]:

@@ -36,7 +36,7 @@ AUTO_CLASSES = {
     "FEATURE_EXTRACTION": "AutoModel",
 }
 _ROOT = "base_model.model."
-_NAMES = {"learner": "Learner", "far": "FAR", "nas_lora": "NAS-LoRA"}
+_NAMES = {"learner": "Learner", "far": "FAR", "nas_lora": "NAS-LoRA", "bottleneck": "bottleneck"}
 _BASE_TAG = "base_model:adapter:"
 _IMPORT = "import peft_learners"
 _VERSIONS = "### Framework versions"
@@ -354,7 +354,7 @@ def _our_configs(model: PeftModel) -> dict[str, PhasedConfig]:
 
 
 def method_of(config: PeftConfig) -> str:
-    """learner, far or nas_lora."""
+    """learner, far, nas_lora or bottleneck."""
     return str(getattr(config.peft_type, "value", config.peft_type)).lower()
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -140,6 +141,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def is_pruned_away(self, adapter: str, part: str) -> bool:
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
         return False
+
+    def _add(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
+        """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
+        value = torch.empty(*shape)
+        if kaiming:
+            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+        elif config.init_weights:
+            nn.init.zeros_(value)
+        if not config.init_weights:
+            nn.init.normal_(value, std=TEST_STD)
+        getattr(self, part)[adapter] = nn.Parameter(value)
 
     def acts(self, adapter: str) -> bool:
         """Whether the adapter changes what this layer computes."""

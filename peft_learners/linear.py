@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -11,6 +12,39 @@ from .discovery import float_weight, is_computed
 from .feed_forward import sizes
 from .functional import Dense, LowRank
 from .layer import DeltaLayer, cannot_merge_into
+
+
+def _leads_back(out: Tensor, x: Tensor) -> bool:
+    """Whether gradients of a layer's output reach its input.
+
+    An operator without a backward leaves a node of this name, which only warns, and only once, as it drops them.
+    """
+    if not out.requires_grad or torch.compiler.is_compiling():
+        return out.requires_grad
+    node: Any = out.grad_fn
+    for _ in range(3):  # the operator itself, behind a cast or a view
+        if node is None or node is x.grad_fn:
+            break
+        if node.name().endswith("WarnNotImplemented"):
+            return False
+        node = node.next_functions[0][0] if node.next_functions else None
+    return True
+
+
+def call_base(layer: DeltaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`base_layer(x)`, for weights of any kind; `x: (..., in_features)`.
+
+    Raises:
+        RuntimeError: gradients are wanted, and the base layer passes none on.
+    """
+    out = layer.base_layer(x, *args, **kwargs)
+    if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
+        raise RuntimeError(
+            f"The {type(layer.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
+            "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "
+            "called in eval mode: load the base model again and train before you evaluate.)"
+        )
+    return out
 
 
 class DeltaLinear(DeltaLayer):

@@ -10,24 +10,7 @@ from torch import Tensor
 
 from .discovery import float_weight, readable_weight
 from .functional import Dense, LowRank, Pair, autocasts, dense_factor, effective_weight, linear_with_updates, sum_of
-from .linear import DeltaLinear
-
-
-def _leads_back(out: Tensor, x: Tensor) -> bool:
-    """Whether gradients of a layer's output reach its input.
-
-    An operator without a backward leaves a node of this name, which only warns, and only once, as it drops them.
-    """
-    if not out.requires_grad or torch.compiler.is_compiling():
-        return out.requires_grad
-    node: Any = out.grad_fn
-    for _ in range(3):  # the operator itself, behind a cast or a view
-        if node is None or node is x.grad_fn:
-            break
-        if node.name().endswith("WarnNotImplemented"):
-            return False
-        node = node.next_functions[0][0] if node.next_functions else None
-    return True
+from .linear import DeltaLinear, call_base
 
 
 def _dense_pair(pair: Pair) -> LowRank:
@@ -122,13 +105,7 @@ class LowRankLinear(DeltaLinear):
         **kwargs: Any,
     ) -> Tensor:
         """The same sum through `base_layer(x)`: for weights that are quantised, hooked or wrapped."""
-        out = self.base_layer(x, *args, **kwargs)
-        if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
-            raise RuntimeError(
-                f"The {type(self.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
-                "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "
-                "called in eval mode: load the base model again and train before you evaluate.)"
-            )
+        out = call_base(self, x, *args, **kwargs)
         dtype = out.dtype
         for name, pair in pairs.items():
             a, b, factor = _dense_pair(pair)

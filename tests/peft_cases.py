@@ -8,12 +8,17 @@ from typing import Any
 
 from peft import PeftConfig
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
 LIN0: dict[str, Any] = {"target_modules": ["lin0"]}
 BOTH: dict[str, Any] = {"target_modules": ["lin0", "lin1"]}
 PRIMED: dict[str, Any] = {"priming_modules": ["lin0"], "priming_epochs": 1}
-CLASSES: dict[str, type] = {"Learner": LearnerConfig, "FAR": FARConfig, "NAS": NASLoRAConfig}
+CLASSES: dict[str, type] = {
+    "Learner": LearnerConfig,
+    "FAR": FARConfig,
+    "NAS": NASLoRAConfig,
+    "Bottleneck": BottleneckConfig,
+}
 NETWORK = ("test_from_pretrained", "test_from_pretrained_cache_dir", "test_save_pretrained_with_runtime_config")
 
 
@@ -51,6 +56,7 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "Learner norms alone", "MLP_LayerNorm", LearnerConfig, {"target_modules": ["layernorm0"]}
     yield from far_cases()
     yield from nas_cases()
+    yield from bottleneck_cases()
     yield from families()
 
 
@@ -116,6 +122,25 @@ def nas_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     yield "NAS 3d convolutions", "Conv3d", NASLoRAConfig, {"r": 0, "target_modules": ["conv3d", "lin0"]}
 
 
+def bottleneck_cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
+    """Sequential: the toys have no feed-forward network that leads back to its own size."""
+    small: dict[str, Any] = {**BOTH, "bottleneck_dim": 4}
+    mlp = {
+        "lin0": LIN0,
+        "both": small,
+        "regex": {"target_modules": "lin0"},
+        "all-linear": {"target_modules": "all-linear", "bottleneck_dim": 3},
+        "modules_to_save": {**LIN0, "modules_to_save": ["lin1"]},
+        "scaling": {**small, "scaling": 0.5, "non_linearity": "gelu"},
+        "dropout": {**LIN0, "dropout": 0.1},
+    }
+    for name, fields in mlp.items():
+        yield f"Bottleneck {name}", "MLP", BottleneckConfig, fields
+    yield "Bottleneck Conv1D", "EmbConv1D", BottleneckConfig, {"target_modules": ["conv1d"]}
+    norms = {"target_modules": ["layernorm0", "layernorm1", "lin0"]}
+    yield "Bottleneck norms", "MLP_LayerNorm", BottleneckConfig, norms
+
+
 def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
     tasks = {
         "decoder": "CAUSAL_LM",
@@ -139,6 +164,9 @@ def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         fields = {"task_type": task, "r": 4, "init": "lora"}
         yield f"NAS {task}", family, NASLoRAConfig, fields
         yield f"NAS {task} structured", family, NASLoRAConfig, {**fields, "granularity": "structured"}
+        yield f"Bottleneck {task}", family, BottleneckConfig, {"task_type": task, "bottleneck_dim": 8}
+        fields = {"task_type": task, "bottleneck_dim": 8, "mode": "parallel", "scaling": 1.0}
+        yield f"Bottleneck {task} parallel", family, BottleneckConfig, fields
 
 
 def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
@@ -156,14 +184,17 @@ def pairs() -> Iterator[tuple[str, str, type, dict[str, Any], dict[str, Any]]]:
     yield "NAS same layer", "nas_lora", NASLoRAConfig, three, {**three, "r": 5}
     yield "NAS other layer", "nas_lora", NASLoRAConfig, three, {**three, "target_modules": ["lin1"]}
     yield "NAS biases", "nas_lora", NASLoRAConfig, {**three, "r": 0}, {**three, "granularity": "structured"}
+    four: dict[str, Any] = {**two, "bottleneck_dim": 4}
+    yield "Bottleneck same layer", "bottleneck", BottleneckConfig, four, {**four, "bottleneck_dim": 8}
+    yield "Bottleneck other layer", "bottleneck", BottleneckConfig, four, {**four, "target_modules": ["lin1"]}
 
 
 def mixed(test: str) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
     """Two adapters for a test of mixed batches, on the layers that it is about."""
-    learner, far, nas = (functools.partial(of, init_weights=False) for of in CLASSES.values())
+    learner, far, nas, bottleneck = (functools.partial(of, init_weights=False) for of in CLASSES.values())
 
     def each(name: str, one: dict[str, Any], two: dict[str, Any]) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
-        for tuner, of in (("Learner", learner), ("FAR", far), ("NAS", nas)):
+        for tuner, of in zip(CLASSES, (learner, far, nas, bottleneck), strict=True):
             yield f"{tuner} {name}", of(**one), of(**two)
 
     conv1d, conv2d = {"target_modules": ["conv1d"]}, {"target_modules": ["conv2d"]}
@@ -182,6 +213,7 @@ def mixed(test: str) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
             yield "Learner Conv1D", learner(**conv1d), learner(**conv1d, r=3)
             yield "FAR Conv1D", far(target_modules=["conv1d", "emb"]), far(target_modules=["emb"])
             yield "NAS Conv1D", nas(**conv1d), nas(**conv1d, r=3)
+            yield "Bottleneck Conv1D", bottleneck(**conv1d), bottleneck(**conv1d, bottleneck_dim=3)
         case "lora_conv2d":
             yield "FAR convolution", far(**conv2d), far(**conv2d, train_biases=False)
             yield "NAS convolution", nas(**conv2d, r=0), nas(**conv2d, r=0, granularity="structured")
@@ -190,6 +222,7 @@ def mixed(test: str) -> Iterator[tuple[str, PeftConfig, PeftConfig]]:
             yield "Learner mixed primed", learner(**LIN0, r=3, **PRIMED), learner(**LIN0, r=6)
             yield "FAR mixed", far(**LIN0), far(**LIN0, train_biases=False)
             yield "NAS mixed", nas(**LIN0, r=3), nas(**LIN0, r=6, train_biases=False)
+            yield "Bottleneck mixed", bottleneck(**LIN0, bottleneck_dim=3), bottleneck(**LIN0, non_linearity="gelu")
 
 
 def single() -> Iterator[tuple[str, PeftConfig]]:
@@ -212,6 +245,8 @@ def skipped(test: str, case: str) -> str | None:
     Args:
         case: the test's parameters, as pytest writes them.
     """
+    if "Bottleneck" in case and ("merg" in test or test.startswith(("test_forward_float16", "test_forward_bfloat16"))):
+        return "merges -- runs for tuners whose updates a weight can hold, and a bottleneck adapter is not linear"
     if test in NETWORK:
         return "fetches a config from the Hub -- runs once CI may depend on the Hub: peft_suite/runner.py is offline"
     if test.startswith("test_prepare_for_training") and "FAR" in case and "small" not in case:

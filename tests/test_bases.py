@@ -15,7 +15,7 @@ from test_contract import logits_of
 from torch import Tensor, nn
 from training import arguments, take_steps, trainer
 from transformers import set_seed
-from tuners import TUNERS
+from tuners import TUNERS, refuses_to_merge
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, discovery
 from peft_learners.layer import DeltaLayer
@@ -124,7 +124,7 @@ def test_gradients_are_exact_and_reach_the_input_through_the_quantised_layer(kin
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-4, msg=name)
 
 
-@pytest.mark.parametrize("tuner", LOW_RANK)
+@pytest.mark.parametrize("tuner", [*LOW_RANK, "bottleneck-parallel"])
 def test_adapter_trains_saves_and_leaves_the_base_as_it_was(kind, tuner, tmp_path: Path):
     """Training comes before any evaluation, which changes bitsandbytes' 4-bit layers on a CPU for good."""
     batch = inputs()
@@ -153,7 +153,8 @@ def test_adapter_trains_saves_and_leaves_the_base_as_it_was(kind, tuner, tmp_pat
     # what was trained on the quantised base can be merged into the one in float
     in_float = PeftModel.from_pretrained(float_base(), tmp_path)
     unmerged = logits_of(in_float, batch)
-    torch.testing.assert_close(logits_of(in_float.merge_and_unload(), batch), unmerged, rtol=1e-5, atol=1e-5)
+    if not refuses_to_merge(tuner, in_float):
+        torch.testing.assert_close(logits_of(in_float.merge_and_unload(), batch), unmerged, rtol=1e-5, atol=1e-5)
 
     back = model.unload()
     assert not any(isinstance(module, DeltaLayer) for module in back.modules())
@@ -280,7 +281,7 @@ def test_autocast(kind):
     torch.testing.assert_close(out.logits.float(), full, rtol=0, atol=0.1)
 
 
-@pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-unstructured", "bottleneck-sequential"])
 def test_gradient_checkpointing_of_a_model_prepared_for_kbit_training(kind, tuner):
     batch = inputs("llama")
 
@@ -295,7 +296,7 @@ def test_gradient_checkpointing_of_a_model_prepared_for_kbit_training(kind, tune
     prepared.enable_input_require_grads()
     checkpointed = gradients(prepared)
     assert prepared.is_gradient_checkpointing
-    assert plain.keys() == checkpointed.keys() and len(plain) >= 2 * 12
+    assert plain.keys() == checkpointed.keys() and len(plain) >= 2 * (10 if tuner.startswith("bottleneck") else 12)
     for name, value in plain.items():
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
 

@@ -66,7 +66,7 @@ def saved_with_other_values(model: PeftModel, out: Path) -> PeftModel:
 @pytest.mark.verb("torch.compile, inference")
 @pytest.mark.verb("torch.compile, then set_adapter")
 @pytest.mark.verb("torch.compile, then load_adapter in place")
-@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_each_form_is_compiled_once(tuner, tmp_path: Path):
     model, inputs, own = two_adapters(tuner, "bert")
     twin = saved_with_other_values(model, tmp_path)
@@ -88,12 +88,30 @@ def test_each_form_is_compiled_once(tuner, tmp_path: Path):
 
 
 @pytest.mark.verb("torch.compile, inference")
-@pytest.mark.parametrize(("tuner", "arch"), [("learner", "llama"), ("far-output-node", "gpt2")])
+@pytest.mark.parametrize(
+    ("tuner", "arch"),
+    [
+        ("learner", "llama"),
+        ("far-output-node", "gpt2"),
+        ("bottleneck-parallel", "llama"),
+        ("bottleneck-sequential", "gpt2"),
+    ],
+)
 def test_other_architectures_are_one_graph_too(tuner, arch):
     run = train(tuner, arch)
     inputs, fresh = many(run.inputs), copy.deepcopy(run.model).eval()
     torch.testing.assert_close(logits_of(compiled(fresh), inputs)[:3], run.logits, rtol=1e-5, atol=1e-5)
     assert graphs() == 1
+
+
+@pytest.mark.parametrize("names", [["gate_proj"], ["down_proj"], ["gate_proj", "down_proj"], ["act_fn"]])
+def test_parallel_adapters_whose_layers_are_compiled_apart(names):
+    """What goes into a network comes to its end whichever of its layers are compiled."""
+    run = train("bottleneck-parallel", "llama")
+    for block in run.model.base_model.model.model.layers:
+        for name in names:
+            getattr(block.mlp, name).compile(backend="eager")
+    torch.testing.assert_close(logits_of(run.model, run.inputs), run.logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.verb("torch.compile, inference")
@@ -115,7 +133,7 @@ def test_disabled_and_merged_adapters_are_seen(tuner):
 
 
 @pytest.mark.verb("torch.compile, training")
-@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_compiled_training_is_the_eager_one_across_the_boundary(tuner):
     """A boundary compiles once more, since parts freeze or shrink; no step between does."""
     ends, counts = [], []
@@ -139,13 +157,13 @@ def test_compiled_training_is_the_eager_one_across_the_boundary(tuner):
             losses.append(loss.detach())
             counts.append(graphs())
         ends.append((torch.stack(losses), logits_of(model, inputs)))
-    assert counts == [0, 0, 0, 0, 1, 1, 2, 2]
+    assert counts == [0, 0, 0, 0, 1, 1, *[len(TUNERS[tuner].phases)] * 2]
     for eager, ours in zip(*ends, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.verb("torch.compile, adapter_names=", limit="not with `fullgraph=True`, as with LoRA")
-@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_mixed_batches_go_through_a_compiled_model(tuner):
     model, inputs, own = two_adapters(tuner, "bert")
     mixed = {**inputs, "adapter_names": ["default", "other", "default"] * 3}

@@ -7,7 +7,7 @@ import torch
 from peft import get_peft_model
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
-from peft_learners import FARConfig, LearnerConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig
 
 ATTENTION = 6 * 4 * 768 * 768  # 14,155,776
 BIASES = 6 * (4 * 768 + 3072 + 768)  # 18,432 + 23,040
@@ -76,3 +76,28 @@ def test_far_10_selects_by_movement_on_real_weights_too():
         torch.nn.init.normal_(layer.ffn.lin1.far_delta["default"])
     model.base_model.update_and_allocate(1)
     assert model.get_nb_trainable_parameters()[0] == 41_456_180
+
+
+#: Two adapters per block, 768 -> 256 -> 768; one per block, 768 -> 512 -> 768; all with both biases.
+ADAPTERS = {"sequential": 12 * (2 * 768 * 256 + 256 + 768), "parallel": 6 * (2 * 768 * 512 + 512 + 768)}
+
+
+@pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
+@pytest.mark.parametrize(
+    "mode,trained,total", [("sequential", 5_341_442, 71_685_890), ("parallel", 5_336_834, 71_681_282)]
+)
+def test_bottleneck_adapters_of_the_papers_sizes(mode, trained, total, task_type):
+    model = get_peft_model(distilbert(), BottleneckConfig(mode=mode, task_type=task_type))
+    counts = model.get_nb_trainable_parameters()
+    assert counts[0] == trained == ADAPTERS[mode] + NORMS + HEAD
+    # The paper's total holds each norm and the head once; here the original ones, untouched, are beside what trains.
+    assert counts[1] - NORMS - HEAD == total == ALL + ADAPTERS[mode]
+    model.base_model.set_schedule(total_steps=20)
+    assert model.base_model.update_and_allocate(10) == []  # no boundary
+    assert model.get_nb_trainable_parameters() == counts
+
+
+def test_bottleneck_adapters_of_any_size():
+    """Hand-counted for hidden size 5 in one block: 2 (5 (768 + 768) + 5 + 768) = 16,906."""
+    config = BottleneckConfig(bottleneck_dim=5, layers_to_transform=[3], train_norms=False)
+    assert get_peft_model(distilbert(), config).get_nb_trainable_parameters()[0] == 16_906 + HEAD

@@ -16,13 +16,20 @@ from test_contract import logits_of
 from torch import nn
 from training import take_steps
 from transformers import set_seed
-from tuners import TUNERS
+from tuners import TUNERS, refuses_to_merge
 
 from peft_learners import FARConfig, LearnerConfig
-from peft_learners.discovery import is_offloaded
+from peft_learners.discovery import base_of, is_offloaded
 
 CPU = torch.device("cpu")
-OFFLOADABLE = ("learner", "learner-unprimed", "nas-unstructured", "nas-structured")
+OFFLOADABLE = (
+    "learner",
+    "learner-unprimed",
+    "nas-unstructured",
+    "nas-structured",
+    "bottleneck-sequential",
+    "bottleneck-parallel",
+)
 STEPS = 4
 
 
@@ -79,7 +86,8 @@ def test_models_that_transformers_places_on_a_cpu(tuner, place, tmp_path: Path):
     model.save_pretrained(tmp_path / "adapter")
     again = PeftModel.from_pretrained(load(), tmp_path / "adapter")
     assert torch.equal(logits_of(again, batch), expected)
-    torch.testing.assert_close(logits_of(again.merge_and_unload(), batch), expected, rtol=1e-5, atol=1e-5)
+    if not refuses_to_merge(tuner, again):
+        torch.testing.assert_close(logits_of(again.merge_and_unload(), batch), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.verb("device_map, offloading")
@@ -93,7 +101,7 @@ def test_adapter_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloade
     assert ours and all(torch.equal(p, theirs[n]) for n, p in ours.items())
     torch.testing.assert_close(logits_of(model, batch), logits_of(reference, batch), rtol=1e-5, atol=1e-6)
     layer = model.base_model.model.bert.encoder.layer[0].attention
-    assert layer.self.query.base_layer.weight.is_meta  # put away again
+    assert base_of(layer.self.query).weight.is_meta  # put away again
     base = logits_of(zoo.build("bert"), batch)
     with model.disable_adapter():
         assert torch.equal(logits_of(model, batch), base)
@@ -134,6 +142,9 @@ def test_merging_writes_to_offloaded_weights_and_unmerging_gives_them_back(tuner
     model, base = adapted(offloaded(), tuner, init_weights=False), logits_of(zoo.build("bert"), batch)
     logits = logits_of(model, batch)
     assert not torch.allclose(logits, base, atol=1e-3)
+    if refuses_to_merge(tuner, model):
+        assert torch.equal(logits_of(model, batch), logits)
+        return
     model.merge_adapter(safe_merge=True)
     query = model.base_model.model.bert.encoder.layer[0].attention.self.query
     assert query.merged and query.base_layer.weight.is_meta
@@ -157,7 +168,9 @@ def test_unloading_a_merged_adapter_gives_offloaded_weights_back(offloaded):
 
 
 @pytest.mark.parametrize("arch", ["bert", "vit", "gpt2"])
-@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize(
+    "tuner", ["learner", "far", "nas-unstructured", "bottleneck-sequential", "bottleneck-parallel"]
+)
 def test_an_adapted_model_can_be_offloaded_as_a_whole(tuner, arch):
     """The adapters' own weights too; ViT has convolutions and composites, GPT-2 Conv1D."""
     batch = zoo.inputs_of(arch, zoo.build(arch))
@@ -168,6 +181,8 @@ def test_an_adapted_model_can_be_offloaded_as_a_whole(tuner, arch):
     torch.testing.assert_close(logits_of(model, batch), logits, rtol=1e-5, atol=1e-6)
     with model.disable_adapter():
         torch.testing.assert_close(logits_of(model, batch), base, rtol=1e-5, atol=1e-6)
+    if not TUNERS[tuner].merges:
+        return
     model.merge_adapter()
     torch.testing.assert_close(logits_of(model, batch), logits, rtol=1e-5, atol=1e-5)
     with model.disable_adapter():

@@ -25,7 +25,7 @@ from test_contract import logits_of
 from test_weighted_adapters import lm
 from training import Rows, arguments, far, learner, nas, trainer
 
-from peft_learners import LearnerConfig
+from peft_learners import BottleneckConfig, LearnerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +43,8 @@ def test_the_table_of_fields_is_the_configs(name, config):
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", table, re.M)
     assert sorted(row[0] for row in rows) == sorted(f.name for f in fields(config))
     made, found = config(), {row[0]: row[1] for row in rows}
-    for name in set(found) - {"peft_type", "peft_version"}:  # filled in by __post_init__
+    filled_in = {"peft_type", "peft_version"} | ({"bottleneck_dim", "scaling"} if "bottleneck_dim" in found else set())
+    for name in set(found) - filled_in:  # by __post_init__
         assert found[name] == repr(getattr(made, name))
 
 
@@ -108,7 +109,7 @@ def in_source(quote: str) -> bool:
     return any(words(quote).search(text) for text in sentences())
 
 
-PLUGIN_MISSING = tuple(f"KeyError: '{name}'" for name in ("LEARNER", "FAR", "NAS_LORA"))
+PLUGIN_MISSING = tuple(f"KeyError: '{name}'" for name in ("LEARNER", "FAR", "NAS_LORA", "BOTTLENECK"))
 
 
 def lora() -> LoraConfig:
@@ -189,6 +190,10 @@ def test_what_peft_and_transformers_say_is_what_the_page_says(quote, tmp_path: P
     assert words(quote).search(f"{error.type.__name__}: {error.value}")
 
 
+def bottleneck(arch: str) -> PeftModel:
+    return get_peft_model(zoo.build(arch), BottleneckConfig(bottleneck_dim=2, task_type="SEQ_CLS"))
+
+
 WITHOUT_THE_PLUGIN = """
 import sys, transformers, zoo
 from peft import AutoPeftModelForSequenceClassification, PeftConfig, PeftModel
@@ -217,7 +222,7 @@ for folder in sys.argv[1:]:
 def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_cures_it(tmp_path: Path):
     zoo.build("bert").save_pretrained(tmp_path / "base")
     folders = []
-    for make in (learner, far, nas):
+    for make in (learner, far, nas, bottleneck):
         model = make("bert")
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         folders.append(str(tmp_path / make.__name__))

@@ -385,6 +385,7 @@ def test_merged_unknown_and_foreign_adapters_are_refused():
 
 @pytest.mark.verb(
     "convert_to_lora",
+    tuners=["Learner", "FAR", "NAS-LoRA"],
     limit={"Learner": "weight updates alone; `peft_learners.export` keeps biases and norms, too"},
     no=dict.fromkeys(
         ("FAR", "NAS-LoRA"), "refused, since it would drop biases and norms; `peft_learners.export` keeps them"

@@ -108,6 +108,7 @@ def test_what_is_pushed_loads_by_its_id_with_the_same_logits_bit_for_bit(pushed)
     assert set(pushed.same) > {
         *("me/learner", "me/learner, by its card", "me/learner, by the auto class", "me/local, by the auto class"),
         *("me/far, by its card", "me/nas, by its card", "me/every-save, by its card", "me/branch", "me/updated"),
+        "me/bottleneck, by its card",
         *("me/of-v9, by its card", "me/of-v9-by-script, by its card", "me/of-v9, exported"),
     }
     assert all(pushed.same.values()), pushed.same
@@ -128,7 +129,13 @@ def test_a_push_is_one_commit_of_the_files_that_belong(pushed):
 def test_every_card_on_the_hub_says_what_the_adapter_is(pushed):
     for repo_id, method in {
         **{"me/learner": "learner", "me/far": "far", "me/nas": "nas_lora", "me/every-save": "learner"},
-        **{"me/written": "far", "me/from-folder-named": "learner", "me/local": "learner", "me/updated": "learner"},
+        **{
+            "me/bottleneck": "bottleneck",
+            "me/written": "far",
+            "me/from-folder-named": "learner",
+            "me/local": "learner",
+            "me/updated": "learner",
+        },
     }.items():
         card = pushed.card(repo_id)
         data = card.data.to_dict()

@@ -57,8 +57,8 @@ MUTANTS = [
     ),
     Mutant(
         "Learner merges no bias of norms",
-        "learner/layer.py",
-        'deltas["bias"] = self.learner_bias_delta[adapter].detach()',
+        "norm.py",
+        'deltas["bias"] = bias.detach()',
         "pass",
         PEFTS + "test_merge_layers[Learner norms alone]",
     ),
@@ -88,6 +88,7 @@ MUTANTS = [
             ("Learner", "learner/layer.py", "Learner both r=3"),
             ("FAR", "far/base.py", "FAR both"),
             ("NAS-LoRA", "nas_lora/layer.py", "NAS both"),
+            ("Bottleneck", "bottleneck/layer.py", "Bottleneck both"),
         )
     ),
     Mutant(

@@ -17,7 +17,7 @@ from test_contract import logits_of
 from torch import nn
 from tuners import TUNERS
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
 LM = {"init_weights": False, "task_type": "CAUSAL_LM"}
 
@@ -135,7 +135,7 @@ def test_mixed_batches_split_all_that_has_a_row_for_each():
     "adapter_names=",
     limit="not where layers see tokens and not rows (OPT, MoE), nor with heads of several layers (RoBERTa); as LoRA",
 )
-@pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_mixed_batches_are_refused_where_rows_can_not_be_told(tuner):
     torch.manual_seed(0)
     config = tf.OPTConfig(
@@ -152,7 +152,7 @@ def test_mixed_batches_are_refused_where_rows_can_not_be_told(tuner):
         logits_of(roberta, {**zoo.inputs_of("roberta", roberta), "adapter_names": ["default", "__base__", "default"]})
 
 
-@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_input_casting_can_be_switched_off(tuner):
     model = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS"))
     inputs = zoo.inputs_of("bert", model)
@@ -173,12 +173,13 @@ def test_hooks_on_a_base_layer_are_called(tuner):
     assert seen == ["forward", "backward"]
 
 
-@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig])
+@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])
 def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
     """As ZeRO's third stage has it: between the calls of their module parameters are empty vectors."""
     torch.manual_seed(0)
     x = torch.randn(40, 8)
-    config = tuner(target_modules=["0", "2"], init_weights=False, **({} if tuner is FARConfig else {"r": 2}))
+    rank = {"r": 2} if tuner in (LearnerConfig, NASLoRAConfig) else {}
+    config = tuner(target_modules=["0", "2"], init_weights=False, **rank)
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), config)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     expected = model(x)
@@ -208,11 +209,13 @@ def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("arch,tuner", [("llama", LearnerConfig), ("t5", LearnerConfig), ("vit", FARConfig)])
+@pytest.mark.parametrize(
+    "arch,tuner", [("llama", "learner"), ("t5", "learner"), ("vit", "far"), ("gpt2", "bottleneck-parallel")]
+)
 def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
     base = zoo.build(arch)
     inputs = zoo.inputs_of(arch, base)
-    model = get_peft_model(base, tuner(init_weights=False)).eval()
+    model = get_peft_model(base, TUNERS[tuner].config(init_weights=False)).eval()
     before = {name: (id(value), value.clone()) for name, value in model.named_parameters()}
     expected = logits_of(model, inputs)
     with ThreadPoolExecutor(4) as pool:
@@ -222,7 +225,7 @@ def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
     assert all(id(after[name]) == place and torch.equal(after[name], value) for name, (place, value) in before.items())
 
 
-@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig])
+@pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])
 def test_a_model_on_the_meta_device_can_be_called(tuner):
     base = zoo.build("llama")
     inputs = {"input_ids": zoo.inputs_of("llama", base)["input_ids"].to("meta")}

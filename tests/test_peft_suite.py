@@ -10,7 +10,8 @@ import pytest
 from peft_suite import runner, source
 from peft_suite.skips import RUNS
 
-TUNERS = ("Learner", "FAR", "NAS")
+#: By tuner, how many of PEFT's tests pass at least. Bottleneck adapters skip those that merge.
+TUNERS = {"Learner": 900, "FAR": 900, "NAS": 900, "Bottleneck": 750}
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def test_peft_own_suite_has_no_failures(suite: Path, tmp_path: Path, record_prop
     record_property(f"PEFT {source.RELEASE}'s own test-suite", f"{report.closing_line}; passed by tuner: {by_tuner}")
     assert report.total("passed") >= 3000, report.closing_line
     assert sum(by_tuner.values()) == report.total("passed"), "some test of PEFT's has no case of ours"
-    assert min(by_tuner.values()) >= 900, by_tuner
+    assert all(by_tuner[tuner] >= least for tuner, least in TUNERS.items()), by_tuner
     assert [(m, tuner) for m in runner.MODULES for tuner in TUNERS if not passed[m, tuner]] == []
     unexplained = [reason for reason in report.skip_reasons if RUNS not in reason]
     assert unexplained == [], "say in tests/peft_suite/skips.py what would lift these"

@@ -31,8 +31,8 @@ BENCH = ROOT / "results/bench"
 
 def rows() -> list[tuple[str, str, str, str]]:
     """`(task, method, values, file)` of the tables of single runs."""
-    table = re.findall(r"^\| (\w+) \| (\w+(?: \([^)]*\))?) \| ([\d. /]+) \| \[.*?\]\(../(results/glue/.*?\.json)\) \|$",
-                       (ROOT / "docs/methods.md").read_text(), re.M)  # fmt: skip
+    row = r"^\| (\w+) \| (\w+(?: \([^)]*\))?) \| ([\d. /]+) \| \[.*?\]\(\.\./(results/glue/.*?\.json)\) \|$"
+    table = re.findall(row, (ROOT / "docs/methods.md").read_text(), re.M)
     assert table
     return table
 

@@ -34,6 +34,7 @@ TUNERS = {
     "far-discard": ({"priming": 0, "reconfigured": 5}, None),
     "nas": ({"search_1": 0, "search_2": 3, "retraining": 6}, None),
     "nas-structured": ({"search": 0, "retraining": 5}, None),
+    "bottleneck": ({"training": 0}, None),
 }
 
 
@@ -55,6 +56,7 @@ CASES = [
     ("far-discard", 5),
     *(("nas", step) for step in (2, 3, 4, 6, 7)),
     *(("nas-structured", step) for step in (4, 5)),
+    ("bottleneck", 4),
 ]
 
 

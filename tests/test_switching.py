@@ -15,7 +15,7 @@ import zoo
 from peft import PeftConfig, PeftModel, get_peft_model
 from test_contract import logits_of
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
 STEPS = 200
 #: By tuner: five configs, and whether the adapter is taken through all of its phases.
@@ -41,11 +41,19 @@ ADAPTERS: dict[str, dict[str, tuple[PeftConfig, bool]]] = {
         "biases": (NASLoRAConfig(r=0, parameter_budget=0.5), True),
         "last_block": (NASLoRAConfig(r=2, target_modules=["query", "dense"], layers_to_transform=[1]), True),
     },
+    "bottleneck": {
+        "sequential": (BottleneckConfig(bottleneck_dim=8, scaling=3.0), True),
+        "parallel": (BottleneckConfig(mode="parallel", bottleneck_dim=8, dropout=0.1), True),
+        "last_block": (BottleneckConfig(mode="parallel", bottleneck_dim=6, layers_to_transform=[1]), True),
+        "attention": (BottleneckConfig(scaling=3.0, target_modules=["attention.output.dense"]), True),
+        "no_norms": (BottleneckConfig(bottleneck_dim=4, scaling=3.0, non_linearity="tanh", train_norms=False), True),
+    },
 }
 PAIRS = {
     "learner": [("primed", "attention"), ("last_block", "in_priming")],
     "far": [("hidden_unit", "output_node"), ("small", "in_priming")],
     "nas": [("structured", "unstructured"), ("biases", "in_search")],
+    "bottleneck": [("sequential", "parallel"), ("parallel", "last_block")],
 }
 
 
@@ -168,6 +176,9 @@ def test_five_adapters_switch_with_merges_between(tuner, masked, tmp_path: Path)
             with model.disable_adapter():
                 torch.testing.assert_close(logits_of(model, inputs), own[()], rtol=0, atol=1e-5)
             merged = False  # a disabled forward pass unmerges, as LoRA's does
+        elif step == "merge" and not merged and active and tuner == "bottleneck":
+            with pytest.raises(NotImplementedError, match="not linear"):
+                model.merge_adapter()
         elif step == "merge" and not merged and active:
             model.merge_adapter(safe_merge=generator.random() < 0.5)
             merged = True
@@ -180,7 +191,7 @@ def test_five_adapters_switch_with_merges_between(tuner, masked, tmp_path: Path)
         expected = own[active] if active else logits_of(model, inputs)
         error = (logits_of(model, inputs) - expected).abs().max() / expected.abs().max()
         assert error < 1e-5, (step, active, merged)
-    assert min(seen.values()) > 10
+    assert min(count for step, count in seen.items() if step != "unmerge" or tuner != "bottleneck") > 10
     back, values = model.unload(), original.state_dict()
     assert back.get_output_embeddings().weight is back.get_input_embeddings().weight
     for name, value in back.state_dict().items():

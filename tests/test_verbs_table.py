@@ -31,8 +31,9 @@ def test_every_verb_is_tested_for_every_tuner():
         ({"tuner": "far-discard", "arch": "bert"}, ["FAR"]),
         ({"run": ("nas-structured", "bert")}, ["NAS-LoRA"]),
         ({"tuner": "lora"}, []),
-        ({"arch": "bert"}, ["Learner", "FAR", "NAS-LoRA"]),
-        ({}, ["Learner", "FAR", "NAS-LoRA"]),
+        ({"tuner": "bottleneck-parallel"}, ["bottleneck"]),
+        ({"arch": "bert"}, ["Learner", "FAR", "NAS-LoRA", "bottleneck"]),
+        ({}, ["Learner", "FAR", "NAS-LoRA", "bottleneck"]),
     ],
 )
 def test_the_tuner_is_that_of_the_parameters(parameters, columns):
@@ -45,6 +46,7 @@ def test_reasons_go_to_the_tuners_they_are_for():
         ("Learner", None, None),
         ("FAR", "slow", None),
         ("NAS-LoRA", None, "never"),
+        ("bottleneck", None, None),
     ]
     assert [mark.column for mark in marks_of("t", {}, ("unload",), {"tuners": ["FAR"]})] == ["FAR"]
 
@@ -74,8 +76,8 @@ def test_cells_say_what_all_their_tests_say():
         Mark("merge_and_unload", "FAR", "b.py::three", no="never", limit="slow"),
     ]
     lines = table(marks).splitlines()
-    assert "| `unload` | with limits: [2] | yes | not tested | t2, t3 |" in lines
-    assert "| `merge_and_unload` | not tested | no: [1] [2] | not tested | t1 |" in lines
+    assert "| `unload` | with limits: [2] | yes | not tested | not tested | t2, t3 |" in lines
+    assert "| `merge_and_unload` | not tested | no: [1] [2] | not tested | not tested | t1 |" in lines
     assert "1. never." in lines and "2. slow." in lines
     assert "- t1: `tests/b.py::three`" in lines and "- t2: `tests/a.py::one`" in lines
-    assert "| `add_adapter` | not tested | not tested | not tested |  |" in lines
+    assert "| `add_adapter` | not tested | not tested | not tested | not tested |  |" in lines

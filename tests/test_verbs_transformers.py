@@ -14,7 +14,7 @@ from tuners import TUNERS
 from verb_cases import config_of, trained
 
 all_tuners = pytest.mark.parametrize("tuner", list(TUNERS))
-one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
+one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 
 
 def lora(arch: str) -> LoraConfig:
@@ -90,7 +90,7 @@ def test_disable_and_enable(tuner):
     limit="a new head stays disabled after `enable_adapters`, as with LoRA (PEFT's `disable_adapter()` is no such "
     "one-way road)",
 )
-@pytest.mark.parametrize("tuner", ["lora", "learner", "far", "nas-unstructured"])
+@pytest.mark.parametrize("tuner", ["lora", "learner", "far", "nas-unstructured", "bottleneck-parallel"])
 def test_a_new_head_stays_disabled(tuner):
     run = trained("learner", "bert")
     model = copy.deepcopy(run.base)
@@ -172,7 +172,7 @@ def test_beside_a_stock_lora(tuner, arch, order, tmp_path: Path):
     torch.testing.assert_close(logits_of(model, inputs), alone["ours"], rtol=1e-5, atol=1e-6)
 
 
-@one_of_each
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
 def test_an_adapter_saved_from_within_a_lora_is_refused(tuner, tmp_path: Path):
     model = zoo.build("llama")
     model.add_adapter(config_of(tuner, "llama"), "ours")

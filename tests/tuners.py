@@ -6,9 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
+import torch
 from peft import PeftConfig
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
 
 @dataclass(frozen=True)
@@ -18,6 +20,27 @@ class Tuner:
     phases: tuple[str, ...]
     #: Whether a fresh adapter leaves the function as it is.
     fresh_is_identity: bool = True
+    #: Whether a weight can hold an adapter, so that it can be merged.
+    merges: bool = True
+
+
+def refuses_to_merge(tuner: str, model: Any) -> bool:
+    """Whether no weight can hold the tuner's adapters; then it is checked that every verb says so and changes nothing.
+
+    Args:
+        model: a `PeftModel` with such an adapter.
+    """
+    if TUNERS[tuner].merges:
+        return False
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for verb in ("merge_adapter", "merge_and_unload"):
+        for settings in ({}, {"safe_merge": True}, {"adapter_names": ["default"]}):
+            with pytest.raises(NotImplementedError, match=r"not linear.*model\.unload\(\).*disable_adapter\(\)"):
+                getattr(model, verb)(**settings)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(value.is_meta or torch.equal(after[name], value) for name, value in before.items())
+    return True
 
 
 def _learner(**settings: Any) -> LearnerConfig:
@@ -49,6 +72,15 @@ def _nas_structured(**settings: Any) -> NASLoRAConfig:
     return _nas_unstructured(**{"granularity": "structured", **settings})
 
 
+def _sequential(**settings: Any) -> BottleneckConfig:
+    settings.pop("r", None)  # a bottleneck adapter has no rank
+    return BottleneckConfig(**{"bottleneck_dim": 8, "non_linearity": "gelu", "scaling": 4.0, **settings})
+
+
+def _parallel(**settings: Any) -> BottleneckConfig:
+    return _sequential(**{"mode": "parallel", **settings})
+
+
 TUNERS: dict[str, Tuner] = {
     "learner": Tuner(_learner, "learner_", ("priming", "learning")),
     "learner-unprimed": Tuner(_learner_unprimed, "learner_", ("learning",)),
@@ -57,4 +89,6 @@ TUNERS: dict[str, Tuner] = {
     "far-discard": Tuner(_far_discard, "far_", ("priming", "reconfigured")),
     "nas-unstructured": Tuner(_nas_unstructured, "nas_lora_", ("search", "retraining"), fresh_is_identity=False),
     "nas-structured": Tuner(_nas_structured, "nas_lora_", ("search", "retraining"), fresh_is_identity=False),
+    "bottleneck-sequential": Tuner(_sequential, "bottleneck_", ("training",), merges=False),
+    "bottleneck-parallel": Tuner(_parallel, "bottleneck_", ("training",), merges=False),
 }

@@ -43,6 +43,8 @@ def load(adapter: str, base_model: Optional[str] = None, num_labels: Optional[in
         raise ValueError(f"The adapter_config.json in {adapter} is damaged ({error}).") from error
     if not isinstance(config, PhasedConfig):
         raise ValueError(f"{adapter} must be a Learner, FAR or NAS-LoRA adapter, got one of type {config.peft_type}.")
+    if config.unmergeable:
+        raise ValueError(f"{adapter} can't become a LoRA adapter. {config.unmergeable}")
     name = base_model or config.base_model_name_or_path
     if not name:
         raise ValueError(f"The config in {adapter} names no base model: give it with --base_model.")

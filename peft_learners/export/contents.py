@@ -21,11 +21,14 @@ Values = Mapping[str, Tensor]
 
 
 def config_of(root: nn.Module, adapter: str) -> PhasedConfig:
-    """Config of an adapter; ValueError if the model has no such one of ours."""
+    """Config of an adapter; ValueError if the model has no such one of ours, NotImplementedError if no LoRA could be
+    it."""
     configs: Mapping[str, Any] = getattr(root, "peft_config", {})
     ours = [name for name, config in configs.items() if isinstance(config, PhasedConfig)]
     if adapter not in ours:
         raise ValueError(f"adapter_name must be one of this package's adapters in the model {ours}, got {adapter!r}.")
+    if configs[adapter].unmergeable:
+        raise NotImplementedError(configs[adapter].unmergeable)
     return configs[adapter]
 
 

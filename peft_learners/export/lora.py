@@ -130,6 +130,7 @@ def to_lora(
     Raises:
         ValueError: no such adapter, or one that is merged or offloaded, or inside torch's own encoder layers; dense
             updates without a `rank`; with `strict_serving`, what would be lost.
+        NotImplementedError: an adapter that is not linear (`BottleneckConfig`).
     """
     root = injected_model(model)
     config = config_of(root, adapter_name)

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from typing import Any
-
-import torch
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..discovery import base_of
-from ..functional import Dense, LowRank, norm_with, sum_of
-from ..layer import TEST_STD, DeltaLayer, TransparentLayer
+from ..functional import Dense, LowRank
+from ..layer import DeltaLayer
 from ..low_rank import LowRankLinear
+from ..norm import DeltaNorm
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
 
@@ -23,15 +19,8 @@ class LearnerLayer(DeltaLayer):
         super().__init__(base_layer)
         self.learner_bias_delta = nn.ParameterDict({})
 
-    def _add(self, part: str, adapter: str, config: LearnerConfig, *shape: int, kaiming: bool = False) -> None:
-        value = torch.empty(*shape)
-        if kaiming:
-            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-        elif config.init_weights:
-            nn.init.zeros_(value)
-        if not config.init_weights:
-            nn.init.normal_(value, std=TEST_STD)
-        getattr(self, part)[adapter] = nn.Parameter(value)
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
 
     def _finish_update(self, adapter: str, config: LearnerConfig) -> None:
         self._move_adapter_to_device_of_base_layer(adapter)
@@ -95,9 +84,6 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
             return None
         return self.learner_dense_delta[adapter], self.learner_lr_scale[adapter]
 
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
-
     def dropout(self, adapter: str) -> float:
         dropout = self.learner_dropout[adapter]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
@@ -106,7 +92,7 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
         return "learner." + super().__repr__()
 
 
-class LearnerNorm(LearnerLayer, TransparentLayer):
+class LearnerNorm(LearnerLayer, DeltaNorm):
     """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
 
     adapter_layer_names = ("learner_layernorm_delta", "learner_bias_delta")
@@ -114,8 +100,6 @@ class LearnerNorm(LearnerLayer, TransparentLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.learner_layernorm_delta = nn.ParameterDict({})
-        weight: Any = base_of(base_layer).weight
-        self.in_features = self.out_features = int(weight.shape[0])
 
     def update_layer(self, adapter: str, config: LearnerConfig) -> None:
         """Create the parameters of a new adapter."""
@@ -124,19 +108,8 @@ class LearnerNorm(LearnerLayer, TransparentLayer):
             self._add("learner_bias_delta", adapter, config, self.out_features)
         self._finish_update(adapter, config)
 
-    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
-        weight = sum_of(base.weight, [self.learner_layernorm_delta[name] for name in adapters])
-        assert weight is not None
-        biases = [self.learner_bias_delta[name] for name in adapters if name in self.learner_bias_delta]
-        bias = sum_of(getattr(base, "bias", None), biases)
-        return norm_with(base, x, weight, bias, *args, **kwargs)
-
-    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        deltas = {"weight": self.learner_layernorm_delta[adapter].detach()}
-        if adapter in self.learner_bias_delta:
-            deltas["bias"] = self.learner_bias_delta[adapter].detach()
-        return deltas
+    def weight_delta(self, adapter: str) -> Tensor:
+        return self.learner_layernorm_delta[adapter]
 
     def __repr__(self) -> str:
         return "learner." + super().__repr__()

@@ -82,7 +82,7 @@ def read(report: Path, status: int, output: str, errors: str = "") -> Report:
     for case in ElementTree.parse(report).iter("testcase"):
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         module = case.get("classname", "").split(".")[1]
-        tuner = re.search(r"\b(Learner|FAR|NAS)\b", case.get("name", ""))
+        tuner = re.search(r"\b(Learner|FAR|NAS|Bottleneck)\b", case.get("name", ""))
         result.counts.setdefault(outcome, Counter())[module, tuner[0] if tuner else ""] += 1
         for skipped in case.iter("skipped"):
             result.skip_reasons[skipped.get("message", "")] += 1

@@ -31,7 +31,7 @@ from test_model_card import results
 from training import arguments, trainer
 from transformers import AutoModelForSequenceClassification
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
 
 # huggingface_hub has no setting for its waits between tries (1 s, 2 s, 4 s, 8 s, 8 s). It tries as often as ever.
@@ -56,7 +56,7 @@ def trained(config, name: str = BASE) -> PeftModel:
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data.add_(0.1 * torch.randn_like(parameter))
-    assert len(starts) == 2
+    assert len(starts) == len(config.outline().phases)
     return model.eval()
 
 
@@ -186,6 +186,10 @@ def push_all(out: Path) -> dict:
     report["warnings"] = [str(w.message) for w in caught if "adapter_config" in str(w.message)]
     logits["me/far"] = logits["me/written"] = logits_of(far, inputs())
 
+    bottleneck = trained(BottleneckConfig(mode="parallel", bottleneck_dim=4, task_type="SEQ_CLS"))
+    bottleneck.push_to_hub("me/bottleneck")
+    logits["me/bottleneck"] = logits_of(bottleneck, inputs())
+
     local = str(out / "local-base")
     base().save_pretrained(local)
     adapted = trained(LearnerConfig(**LEARNER), local)
@@ -225,7 +229,15 @@ def load_all(out: Path) -> dict:
         its_base = base("me/versions", "v9") if "v9" in repo_id else base()
         model = PeftModel.from_pretrained(its_base, repo_id, revision="v2" if repo_id == "me/branch" else None)
         same[repo_id] = torch.equal(logits_of(model, inputs()), expected)
-    by_card = ("me/learner", "me/far", "me/written", "me/nas", "me/every-save", "me/from-folder-named")
+    by_card = (
+        "me/learner",
+        "me/far",
+        "me/written",
+        "me/bottleneck",
+        "me/nas",
+        "me/every-save",
+        "me/from-folder-named",
+    )
     for repo_id in (*by_card, "me/of-v9", "me/of-v9-by-script"):
         codes = re.findall(r"```python\n(.*?)```", ModelCard.load(repo_id).text, re.S)
         names: dict = {}

@@ -16,10 +16,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from training import adapter_values, arguments, far, learner, nas, trainer
+from training import adapted, adapter_values, arguments, far, learner, nas, trainer
 from transformers import TrainerCallback
 
-from peft_learners import PhaseCallback
+from peft_learners import BottleneckConfig, PhaseCallback
 from peft_learners.boundary import raw_optimizer
 
 
@@ -37,6 +37,9 @@ MODELS = {
     "far": partial(far, dropout=0.1, priming_ratio=0.55, priming_epochs=None),  # 0.55 * 9 = 4.95, rounded to 5
     "nas": partial(nas, dropout=0.1, rounds=2, search_steps=3, parameter_budget=0.2),
     "nas-structured": partial(nas, dropout=0.1, search_steps=5, granularity="structured"),
+    "bottleneck": partial(
+        adapted, BottleneckConfig(mode="parallel", bottleneck_dim=4, dropout=0.1, task_type="SEQ_CLS"), dropout=0.1
+    ),
     "far-discard": partial(far, dropout=0.1, priming_steps=5, priming_epochs=None, discard_unkept=True),
 }
 

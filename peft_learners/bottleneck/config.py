@@ -1,0 +1,112 @@
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Optional
+
+from transformers.activations import ACT2FN
+
+from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..schedule import Schedule, lay_out
+
+TRAINING = "training"
+#: Containers of the layers by what they hold. Those of biases and norms hold what Trainer exempts from weight decay.
+ADAPTER_PARTS = ("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias")
+NORM_PARTS = ("bottleneck_layernorm_delta", "bottleneck_bias_delta")
+MODES = ("sequential", "parallel")
+_DIMS = {"sequential": 256, "parallel": 512}
+_SCALINGS = {"sequential": 1.0, "parallel": 4.0}
+
+
+@names_unknown_fields
+@dataclass
+class BottleneckConfig(PhasedConfig):
+    """Configuration of bottleneck adapters, sequential (Houlsby) or parallel (He).
+
+    With `A(z) = W_up f(W_down z + b_down) + b_up`, `W_down: (bottleneck_dim, features)`,
+    `W_up: (features, bottleneck_dim)`, a *sequential* adapter follows the attention's output projection, and another
+    one the last linear layer of the feed-forward network: `h = y + scaling * A(y)`, where y is that layer's output,
+    before dropout and the residual sum. A *parallel* adapter lies beside the feed-forward network:
+    `h = FFN(x) + scaling * A(x)`, one for each. W_down is Kaiming-uniform and all else zero at first, so that a fresh
+    adapter changes no bit of what the model computes. Norms inside the blocks get a delta on their weight and bias,
+    and the new head is trained whole; the base model stays as it is.
+
+    An adapter that is not linear fits into no weight: it can't be merged, nor converted to LoRA.
+
+    Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751), section 2.1; He et al.,
+    "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366), section 3.3 ("scaled parallel
+    adapter").
+
+    Raises:
+        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
+        TypeError: an unknown field.
+    """
+
+    unmergeable: ClassVar[str] = (
+        "A bottleneck adapter is not linear, so that no weight of the base model can hold it. Keep it beside the "
+        "model; model.unload() takes it off, and `with model.disable_adapter():` calls the base model without it."
+    )
+
+    mode: Literal["sequential", "parallel"] = field(
+        default="sequential",
+        metadata={
+            "help": "'sequential': one adapter after the attention and one after the FFN of each block (Houlsby). "
+            "'parallel': one beside each FFN (He)."
+        },
+    )
+    bottleneck_dim: Optional[int] = field(
+        default=None,
+        metadata={"help": "Hidden size of the adapters. None: 256 in sequential mode, 512 in parallel mode."},
+    )
+    non_linearity: str = field(
+        default="relu",
+        metadata={"help": "Activation f of the adapters, by its name in transformers' ACT2FN ('gelu', 'silu', ...)."},
+    )
+    scaling: Optional[float] = field(
+        default=None,
+        metadata={"help": "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode."},
+    )
+    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' hidden units."})
+    train_norms: bool = field(default=True, metadata={"help": "Train deltas on the norms inside the blocks."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._set_peft_type("BOTTLENECK")
+        require(self.mode in MODES, self, "mode", f"one of {MODES}", "mode='parallel'")
+        if self.bottleneck_dim is None:
+            self.bottleneck_dim = _DIMS[self.mode]
+        if self.scaling is None:
+            self.scaling = _SCALINGS[self.mode]
+        ok = is_positive_int(self.bottleneck_dim)
+        require(ok, self, "bottleneck_dim", "None or a whole number of at least 1", "bottleneck_dim=256")
+        ok = is_number(self.scaling) and self.scaling != 0
+        require(ok, self, "scaling", "None or a number other than 0", "scaling=4.0")
+        require(_is_activation(self.non_linearity), self, "non_linearity", _ACTIVATION, self._nearest_activation())
+        ok = is_number(self.dropout) and 0 <= self.dropout < 1
+        require(ok, self, "dropout", "a probability in [0, 1)", "dropout=0.1")
+        require(isinstance(self.train_norms, bool), self, "train_norms", "True or False")
+
+    def _nearest_activation(self) -> str:
+        near = difflib.get_close_matches(str(self.non_linearity), [name for name in ACT2FN if _is_activation(name)], 1)
+        return f"non_linearity={(near[0] if near else 'gelu')!r}"
+
+    def fixed_in_training(self) -> dict[str, Any]:
+        return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}
+
+    @property
+    def phases_complete(self) -> bool:
+        return True
+
+    def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
+        """One phase, in which everything trains."""
+        return self.outline()
+
+    def outline(self) -> Schedule:
+        return lay_out([(TRAINING, None, frozenset((*ADAPTER_PARTS, *NORM_PARTS)))], None)
+
+
+_ACTIVATION = "the name of an activation without parameters in transformers.activations.ACT2FN"
+
+
+def _is_activation(name: object) -> bool:
+    return isinstance(name, str) and name in ACT2FN and not any(True for _ in ACT2FN[name].parameters())

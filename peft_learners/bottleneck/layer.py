@@ -1,0 +1,170 @@
+"""Bottleneck layers: a linear layer with small networks behind it or beside it, and a norm with deltas."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from ..feed_forward import sizes
+from ..layer import DeltaLayer
+from ..linear import call_base
+from ..norm import DeltaNorm
+from .config import ADAPTER_PARTS, NORM_PARTS, BottleneckConfig
+from .passing import FeedForwardInput
+
+
+class BottleneckLayer(DeltaLayer):
+    """Common to the layers of bottleneck adapters."""
+
+    def _finish_update(self, adapter: str, config: BottleneckConfig) -> None:
+        self._move_adapter_to_device_of_base_layer(adapter)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def check_mergeable(self, adapter: str) -> None:
+        """Refuse to merge.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(BottleneckConfig.unmergeable)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """No; a warning says why."""
+        warnings.warn(BottleneckConfig.unmergeable, stacklevel=2)
+        return False
+
+    def __repr__(self) -> str:
+        return "bottleneck." + super().__repr__()
+
+
+class BottleneckLinear(BottleneckLayer):
+    """A linear layer and its adapters, with `A(z) = W_up f(W_down z + b_down) + b_up`.
+
+    Sequential: `y + scaling * A(y)`, where `y: (..., out_features)` is the layer's output. Parallel: `y + scaling *
+    A(x)`, where `x: (..., features)` is what the feed-forward network got that this layer leads out of. Several active
+    adapters add up; each sequential one gets y as the base layer gives it.
+
+    Shapes: `W_down: (bottleneck_dim, features)`, `b_down: (bottleneck_dim,)`, `W_up: (out_features, bottleneck_dim)`,
+    `b_up: (out_features,)`. W_down is Kaiming-uniform and all else zero at first, so that a fresh adapter leaves the
+    function as it is.
+
+    Source: arXiv 1902.00751, section 2.1; arXiv 2110.04366, section 3.3.
+    """
+
+    adapter_layer_names = ADAPTER_PARTS
+    other_param_names = ("bottleneck_activation", "bottleneck_dropout", "bottleneck_mode", "bottleneck_scaling")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.in_features, self.out_features = sizes(base_layer)
+        self.bottleneck_down = nn.ParameterDict({})
+        self.bottleneck_down_bias = nn.ParameterDict({})
+        self.bottleneck_up = nn.ParameterDict({})
+        self.bottleneck_up_bias = nn.ParameterDict({})
+        self.bottleneck_activation = nn.ModuleDict({})
+        self.bottleneck_dropout = nn.ModuleDict({})
+        self.bottleneck_mode: dict[str, str] = {}
+        self.bottleneck_scaling: dict[str, float] = {}
+        #: Of the feed-forward network, for parallel adapters.
+        self.bottleneck_input: FeedForwardInput | None = None
+
+    def update_layer(self, adapter: str, config: BottleneckConfig, features: int) -> None:
+        """Create the parameters of a new adapter.
+
+        Args:
+            features: size of what the adapter gets.
+        """
+        width = config.bottleneck_dim
+        assert width is not None and config.scaling is not None
+        self.bottleneck_mode[adapter] = config.mode
+        self.bottleneck_scaling[adapter] = float(config.scaling)
+        self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
+        self.bottleneck_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self._add("bottleneck_down", adapter, config, width, features, kaiming=True)
+        self._add("bottleneck_down_bias", adapter, config, width)
+        self._add("bottleneck_up", adapter, config, self.out_features, width)
+        self._add("bottleneck_up_bias", adapter, config, self.out_features)
+        self._finish_update(adapter, config)
+
+    def is_parallel(self, adapter: str) -> bool:
+        """Whether the adapter is here, and gets the feed-forward network's input."""
+        return self.bottleneck_mode.get(adapter) == "parallel"
+
+    def wants_input(self) -> bool:
+        """Whether a parallel adapter may act in the forward pass that is going on."""
+        names = self.bottleneck_mode if self.in_mixed_batch else self.active_adapters
+        return not self.disable_adapters and any(self.is_parallel(name) for name in names)
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        given = self._input_of_network(x, adapters)
+        y = call_base(self, x, *args, **kwargs)
+        out = y
+        for name in adapters:
+            out = self._plus(out, name, given if self.is_parallel(name) else y)
+        return out.to(y.dtype)
+
+    def _forward_mixed(self, x: Tensor, adapter_names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        rows: dict[str, list[int]] = {}
+        for row, name in enumerate(adapter_names):
+            if self.has_adapter(name):
+                rows.setdefault(name, []).append(row)
+        given = self._input_of_network(x, list(rows))
+        y = call_base(self, x, *args, **kwargs)
+        out = y.clone()
+        for name, indices in rows.items():
+            source = given if given is not None and self.is_parallel(name) else y
+            out[indices] = self._plus(y[indices], name, source[indices]).to(y.dtype)
+        return out
+
+    def _input_of_network(self, x: Tensor, adapters: list[str]) -> Tensor | None:
+        """What parallel adapters get: (..., features); None if there are none among these."""
+        if not any(self.is_parallel(name) for name in adapters):
+            return None
+        given = self.bottleneck_input.take() if self.bottleneck_input is not None else None
+        if given is None or given.shape[:-1] != x.shape[:-1]:
+            got = "it was not called" if given is None else f"that got {tuple(given.shape)}"
+            raise RuntimeError(
+                "A parallel adapter adds, row by row, to what comes out of a feed-forward network by what goes in, "
+                f"but between its first linear layer ({got}) and its last one (that got {tuple(x.shape)}) the model "
+                "does more than apply them. Leave such networks out with exclude_modules, or take "
+                "BottleneckConfig(mode='sequential')."
+            )
+        return given.to(x.device)  # the first layer may be another device's
+
+    def _plus(self, out: Tensor, adapter: str, z: Tensor | None) -> Tensor:
+        """`out + scaling * A(z)`; in the wider of both types."""
+        assert z is not None
+        down = self.bottleneck_down[adapter]
+        hidden = F.linear(self._cast_input_dtype(z, down.dtype), down, self.bottleneck_down_bias[adapter])
+        hidden = self.bottleneck_dropout[adapter](self.bottleneck_activation[adapter](hidden))
+        update = F.linear(hidden, self.bottleneck_up[adapter], self.bottleneck_up_bias[adapter])
+        return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
+
+
+class BottleneckNorm(BottleneckLayer, DeltaNorm):
+    """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
+
+    adapter_layer_names = NORM_PARTS
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        self.bottleneck_layernorm_delta = nn.ParameterDict({})
+        self.bottleneck_bias_delta = nn.ParameterDict({})
+
+    def update_layer(self, adapter: str, config: BottleneckConfig) -> None:
+        """Create the parameters of a new adapter."""
+        self._add("bottleneck_layernorm_delta", adapter, config, self.out_features)
+        if getattr(self.get_base_layer(), "bias", None) is not None:
+            self._add("bottleneck_bias_delta", adapter, config, self.out_features)
+        self._finish_update(adapter, config)
+
+    def weight_delta(self, adapter: str) -> Tensor:
+        return self.bottleneck_layernorm_delta[adapter]
+
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        return self.bottleneck_bias_delta[adapter] if adapter in self.bottleneck_bias_delta else None

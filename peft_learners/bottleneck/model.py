@@ -1,0 +1,171 @@
+from __future__ import annotations
+
+import warnings
+from itertools import takewhile
+from typing import Any, Optional
+
+from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
+from peft.utils.error import NoMatchingPeftModuleError
+from torch import nn
+
+from .. import discovery
+from ..feed_forward import FeedForward, feed_forwards, sizes
+from ..tuner import PhasedModel
+from .config import BottleneckConfig
+from .layer import BottleneckLayer, BottleneckLinear, BottleneckNorm
+from .passing import FeedForwardInput
+
+
+class BottleneckModel(PhasedModel):
+    """Puts bottleneck adapters into a model, behind attentions and feed-forward networks, or beside the latter.
+
+    A block with several feed-forward networks (MobileBERT) gets one for each, and one with two attentions (a T5
+    decoder's) one for each of these.
+
+    Args:
+        model: the model to adapt.
+        config: a `BottleneckConfig`.
+        adapter_name: the adapter's name.
+
+    Example:
+        ```py
+        >>> from transformers import AutoModelForSequenceClassification, Trainer
+        >>> from peft import get_peft_model
+        >>> from peft_learners import BottleneckConfig
+
+        >>> model = AutoModelForSequenceClassification.from_pretrained("distilbert-base-uncased")
+        >>> model = get_peft_model(model, BottleneckConfig(mode="parallel", task_type="SEQ_CLS"))
+        >>> Trainer(model, args, train_dataset=data).train()
+        ```
+    """
+
+    prefix = "bottleneck_"
+    tuner_layer_cls = BottleneckLayer
+    supported = (
+        "Bottleneck adapters support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms "
+        "with a weight vector."
+    )
+
+    # -- choice of modules ------------------------------------------------------------------------------------------
+
+    def _resolve_targets(self, config: BottleneckConfig, model: nn.Module) -> set[str]:
+        discovery.refuse_unfit_head(model, config.modules_to_save or ())
+        self._pairs = {pair.last: pair for pair in feed_forwards(model)}
+        given = config.target_modules
+        every = isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+        explicit = given is not None and not every
+        if explicit:
+            chosen = self._named_targets(config, model)
+        else:
+            places = discovery.linear_names(model) if every else self._places(config, model)
+            chosen = self._names_among(config, places)
+        if not chosen:
+            if not explicit:
+                raise NoMatchingPeftModuleError(_nothing_left(config))
+            return set()  # PEFT says that all was excluded
+        if config.mode == "parallel":
+            self._refuse_elsewhere(model, chosen)
+        norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
+        if not explicit:
+            self._write_targets(config, chosen | norms)
+        return chosen | norms
+
+    def _places(self, config: BottleneckConfig, model: nn.Module) -> list[str]:
+        """The layers behind which adapters go by default."""
+        if config.mode == "parallel":
+            return list(self._pairs)
+        attentions = discovery.attention_output_names(model, discovery.linear_names(model))
+        for found, what in ((attentions, "output projection of an attention"), (self._pairs, "feed-forward network")):
+            if not found and (attentions or self._pairs):
+                warnings.warn(
+                    f"No {what} was found in the {type(model).__name__}, so that no adapter follows one. If it has "
+                    "any, name the linear layers that adapters are to follow: "
+                    "BottleneckConfig(target_modules=[...]).",
+                    stacklevel=2,
+                )
+        return [*attentions, *self._pairs]
+
+    def _refuse_elsewhere(self, model: nn.Module, chosen: set[str]) -> None:
+        modules = dict(discovery.walk(model))
+        lost = sorted(n for n in chosen if discovery.is_linear(modules[n]) and n not in self._pairs)
+        if lost:
+            ends = sorted({name.rpartition(".")[2] for name in self._pairs})
+            known = f"those are named {', '.join(ends)}" if ends else "none were found in this model"
+            raise ValueError(
+                "BottleneckConfig: with mode='parallel', `target_modules` must name linear layers that lead out of a "
+                f"feed-forward network ({known}), got {lost[0]}. Leave `target_modules` out to put an adapter beside "
+                "each, or take mode='sequential', which can follow any linear layer."
+            )
+
+    # -- injection --------------------------------------------------------------------------------------------------
+
+    def _create_and_replace(
+        self,
+        peft_config: BottleneckConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **kwargs: Any,
+    ) -> None:
+        layer: Any = target
+        if not isinstance(target, BottleneckLayer):
+            layer = BottleneckNorm(target) if discovery.is_norm(target) else BottleneckLinear(target)
+            layer._active_adapter = adapter_name
+        if isinstance(layer, BottleneckNorm):
+            layer.update_layer(adapter_name, peft_config)
+        elif peft_config.mode == "parallel":
+            pair = self._pairs[current_key]
+            layer.update_layer(adapter_name, peft_config, sizes(self.model.get_submodule(pair.first[0]))[0])
+            self._connect(layer, pair)
+        else:
+            layer.update_layer(adapter_name, peft_config, layer.out_features)
+        if layer is not target:
+            self._place(layer, adapter_name, parent, target_name, target)
+
+    def _connect(self, layer: BottleneckLinear, pair: FeedForward) -> None:
+        if layer.bottleneck_input is not None:
+            return
+        layer.bottleneck_input = FeedForwardInput(layer)
+        both = zip(pair.first[0].split("."), pair.last.split("."), strict=False)
+        shared = [part for part, _ in takewhile(lambda parts: parts[0] == parts[1], both)]
+        while isinstance(self.model.get_submodule(".".join(shared)), (nn.ModuleList, nn.ModuleDict)):
+            shared.pop()  # those are never called
+        holder = self.model.get_submodule(".".join(shared))
+        layer.bottleneck_input.connect(discovery.base_of(self.model.get_submodule(pair.first[0])), holder)
+
+    # -- what a network can't do ------------------------------------------------------------------------------------
+
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Not for bottleneck adapters.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "add_weighted_adapter: bottleneck adapters are not linear, so that the weighted sum of their weights is "
+            "not the sum of what they do. Use them together: model.base_model.set_adapter([...]) adds them up."
+        )
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        layers = [module for module in self.model.modules() if isinstance(module, BottleneckLinear)]
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for layer in layers:
+            if layer.bottleneck_input is not None:
+                layer.bottleneck_input.disconnect()
+        return model
+
+
+def _nothing_left(config: BottleneckConfig) -> str:
+    narrowed = {
+        name: getattr(config, name)
+        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
+        if getattr(config, name) is not None
+    }
+    beside = "No feed-forward network" if config.mode == "parallel" else "No attention or feed-forward network"
+    if narrowed:
+        return f"{beside} is left to adapt with {narrowed}."
+    more = " Name linear layers for adapters to follow: BottleneckConfig(mode='sequential', target_modules=[...])."
+    return f"{beside} was found in the model.{more}"

@@ -1,0 +1,295 @@
+"""Bottleneck adapters: their arithmetic against references by hand, and what passes from an FFN's input to its end."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import math
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import zoo
+from peft import PeftModel, get_peft_model
+from test_contract import logits_of
+from torch import Tensor, nn
+
+from peft_learners import BottleneckConfig
+
+
+def adapted(arch: str, mode: str = "parallel", seed: int = 1, **settings: Any) -> PeftModel:
+    """A model of the zoo in float64 whose adapter changes the function."""
+    torch.manual_seed(seed)
+    fields = {"bottleneck_dim": 5, "init_weights": False, "task_type": zoo.ZOO[arch].task_type, **settings}
+    return get_peft_model(zoo.build(arch).double(), BottleneckConfig(mode=mode, **fields)).double().eval()
+
+
+def adapter(layer: Any, z: Tensor, f: Callable[[Tensor], Tensor], name: str = "default") -> Tensor:
+    """`W_up f(W_down z + b_down) + b_up`, by its formula."""
+    down, up = layer.bottleneck_down[name], layer.bottleneck_up[name]
+    return f(z @ down.T + layer.bottleneck_down_bias[name]) @ up.T + layer.bottleneck_up_bias[name]
+
+
+# -- the arithmetic -------------------------------------------------------------------------------------------------
+
+
+def norm(layer: Any, x: Tensor) -> Tensor:
+    """LayerNorm with the base's weight and bias plus the deltas."""
+    base = layer.base_layer
+    weight = base.weight + layer.bottleneck_layernorm_delta["default"]
+    centred = x - x.mean(-1, keepdim=True)
+    scaled = centred / (centred.square().mean(-1, keepdim=True) + base.eps).sqrt()
+    return scaled * weight + base.bias + layer.bottleneck_bias_delta["default"]
+
+
+def bert_block(block: Any, x: Tensor, mode: str, scaling: float) -> Tensor:
+    """A block of BERT with adapters, from its parameters; two heads, no mask, no dropout."""
+    rows, tokens, width = x.shape
+    attention = block.attention.self
+    q, k, v = (
+        (x @ p.weight.T + p.bias).view(rows, tokens, 2, width // 2).transpose(1, 2)
+        for p in (attention.query, attention.key, attention.value)
+    )
+    mixed = (q @ k.transpose(-1, -2) / math.sqrt(width // 2)).softmax(-1) @ v
+    joined = mixed.transpose(1, 2).reshape(rows, tokens, width)
+    out = block.attention.output.dense
+    y = joined @ out.weight.T + out.bias
+    if mode == "sequential":
+        y = y + scaling * adapter(out, y, torch.tanh)
+    x = norm(block.attention.output.LayerNorm, y + x)
+    up, down = block.intermediate.dense, block.output.dense
+    y = F.gelu(x @ up.weight.T + up.bias) @ down.weight.T + down.bias
+    y = y + scaling * adapter(down, y if mode == "sequential" else x, torch.tanh)
+    return norm(block.output.LayerNorm, y + x)
+
+
+@pytest.mark.parametrize(("mode", "given", "scaling"), [("sequential", None, 1), ("parallel", None, 4), *[
+    (mode, -2.5, -2.5) for mode in ("sequential", "parallel")
+]])  # fmt: skip
+def test_blocks_of_bert_are_those_of_the_formulas(mode, given, scaling):
+    model = adapted("bert", mode, scaling=given, non_linearity="tanh")
+    bert = model.base_model.model.bert
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    x = bert.embeddings(ids)
+    for block in bert.encoder.layer:
+        x = bert_block(block, x, mode, scaling)
+    found = bert(input_ids=ids).last_hidden_state
+    torch.testing.assert_close(found, x, rtol=1e-10, atol=1e-12)
+    trained = [p for n, p in bert.named_parameters() if p.requires_grad]
+    assert len(trained) == {"sequential": 4, "parallel": 2}[mode] * 4 + 4 * 2
+    wanted = torch.autograd.grad(x.sin().sum(), trained)
+    for ours, theirs in zip(torch.autograd.grad(found.sin().sum(), trained), wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+
+
+def gpt2_network(mlp: Any, x: Tensor) -> Tensor:
+    h = x @ mlp.c_fc.weight + mlp.c_fc.bias  # Conv1D: (in, out)
+    h = 0.5 * h * (1 + torch.tanh(math.sqrt(2 / math.pi) * (h + 0.044715 * h**3)))
+    return h @ mlp.c_proj.weight + mlp.c_proj.bias
+
+
+def llama_network(mlp: Any, x: Tensor) -> Tensor:
+    gate = x @ mlp.gate_proj.weight.T
+    return (gate * gate.sigmoid() * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
+
+
+NETWORKS = {
+    "gpt2": (lambda model: model.transformer.h[1].mlp, gpt2_network, lambda mlp: mlp.c_proj),
+    "llama": (lambda model: model.model.layers[1].mlp, llama_network, lambda mlp: mlp.down_proj),
+}
+
+
+@pytest.mark.parametrize("arch", list(NETWORKS))
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+def test_networks_with_conv1d_and_with_gates_are_those_of_the_formula(arch, mode):
+    find, network, last = NETWORKS[arch]
+    mlp = find(adapted(arch, mode, non_linearity="silu", scaling=3.0).base_model.model)
+    x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
+    y = network(mlp, x)
+    expected = y + 3.0 * adapter(last(mlp), y if mode == "sequential" else x, lambda h: h * h.sigmoid())
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-10, atol=1e-12)
+    (wanted,) = torch.autograd.grad(expected.sin().sum(), x)
+    torch.testing.assert_close(torch.autograd.grad(mlp(x).sin().sum(), x)[0], wanted, rtol=1e-8, atol=1e-10)
+
+
+def test_active_adapters_add_up_and_sequential_ones_get_what_the_base_gives():
+    model = adapted("llama", "parallel")
+    for name, settings in {"two": {"non_linearity": "tanh"}, "three": {"mode": "parallel", "scaling": 0.5}}.items():
+        config = BottleneckConfig(bottleneck_dim=3, init_weights=False, task_type="CAUSAL_LM", **settings)
+        model.add_adapter(name, config)
+    model.double().base_model.set_adapter(["two", "default", "three"])
+    mlp = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(2, 5, 16, dtype=torch.float64)
+    y, layer = llama_network(mlp, x), mlp.down_proj
+    expected = y + 4 * adapter(layer, x, torch.relu) + adapter(layer, y, torch.tanh, "two")
+    expected = expected + 0.5 * adapter(layer, x, torch.relu, "three")
+    torch.testing.assert_close(mlp(x), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_shared_block_gets_each_of_its_inputs():
+    """ALBERT calls one block for all layers: the block of block, by hand."""
+    model = adapted("albert", train_norms=False)
+    albert = model.base_model.model.albert
+    block = albert.encoder.albert_layer_groups[0].albert_layers[0]
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+
+    def by_hand(x: Tensor) -> Tensor:
+        x = block.attention(x)[0]
+        y = F.gelu(block.ffn(x), approximate="tanh") @ block.ffn_output.weight.T + block.ffn_output.bias
+        return block.full_layer_layer_norm(y + 4 * adapter(block.ffn_output, x, torch.relu) + x)
+
+    x = albert.encoder.embedding_hidden_mapping_in(albert.embeddings(ids))
+    expected = by_hand(by_hand(x))
+    torch.testing.assert_close(albert(input_ids=ids).last_hidden_state, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sequential", "parallel"])
+@pytest.mark.parametrize("kept_wide", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_bases_give_the_values_of_float64_to_rounding(dtype, kept_wide, mode):
+    """With adapters in float32 (PEFT's default) and in the base's type; 8 or 11 bits, a few roundings."""
+    torch.manual_seed(1)
+    config = BottleneckConfig(mode=mode, bottleneck_dim=5, init_weights=False, scaling=4.0, task_type="CAUSAL_LM")
+    model = get_peft_model(zoo.build("llama").to(dtype), config, autocast_adapter_dtype=kept_wide).eval()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32 if kept_wide else dtype}
+    mlp = model.base_model.model.model.layers[0].mlp
+    x = torch.randn(2, 5, 16, dtype=dtype)
+    found = mlp(x)
+    assert found.dtype == dtype
+    mlp, x = mlp.double(), x.double()
+    y = llama_network(mlp, x)
+    expected = y + 4 * adapter(mlp.down_proj, y if mode == "sequential" else x, torch.relu)
+    assert (expected - y).abs().max() > 0.1
+    error = 2**-6 if dtype == torch.bfloat16 else 2**-9
+    assert (found.double() - expected).abs().max() < error * expected.abs().max()
+
+
+def test_dropout_drops_hidden_units_in_training_alone():
+    model = adapted("llama", dropout=0.5, train_norms=False)
+    layer = model.base_model.model.model.layers[0].mlp.down_proj
+    with torch.no_grad():
+        layer.bottleneck_up["default"].fill_(0.0)
+        layer.bottleneck_up["default"][:5] = torch.eye(5)  # hidden unit i alone makes output i
+    x = torch.randn(50, 16, dtype=torch.float64)
+    y, kept = torch.zeros(50, 16, dtype=torch.float64), adapter(layer, x, torch.relu)
+    assert torch.equal(layer._plus(y, "default", x), 4 * kept)
+    model.train()
+    torch.manual_seed(0)
+    bias = layer.bottleneck_up_bias["default"]
+    ratio = ((layer._plus(y, "default", x) / 4 - bias) / (kept - bias))[:, :5][(kept - bias)[:, :5] > 0]
+    assert ratio.isclose(torch.tensor(2.0).double()).logical_or(ratio == 0).all()  # kept units count 1 / (1 - 0.5)
+    assert 0.3 < float((ratio == 0).double().mean()) < 0.7
+
+
+# -- what passes from the first layer to the last ---------------------------------------------------------------------
+
+
+class Boom(Exception):
+    pass
+
+
+class Failing(nn.Module):
+    def forward(self, h: Tensor) -> Tensor:
+        raise Boom
+
+
+def attempt(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
+    """Whether the forward pass failed; nothing of its frames is left."""
+    try:
+        model(**inputs)
+    except Boom:
+        return True
+    return False
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_an_error_in_mid_forward_leaves_nothing_behind(grad):
+    model = adapted("distilbert")
+    inputs = zoo.inputs_of("distilbert", model)
+    logits = logits_of(model, inputs)
+    ffn = model.base_model.model.distilbert.transformer.layer[0].ffn
+    activation, seen = ffn.activation, []
+    ffn.lin1.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    ffn.activation = Failing()
+    with torch.set_grad_enabled(grad):
+        assert attempt(model, inputs)
+    gc.collect()
+    assert [ref() for ref in seen] == [None]
+    ffn.activation = activation
+    assert torch.equal(logits_of(model, inputs), logits)
+
+
+def test_nothing_is_kept_of_a_forward_pass_nor_of_a_network_that_is_left_halfway():
+    model = adapted("llama")
+    inputs = zoo.inputs_of("llama", model)
+    mlp = model.base_model.model.model.layers[0].mlp
+    seen: list[Any] = []
+    mlp.gate_proj.register_forward_pre_hook(lambda _, args: seen.append(weakref.ref(args[0])))
+    logits = logits_of(model, inputs)
+    whole = mlp.forward
+    mlp.forward = lambda x: mlp.gate_proj(x)[..., :16]
+    logits_of(model, inputs)
+    gc.collect()
+    assert [ref() for ref in seen] == [None, None]
+    mlp.forward = whole
+    assert torch.equal(logits_of(model, inputs), logits)
+
+
+def test_threads_get_what_belongs_to_their_own_inputs():
+    model = adapted("bert")
+    generator = torch.Generator().manual_seed(2)
+    batches = [torch.randint(3, 60, (1 + i % 3, 3 + i % 5), generator=generator) for i in range(40)]
+    expected = [logits_of(model, {"input_ids": ids}) for ids in batches]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda ids: logits_of(model, {"input_ids": ids}), batches))
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+class Reshaping(nn.Module):
+    """Rows are put together between the two layers, so that they can't be told apart."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first_linear, self.second_linear = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second_linear(self.first_linear(x).relu().flatten(0, 1)).view_as(x)
+
+
+class Reading(Reshaping):
+    """The first layer's weight is read without calling the layer, as fused kernels do."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second_linear(F.linear(x, self.first_linear.weight).relu())
+
+
+@pytest.mark.parametrize(("network", "said"), [
+    (Reshaping, r"first linear layer \(that got \(2, 3, 4\)\) and its last one \(that got \(6, 6\)\)"),
+    (Reading, r"first linear layer \(it was not called\).*exclude_modules.*mode='sequential'"),
+])  # fmt: skip
+def test_networks_that_do_more_than_apply_their_layers_are_refused(network, said):
+    model = get_peft_model(network(), BottleneckConfig(mode="parallel"))
+    x = torch.randn(2, 3, 4)
+    with pytest.raises(RuntimeError, match=said):
+        model(x)
+    with model.disable_adapter():
+        assert model(x).shape == x.shape
+    sequential = get_peft_model(network(), BottleneckConfig(target_modules=["second_linear"]))
+    assert sequential(x).shape == x.shape
+
+
+def test_unloading_leaves_no_hook():
+    def hooks(model: nn.Module) -> int:
+        return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
+
+    model = adapted("bert")
+    twin = copy.deepcopy(model)
+    assert hooks(model) == hooks(twin) == 2 * 2  # on the first layer and on the block, of two blocks
+    assert hooks(twin.unload()) == 0 and hooks(model) == 4
+    inputs = zoo.inputs_of("bert", model)
+    assert torch.equal(logits_of(model, inputs), logits_of(copy.deepcopy(model), inputs))
+    assert hooks(model.unload()) == 0

@@ -1,0 +1,169 @@
+"""Bottleneck adapters: where they go, their config, and what they refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_feed_forward
+import torch
+import zoo
+from peft import convert_to_lora, get_peft_model
+from peft.utils.error import NoMatchingPeftModuleError
+from test_bottleneck import adapted
+from test_contract import logits_of
+from torch import nn
+from training import arguments, trainer
+
+from peft_learners import BottleneckConfig, discovery
+from peft_learners.export import to_lora
+from peft_learners.export.__main__ import main as export
+
+# -- places ---------------------------------------------------------------------------------------------------------
+
+#: Output projections of attentions, counted by hand: blocks, twice for T5's and BART's decoders.
+OUTPUTS = {
+    "distilbert": (2, "out_lin"), "bert": (2, "attention.output.dense"), "roberta": (2, "attention.output.dense"),
+    "mobilebert": (2, "attention.output.dense"), "albert": (1, "attention.dense"), "gpt2": (2, "attn.c_proj"),
+    "llama": (2, "o_proj"), "t5": (6, "o"), "vit": (2, "o_proj"),
+    "opt": (2, "out_proj"), "bart": (6, "out_proj"), "t5-gated": (6, "o"), "phi3-fused": (2, "o_proj"),
+    "bloom": (2, "self_attention.dense"), "gptj": (2, "attn.out_proj"), "deberta": (2, "attention.output.dense"),
+    "clip": (2, "out_proj"), "mamba": (0, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arch", list(OUTPUTS))
+def test_output_projections_are_found(arch):
+    count, ending = OUTPUTS[arch]
+    others = test_feed_forward.OTHERS
+    model = others[arch][0](others[arch][1]) if arch in others else zoo.build(arch)
+    found = discovery.attention_output_names(model, discovery.linear_names(model))
+    assert len(found) == count and all(name.endswith(f".{ending}") for name in found), found
+
+
+@pytest.mark.parametrize(("arch", "mode", "count"), [
+    ("bert", "sequential", 4), ("bert", "parallel", 2), ("mobilebert", "sequential", 2 + 4),
+    ("mobilebert", "parallel", 4), ("t5", "sequential", 6 + 4), ("t5", "parallel", 4), ("albert", "sequential", 2),
+])  # fmt: skip
+def test_as_many_adapters_as_attentions_and_networks(arch, mode, count):
+    model = adapted(arch, mode)
+    assert len([n for n, _ in model.named_parameters() if n.endswith("bottleneck_up.default")]) == count
+
+
+def test_layers_and_exclusions_narrow_the_places():
+    def places(**settings: Any) -> set[str]:
+        names = adapted("distilbert", train_norms=False, **settings).base_model.targeted_module_names
+        return {name.removeprefix("distilbert.transformer.layer.") for name in names}
+
+    assert places(mode="sequential") == {"0.attention.out_lin", "1.attention.out_lin", "0.ffn.lin2", "1.ffn.lin2"}
+    assert places(mode="sequential", exclude_modules=["out_lin"], layers_to_transform=[1]) == {"1.ffn.lin2"}
+    assert places(exclude_modules=["0.ffn.lin2"]) == {"1.ffn.lin2"}
+    assert places(mode="sequential", target_modules=["q_lin"], layers_to_transform=[0]) == {"0.attention.q_lin"}
+    assert len(places(mode="sequential", target_modules="all-linear")) == 12
+
+
+def test_an_attention_or_a_network_that_is_not_found_is_told():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+    with pytest.warns(UserWarning, match=r"No output projection of an attention was found in the Sequential.*target"):
+        assert get_peft_model(model, BottleneckConfig()).base_model.targeted_module_names == ["2"]
+
+
+@pytest.mark.parametrize(("settings", "error", "said"), [
+    ({"mode": "parallel", "target_modules": ["q_lin"]}, ValueError,
+     r"lead out of a feed-forward network \(those are named lin2\), got .*q_lin.*mode='sequential'"),
+    ({"mode": "parallel", "target_modules": "all-linear"}, ValueError, "those are named lin2"),
+    ({"exclude_modules": ["out_lin", "lin2"]}, NoMatchingPeftModuleError, "No attention or .* with {'exclude_modules"),
+    ({"target_modules": ["word_embeddings"]}, ValueError, r"word_embeddings \(Embedding\) is not supported"),
+])  # fmt: skip
+def test_wrong_places_are_named(settings, error, said):
+    with pytest.raises(error, match=said):
+        get_peft_model(zoo.build("distilbert"), BottleneckConfig(**settings))
+
+
+def test_a_model_without_any_place_is_refused():
+    with pytest.raises(NoMatchingPeftModuleError, match="No feed-forward network was found in the model. Name linear"):
+        get_peft_model(nn.Sequential(nn.Linear(4, 2)), BottleneckConfig(mode="parallel"))
+
+
+# -- the config -----------------------------------------------------------------------------------------------------
+
+
+def test_defaults_are_the_papers():
+    for mode, dim, scaling in (("sequential", 256, 1.0), ("parallel", 512, 4.0)):
+        config = BottleneckConfig(mode=mode)
+        assert (config.bottleneck_dim, config.scaling, config.non_linearity) == (dim, scaling, "relu")
+
+
+@pytest.mark.parametrize(("settings", "said"), [
+    ({"mode": "serial"}, r"`mode` must be one of \('sequential', 'parallel'\), got 'serial'"),
+    ({"bottleneck_dim": 0}, "`bottleneck_dim` must be None or a whole number of at least 1, got 0"),
+    ({"bottleneck_dim": 8.0}, "`bottleneck_dim` must be"),
+    ({"non_linearity": "rellu"}, r"`non_linearity` must be .* got 'rellu'.*Config\(non_linearity='relu'\)"),
+    ({"non_linearity": "prelu"}, "an activation without parameters .* got 'prelu'"),
+    ({"non_linearity": None}, "`non_linearity` must be"),
+    ({"scaling": 0}, "`scaling` must be None or a number other than 0, got 0"),
+    ({"scaling": float("inf")}, "`scaling` must be"),
+    ({"dropout": 1.0}, r"`dropout` must be a probability in \[0, 1\), got 1.0"),
+    ({"train_norms": 1}, "`train_norms` must be True or False, got 1"),
+])  # fmt: skip
+def test_bad_values_are_named(settings, said):
+    with pytest.raises(ValueError, match=said):
+        BottleneckConfig(**settings)
+
+
+def test_an_unknown_field_is_named_with_the_nearest():
+    with pytest.raises(TypeError, match="'bottleneck_size'. Did you mean 'bottleneck_dim'"):
+        BottleneckConfig(bottleneck_size=8)
+
+
+# -- what is not linear ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.verb("convert_to_lora", tuners=["bottleneck"], no="refused, since no weight can hold what is not linear")
+def test_it_becomes_no_lora_and_a_layer_is_not_merged(tmp_path: Path):
+    model = adapted("llama")
+    inputs = zoo.inputs_of("llama", model)
+    logits = logits_of(model, inputs)
+    with pytest.raises(NotImplementedError, match="not linear"):
+        to_lora(model, rank=4)
+    with pytest.warns(UserWarning, match="not linear"), pytest.raises(TypeError, match="BottleneckLinear"):
+        convert_to_lora(model, rank=4)
+    assert not model.supports_lora_conversion()
+    for module in (
+        model.base_model.model.model.layers[0].mlp.down_proj,
+        model.base_model.model.model.layers[0].input_layernorm,
+    ):
+        with pytest.raises(NotImplementedError, match="not linear"):
+            module.merge()
+    model.save_pretrained(tmp_path / "adapter")
+    with pytest.raises(SystemExit, match="can't become a LoRA adapter. A bottleneck adapter is not linear"):
+        export([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    assert torch.equal(logits_of(model, inputs), logits) and not (tmp_path / "out").exists()
+
+
+@pytest.mark.verb(
+    "add_weighted_adapter", tuners=["bottleneck"], no="refused: use the adapters together, which adds them up"
+)
+def test_weighted_sums_are_refused_with_a_way_out():
+    model = adapted("llama")
+    model.add_adapter("two", BottleneckConfig(bottleneck_dim=3, task_type="CAUSAL_LM"))
+    with pytest.raises(NotImplementedError, match=r"not linear.*set_adapter\(\[\.\.\.\]\) adds them up"):
+        model.add_weighted_adapter(["default", "two"], [0.5, 0.5], "sum")
+    assert list(model.peft_config) == ["default", "two"]
+
+
+def test_the_callback_has_nothing_to_do(tmp_path: Path):
+    """The same weights with it and without, to the bit."""
+    ends = []
+    for callbacks in ({}, {"callbacks": []}):
+        torch.manual_seed(1)
+        model = get_peft_model(zoo.build("distilbert"), BottleneckConfig(bottleneck_dim=4, task_type="SEQ_CLS"))
+        run = trainer(model, arguments(tmp_path), **callbacks)
+        run.train()
+        ends.append({name: value.clone() for name, value in model.state_dict().items()})
+        if not callbacks:
+            logged = {(log["phase"], log["trained_parameters"]) for log in run.state.log_history if "loss" in log}
+            assert logged == {("training", model.get_nb_trainable_parameters()[0])}
+            assert model.peft_config["default"].completed_phases == []
+    assert all(torch.equal(ends[0][name], value) for name, value in ends[1].items())
