@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
 from bench_tables import Lines, markdown
 from report_runs import ALL_TASKS, FULL, LORA, Papers, Results, common_phrases, deviations, task_label
-from report_statistics import MISSING, difference_cell, estimate, paired_difference, score_cell, short_cell
+from report_statistics import (
+    MISSING,
+    difference_cell,
+    estimate,
+    median_cell,
+    paired_difference,
+    score_cell,
+    short_cell,
+)
 from sweep_plan import PROTOCOLS, VARIANTS
 
 #: Marks a learning rate that the search has not passed on both sides.
@@ -23,11 +31,17 @@ class Layout:
     Attributes:
         paper: whose numbers stand beside, and from which of its tables.
         references: what a variant is compared with, by the head of the column; not with itself.
+        medians: whether scores over seeds are medians, as in that paper; differences are means of paired ones.
     """
 
     protocol: str
     paper: tuple[str, ...]
     references: Mapping[str, Callable[[str], str | None]]
+    medians: bool = False
+
+    def text(self, values: Collection[float]) -> str:
+        """A cell of scores by seed: the mean with its error, or the median."""
+        return median_cell(values) if self.medians else score_cell(estimate(values))
 
 
 def uniform_peer(variant: str) -> str | None:
@@ -42,7 +56,7 @@ _TO_BOTH = {**_TO_FULL, f"to {VARIANTS[LORA].label}": lambda variant: LORA}
 LAYOUTS = {
     "table2-paper": Layout("paper", ("learners", "table2"), _TO_BOTH),
     "table2-tuned": Layout("tuned", ("learners", "table2"), _TO_BOTH),
-    "nas": Layout("nas", ("nas", "table1", "table2"), {**_TO_FULL, "to BitFit or MaM": uniform_peer}),
+    "nas": Layout("nas", ("nas", "table1", "table2"), {**_TO_FULL, "to BitFit or MaM": uniform_peer}, medians=True),
 }
 
 
@@ -70,11 +84,11 @@ def average_tasks(results: Results, protocol: str) -> list[str]:
     return [task for task in ALL_TASKS if main and all(results.scores(protocol, task, name) for name in main)]
 
 
-def score_text(results: Results, protocol: str, task: str, variant: str) -> str:
+def score_text(results: Results, layout: Layout, task: str, variant: str) -> str:
     """A cell of scores; seeds whose metrics are no numbers are counted beside."""
-    scores = results.scores(protocol, task, variant)
-    lost = len(results.cell(protocol, task, variant)) - len(scores)
-    return score_cell(estimate(scores.values())) + (f", {lost} without a value" if lost else "")
+    scores = results.scores(layout.protocol, task, variant)
+    lost = len(results.cell(layout.protocol, task, variant)) - len(scores)
+    return layout.text(scores.values()) + (f", {lost} without a value" if lost else "")
 
 
 def differences_of(layout: Layout, variant: str, values: Callable[[str], Mapping[int, float]]) -> list[str]:
@@ -103,7 +117,7 @@ def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> L
                 label_of(results, protocol, name, common, (task,)),
                 f"{record['parameters']['trained_last_phase']:,}",
                 *([chosen_rate(results, task, name)] if tuned else []),
-                score_text(results, protocol, task, name),
+                score_text(results, layout, task, name),
                 *differences_of(layout, name, lambda variant: results.scores(protocol, task, variant)),
                 MISSING if paper is None else f"{paper:.1f}",
             ]
@@ -144,7 +158,7 @@ def average_table(results: Results, papers: Papers, layout: Layout) -> Lines:
             [
                 VARIANTS[name].label,
                 f"{trained[1]:,}" if trained else MISSING,
-                score_cell(estimate(values(name).values())),
+                layout.text(values(name).values()),
                 *differences_of(layout, name, values),
                 f"{fmean(same):.1f}" if len(same) == len(tasks) else MISSING,
                 f"{row['average']:.1f}" if row else MISSING,

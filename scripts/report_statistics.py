@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 
 #: Of a cell that nothing stands behind.
 MISSING = "\N{EN DASH}"
@@ -51,6 +51,13 @@ def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) ->
 def score_cell(found: Estimate | None) -> str:
     """`mean ± standard error (n seeds)`, `mean (one seed)`, or a dash."""
     return MISSING if found is None else f"{found.mean:.1f}{_spread(found)}"
+
+
+def median_cell(values: Collection[float]) -> str:
+    """`median (median of n seeds)`, `value (one seed)`, or a dash."""
+    if not values:
+        return MISSING
+    return f"{median(values):.1f} ({f'median of {len(values)} seeds' if len(values) > 1 else 'one seed'})"
 
 
 def difference_cell(found: Estimate | None) -> str:

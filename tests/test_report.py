@@ -13,6 +13,8 @@ import plot_bench
 import pytest
 import report
 import report_pictures
+import report_scores
+import report_statistics
 from report_runs import Results
 from sweep_records import ROOT, grid, paper, record, scored
 
@@ -194,3 +196,12 @@ def test_the_committed_pages_are_those_of_the_committed_files():
     assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") > 10
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
+
+
+def test_scores_by_the_nas_recipe_are_medians():
+    """Of 80, 90 and 82 the median is 82, the mean 84."""
+    assert report_statistics.median_cell([80.0, 90.0, 82.0]) == "82.0 (median of 3 seeds)"
+    assert report_statistics.median_cell([80.0]) == "80.0 (one seed)"
+    assert report_statistics.median_cell([]) == report_statistics.MISSING
+    assert report_scores.LAYOUTS["nas"].text([80.0, 90.0, 82.0]) == "82.0 (median of 3 seeds)"
+    assert report_scores.LAYOUTS["table2-tuned"].text([80.0, 82.0]) == "81.0 ± 1.0 (2 seeds)"
