@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from os import environ
 from pathlib import Path
 from typing import Any, Optional
@@ -24,7 +24,7 @@ from typing import Any, Optional
 import run_record
 import sweep_store
 import torch
-from sweep_plan import PROTOCOLS, TASKS, VARIANTS, Run, planned, settings
+from sweep_plan import MINILM_ONLY, PROTOCOLS, TASKS, VARIANTS, Run, planned, settings
 from tqdm import tqdm
 from transformers import HfArgumentParser
 
@@ -115,6 +115,8 @@ class Sweep:
         self.failed: list[Run] = []
         self.elsewhere: dict[Run, float] = {}
         self.records: dict[Run, sweep_store.Record] = {}
+        label = run_record.model_label(args.model_name_or_path).split("/")[-1]
+        self.about = sweep_store.About(label, changed_settings(self.extra))
         self.read()
 
     # -- what there is ---------------------------------------------------------------------------------------------
@@ -122,11 +124,11 @@ class Sweep:
     def read(self) -> list[Run]:
         """Read the finished runs again; returns all runs in their order."""
         args = self.args
-        label = run_record.model_label(args.model_name_or_path).split("/")[-1]
-        changed = changed_settings(self.extra)
-        self.records = sweep_store.finished(self.out, [Path(p) for p in args.reuse], label, changed)
+        self.records = sweep_store.finished(self.out, [Path(p) for p in args.reuse], self.about)
+        self.elsewhere = {run: moment for run, moment in self.elsewhere.items() if run not in self.records}
         scores = sweep_store.holdout_scores(self.records)
-        return planned(scores, args.seeds, args.tasks, args.variants, args.protocols)
+        runs = planned(scores, args.seeds, args.tasks, args.variants, args.protocols)
+        return runs if self.about.model == sweep_store.MODEL else [r for r in runs if r.variant not in MINILM_ONLY]
 
     def work(self, run: Run) -> Path:
         """Folder of a run in training."""
@@ -154,6 +156,7 @@ class Sweep:
     def train(self) -> int:
         """Train until all is finished or the budget ends; returns the number of runs that failed."""
         deadline = time.monotonic() + 3600 * (self.args.budget_hours or float("inf"))
+        self.about.write(self.out)
         runs = self.read()
         for run in self.records:
             self.clear(run)
@@ -193,7 +196,7 @@ class Sweep:
         folder = self.work(run)
         folder.mkdir(parents=True, exist_ok=True)
         log = folder / "log.txt"
-        variables = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false"}
+        variables = {"OMP_NUM_THREADS": str(self.threads), "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
         command = self.command(run)
         if device == "cpu":
             command.append("--use_cpu")
@@ -236,15 +239,17 @@ class Sweep:
 
 
 def changed_settings(extra: Sequence[str]) -> dict[str, Any]:
-    """The settings in `--name value` words that train_glue.py records, as it records them."""
+    """The settings in `--name value` words that decide what a run is, as train_glue.py records them."""
     if not extra:
         return {}
     from glue_arguments import GlueTrainingArguments, ScriptArguments, run_config
     from glue_methods import MethodArguments
 
     parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments))
-    config = run_config(*parser.parse_args_into_dataclasses(["--task", "rte", *extra]))
-    return {name: config[name] for word in extra if (name := word.removeprefix("--").split("=")[0]) in config}
+    script, method, training = parser.parse_args_into_dataclasses(["--task", "rte", "--use_cpu", *extra])
+    config = {**run_config(script, method, training), **asdict(method)}
+    names = [word.removeprefix("--").split("=")[0] for word in extra if word.startswith("--")]
+    return {name: config[name] for name in names if name in config and name != "float32_matmul_precision"}
 
 
 def listing(sweep: Sweep) -> str:

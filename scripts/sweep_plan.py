@@ -14,6 +14,8 @@ from typing import Any, Optional
 #: Share of the train rows on which the tuned protocol chooses a learning rate.
 HOLDOUT_SHARE = 0.1
 PAPER_LR = 2e-5
+#: Of the runs that a learning rate is chosen among.
+GRID_SEED = 0
 #: Smallest first: a run of one of the first two takes a third of the time of one of the others.
 TASKS = (("rte", "mrpc"), ("cola", "stsb"))
 #: Learning rates of the tuned protocol lie on a ladder of half decades; a grid whose best is at its end goes on there.
@@ -147,12 +149,8 @@ VARIANTS: dict[str, Variant] = {
     "learner8_p2": _learner(8, 2.0),
     "learner8_p0": _learner(8, 0.0),
     "lora8": _lora(8),
-    "adapter_sequential": Variant(
-        "sequential adapters", "bottleneck", {"mode": "sequential", "bottleneck_dim": 128}, _ADDED
-    ),
-    "adapter_parallel": Variant(
-        "parallel adapters", "bottleneck", {"mode": "parallel", "bottleneck_dim": 256}, _ADDED
-    ),
+    "adapter_sequential": Variant("sequential adapters, 256", "bottleneck", _SEQUENTIAL, _ADDED),
+    "adapter_parallel": Variant("parallel adapters, 512", "bottleneck", _PARALLEL, _ADDED),
     "adalora64": Variant("AdaLoRA, r = 64", "adalora", {"r": 64}, _ADDED),
     "shira64": Variant("SHiRA, r = 64", "shira", {"r": 64}, _ADDED),
     "prompt20": Variant("prompt tuning, 20 tokens", "prompt_tuning", {"num_virtual_tokens": 20}, (3e-3, 1e-2, 3e-2)),
@@ -166,10 +164,15 @@ VARIANTS: dict[str, Variant] = {
     "learner8_p1": _learner(8, 1.0),
     "learner128_p1": _learner(128, 1.0),
     "u_bitfit37": _bias_search("U", 37),
+    "s_bitfit37": _bias_search("S", 37),
     "learner64_p2_slow": _attempt("p = 2, primed weights at a tenth of the rate", priming_lr_scale=0.1),
     "learner64_p2_warm": _attempt("p = 2, 6 % warm-up", warmup_steps=0.06),
     "learner64_p4": _attempt("p = 4", priming_epochs=4.0),
 }
+
+
+#: Variants with a budget in parameters of one model.
+MINILM_ONLY = tuple(name for name, variant in VARIANTS.items() if variant.arguments.get("parameter_budget", 0) > 1)
 
 
 @dataclass(frozen=True, order=True)
@@ -197,25 +200,42 @@ class Run:
         return run if run.name == name else None
 
 
+#: What no protocol and no variant changes.
+COMMON: Mapping[str, Any] = {
+    "warmup_steps": 0,
+    "holdout_share": 0.0,
+    "train_sampling_strategy": "random",
+    "per_device_train_batch_size": 16,
+    "gradient_accumulation_steps": 1,
+    "lr_scheduler_type": "linear",
+    "optim": "adamw_torch_fused",
+    "weight_decay": 0.0,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.999,
+    "adam_epsilon": 1e-8,
+    "max_grad_norm": 1.0,
+    "label_smoothing_factor": 0.0,
+    "load_best_model_at_end": False,
+    "bf16": False,
+    "fp16": False,
+    "max_length": 128,
+    "pad_to_max_length": False,
+    "max_train_samples": None,
+    "max_eval_samples": None,
+    "max_steps": -1,
+}
+
+
 def settings(run: Run) -> dict[str, Any]:
     """What tells the run from others, by the names of train_glue.py's arguments; its record must say the same."""
     protocol, variant = PROTOCOLS[run.protocol], VARIANTS[run.variant]
     epochs = protocol.search_epochs if variant.method == "nas_lora" else protocol.epochs
     return {
-        "warmup_steps": 0,
-        "holdout_share": 0.0,
-        "train_sampling_strategy": "random",
+        **COMMON,
         **protocol.arguments,
         **variant.arguments,
-        "max_train_samples": None,
-        "max_eval_samples": None,
-        "max_steps": -1,
         "learning_rate": run.lr,
         "num_train_epochs": float(epochs),
-        "per_device_train_batch_size": 16,
-        "lr_scheduler_type": "linear",
-        "weight_decay": 0.0,
-        "max_length": 128,
         "seed": run.seed,
     }
 
@@ -229,11 +249,11 @@ def planned(
 ) -> list[Run]:
     """All runs in their order, finished ones too, as far as the finished ones tell which come.
 
-    The learning rates of further seeds are known once the first seed's grid is finished.
+    The learning rates of other seeds are known once the grid of `GRID_SEED` is finished.
 
     Args:
         scores: held-out score of each finished run (None where nothing is held out).
-        seeds: in their order; the first is the one of the grids.
+        seeds: in their order; grids are those of `GRID_SEED`.
         tasks, variants, protocols: only these; None: all.
     """
     order = dict.fromkeys(_in_order(scores, seeds))
@@ -250,28 +270,43 @@ def _in_order(scores: Mapping[Run, Optional[float]], seeds: Sequence[int]) -> It
     core = [name for name, variant in VARIANTS.items() if variant.core]
     attempts = [name for name, variant in VARIANTS.items() if variant.attempt]
     rest = [name for name in VARIANTS if name not in (*core, *attempts)]
-    first, further = seeds[0], seeds[1:]
-    for tasks in TASKS:
-        for group in (core, rest):
-            yield from _fixed_rates("paper", group, tasks, first)
-            yield from _fixed_rates("nas", group, tasks, first)
-            yield from _grid(scores, group, tasks, first)
-            if group is core and tasks == TASKS[0]:
-                yield from _grid(scores, attempts, tasks, first)
-        if tasks == TASKS[0]:
-            yield from _fixed_rates("curves", core, tasks, first)
+    (small, large), (first, *further) = TASKS, seeds
+
+    def trained(group: Sequence[str], tasks: Sequence[str], seed: int) -> Iterator[Run]:
+        yield from _fixed_rates("paper", group, tasks, seed)
+        yield from _fixed_rates("nas", group, tasks, seed)
+        yield from _tuned(scores, group, tasks, seed)
+
+    yield from trained(core, small, first)
+    yield from _tuned(scores, attempts, small, first)
+    yield from trained(rest, small, first)
+    # From here on in turn: what says how sure a difference is, and what says on which tasks it holds.
+    for seed in further[:1]:
+        yield from trained(core, small, seed)
+    yield from trained(core, large, first)
+    for seed in further[1:]:
+        yield from trained(core, small, seed)
+    yield from _fixed_rates("curves", core, small, first)
     for seed in further:
-        for tasks in TASKS:
-            for group in (core, rest):
-                yield from _fixed_rates("paper", group, tasks, seed)
-                yield from _fixed_rates("nas", group, tasks, seed)
-                yield from (
-                    Run("tuned", task, name, best, seed)
-                    for name in group
-                    for task in tasks
-                    if (best := best_rate(scores, task, name, first)) is not None
-                    and not missing_rates(scores, task, name, first)
-                )
+        yield from _tuned(scores, attempts, small, seed)
+        yield from trained(rest, small, seed)
+    yield from trained(rest, large, first)
+    for seed in further:
+        yield from trained([*core, *rest], large, seed)
+
+
+def _tuned(
+    scores: Mapping[Run, Optional[float]], group: Sequence[str], tasks: Sequence[str], seed: int
+) -> Iterator[Run]:
+    """The grids; of other seeds than theirs, the rates that they chose."""
+    if seed == GRID_SEED:
+        yield from _grid(scores, group, tasks, seed)
+        return
+    for name in group:
+        for task in tasks:
+            best = best_rate(scores, task, name, GRID_SEED)
+            if best is not None and VARIANTS[name].lrs and not missing_rates(scores, task, name, GRID_SEED):
+                yield Run("tuned", task, name, best, seed)
 
 
 def _fixed_rates(protocol: str, group: Iterable[str], tasks: Iterable[str], seed: int) -> Iterator[Run]:
@@ -306,21 +341,20 @@ def rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: 
 
 
 def best_rate(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> Optional[float]:
-    """The finished learning rate with the best score on the held-out rows, the lower of two equal ones."""
+    """The finished learning rate with the best score on the held-out rows; None if all diverged. Of two equal ones the
+    higher: they are equal mostly where nothing was learned yet."""
     found = {lr: scores[Run("tuned", task, variant, lr, seed)] for lr in rates(scores, task, variant, seed)}
-    known = {lr: score for lr, score in found.items() if score is not None}
-    return max(known, key=lambda lr: (known[lr], -lr)) if known else None
+    known = {lr: score for lr, score in found.items() if score is not None and score > float("-inf")}
+    return max(known, key=lambda lr: (known[lr], lr)) if known else None
 
 
 def missing_rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:
-    """Rates that the search still needs: those of the grid, then one beyond its end while that alone is best."""
+    """Rates that the search still needs: those of the grid, then one beyond its end as long as that is best, and one
+    below it as long as all diverged."""
     tried = rates(scores, task, variant, seed)
     if missing := [lr for lr in VARIANTS[variant].lrs if lr not in tried]:
         return missing
     best = best_rate(scores, task, variant, seed)
-    beyond = {tried[0]: -1, tried[-1]: 1}
-    found = [scores[Run("tuned", task, variant, lr, seed)] for lr in tried]
-    if best not in beyond or found.count(max(score for score in found if score is not None)) > 1:
-        return []
-    index = LADDER.index(best) + beyond[best]
-    return [LADDER[index]] if 0 <= index < len(LADDER) else []
+    if best is None or best == tried[0]:
+        return [lr for lr in LADDER if lr < tried[0]][-1:]
+    return [lr for lr in LADDER if lr > best][:1] if best == tried[-1] else []

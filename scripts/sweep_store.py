@@ -1,44 +1,78 @@
 """What a sweep has finished: its folder of results files, and the learning rates that follow from them."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
 import run_record
 from glue_metrics import METRIC_NAMES
-from sweep_plan import PROTOCOLS, VARIANTS, Run, best_rate, missing_rates, settings
+from sweep_plan import GRID_SEED, PROTOCOLS, VARIANTS, Run, best_rate, missing_rates, settings
 
 Record = dict[str, Any]
 #: What a record that does not name a setting was made with: the settings are younger than some records.
 DEFAULTS: Mapping[str, Any] = {"holdout_share": 0.0, "train_sampling_strategy": "random"}
 MODEL = "all-MiniLM-L6-v2"
+#: Says what all runs of a folder have in common that is not in their names.
+ABOUT = "sweep.json"
 
 
-def finished(
-    folder: Path, reuse: Sequence[Path] = (), model: Optional[str] = MODEL, changed: Optional[Mapping[str, Any]] = None
-) -> dict[Run, Record]:
+@dataclass(frozen=True)
+class About:
+    """What all runs of a sweep have in common.
+
+    Attributes:
+        model: label of the model: the last part of its Hub id or folder.
+        settings: settings of all runs that are not those of `sweep_plan.settings`.
+    """
+
+    model: str = MODEL
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Optional["About"]:
+        """What a sweep wrote into its folder; None if it wrote nothing."""
+        found = run_record.read_json(folder / ABOUT)
+        return cls(found["model"], found["settings"]) if found else None
+
+    def write(self, folder: Path) -> None:
+        """
+        Raises:
+            ValueError: the folder is one of another model or of other settings.
+        """
+        there = self.read(folder)
+        if there is None:
+            run_record.write_json(folder / ABOUT, asdict(self))
+        elif there != self:
+            raise ValueError(
+                f"{folder} holds a sweep of {there.model} with the settings {dict(there.settings)}, and this one is "
+                f"of {self.model} with {dict(self.settings)}. Choose another --out."
+            )
+
+
+def finished(folder: Path, reuse: Sequence[Path] = (), about: Optional[About] = None) -> dict[Run, Record]:
     """The finished runs of a sweep and what their files hold.
 
     Args:
         folder: of the sweep; a file is named after its run.
         reuse: folders of records of `train_glue.py` with names of their own; those that were made with the settings of
             a run stand for it.
-        model: label of the model; None: any.
-        changed: settings of all runs of this sweep that are not those of `sweep_plan.settings`.
+        about: the sweep's; None: as the folder says.
 
     Raises:
         ValueError: a file of `folder` was made with other settings than its name says.
     """
+    about = about or About.read(folder) or About()
     records: dict[Run, Record] = {}
     for _, record in _records(reuse):
         for run in _runs_like(record):
-            if not differences(record, run, model, changed):
+            if not differences(record, run, about):
                 records.setdefault(run, record)
     for path, record in _records([folder]):
         run = Run.parse(path.stem)
         if run is None:
             continue
-        if found := differences(record, run, model, changed):
+        if found := differences(record, run, about):
             raise ValueError(
                 f"{path} was made with other settings ({'; '.join(found)}). Choose another --out for this sweep, or "
                 "delete the file to train again."
@@ -47,21 +81,18 @@ def finished(
     return records
 
 
-def differences(
-    record: Record, run: Run, model: Optional[str] = None, changed: Optional[Mapping[str, Any]] = None
-) -> list[str]:
+def differences(record: Record, run: Run, about: About) -> list[str]:
     """What in a record is not as the run is to be made; empty: the record is the run's."""
     config = {**DEFAULTS, **record["config"]}
-    expected = {**settings(run), **{key: value for key, value in (changed or {}).items() if key in config}}
-    found = [
-        f"{key} {config.get(key)!r} there, {value!r} here"
-        for key, value in expected.items()
-        if config.get(key) != value
-    ]
-    names = {"method": VARIANTS[run.variant].method, "task": run.task, **({"model": model} if model else {})}
+    changed = {key: value for key, value in about.settings.items() if key in config}
+    expected = {"method": VARIANTS[run.variant].method, "task": run.task, "model": about.model}
+    expected |= {**settings(run), **changed}
+    expected["total_batch_size"] = expected["per_device_train_batch_size"] * expected["gradient_accumulation_steps"]
+    model = str(record.get("model")).split("/")[-1]
+    found = {**config, "method": record.get("method"), "task": record.get("task"), "model": model}
     return [
-        f"{key} {record.get(key)!r} there, {value!r} here" for key, value in names.items() if record.get(key) != value
-    ] + found
+        f"{key} {found.get(key)!r} there, {value!r} here" for key, value in expected.items() if found.get(key) != value
+    ]
 
 
 def score(values: Optional[Mapping[str, Optional[float]]], task: str, prefix: str = "") -> Optional[float]:
@@ -86,7 +117,7 @@ def holdout_scores(records: Mapping[Run, Record]) -> dict[Run, Optional[float]]:
     return scores
 
 
-def chosen(records: Mapping[Run, Record], seed: int = 0) -> dict[tuple[str, str], float]:
+def chosen(records: Mapping[Run, Record], seed: int = GRID_SEED) -> dict[tuple[str, str], float]:
     """Learning rate of the tuned protocol by task and variant: the best on held-out rows, of the finished ones."""
     scores = holdout_scores(records)
     cells = {(run.task, run.variant) for run in records if run.protocol == "tuned"}
@@ -94,7 +125,7 @@ def chosen(records: Mapping[Run, Record], seed: int = 0) -> dict[tuple[str, str]
     return {cell: rate for cell, rate in rates.items() if rate is not None}
 
 
-def is_searched(records: Mapping[Run, Record], task: str, variant: str, seed: int = 0) -> bool:
+def is_searched(records: Mapping[Run, Record], task: str, variant: str, seed: int = GRID_SEED) -> bool:
     """Whether the grid of learning rates is finished, and goes on beyond none of its ends."""
     return not missing_rates(holdout_scores(records), task, variant, seed)
 

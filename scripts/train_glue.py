@@ -114,8 +114,9 @@ def open_run(
         finished = run_record.read_json(results_file)
         finished = finished if finished is not None and finished.get("finished") else None
         earlier = {key: finished.get(key) for key in identity} if finished else None
-        if run_record.checkpoints(folder) and not finished:
-            earlier = run_record.read_json(record)
+        begun = run_record.read_json(record) if run_record.checkpoints(folder) and not finished else None
+        if begun:
+            earlier = {key: begun.get(key) for key in identity}
         if earlier is not None and (changed := run_record.differences(earlier, identity)):
             raise ValueError(
                 f"--output_dir {folder} holds a run with other settings ({'; '.join(changed)}). Choose another "
@@ -124,7 +125,7 @@ def open_run(
         if finished:
             return finished, None
         if main:
-            run_record.write_json(record, identity)
+            run_record.write_json(record, {**(begun or {}), **identity})
         return None, run_record.last_complete_checkpoint(folder)
 
 
@@ -165,6 +166,31 @@ def build_trainer(
         "total": sum(p.numel() for p in model.parameters()),
     }
     return trainer, about, holdout
+
+
+def check_rows(record: Path, rows: dict[str, int], checkpoint: Optional[Path], trainer: Trainer) -> None:
+    """Keep beside a run's settings how many rows it has.
+
+    Raises:
+        ValueError: the run that is to go on had others.
+    """
+    there = run_record.read_json(record) or {}
+    if checkpoint and there.get("rows", rows) != rows:
+        raise ValueError(
+            f"{record.parent} holds a run on other rows ({there['rows']} there, {rows} here). Give it the same "
+            "--data_dir, or --overwrite to start again."
+        )
+    if trainer.is_world_process_zero():
+        run_record.write_json(record, {**there, "rows": rows})
+
+
+def learned_architecture(model: torch.nn.Module) -> dict[str, Any]:
+    """What a search has kept, for the record; nothing for a method that searches none."""
+    if not hasattr(tuner := getattr(model, "base_model", None), "architecture"):
+        return {}
+    found = tuner.architecture()
+    fields = {"granularity": found.granularity, "r": found.r, "budget": found.budget, "rows": found.rows()}
+    return {"architecture": fields}
 
 
 def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,6 +234,7 @@ def train(
     """Train, evaluate and save; returns what the results file says about the run, without its settings."""
     trainer, about, holdout = build_trainer(args, method_args, training_args)
     say(f"Rows: {about['rows']}. Parameters: {about['trained']:,} of {about['total']:,} trained.")
+    check_rows(Path(training_args.output_dir) / "run_config.json", about["rows"], checkpoint, trainer)
     if checkpoint:
         say(f"Going on from {checkpoint}")
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -232,6 +259,7 @@ def train(
         "epochs": epochs,
         "final": final,
         **held_out,
+        **learned_architecture(trainer.accelerator.unwrap_model(trainer.model)),
         "metrics_source": about["metrics_source"],
         "phases": phases,
         "wall_seconds": {

@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -29,7 +30,8 @@ def record(run: Run, **changes: object) -> dict:
     """A finished record of a run, as train_glue.py would write it."""
     from sweep_plan import VARIANTS, settings
 
-    config = {**settings(run), "max_train_samples": None, **changes.pop("config", {})}
+    config = {**settings(run), **changes.pop("config", {})}
+    config.setdefault("total_batch_size", config["per_device_train_batch_size"])
     fields = {"method": VARIANTS[run.variant].method, "task": run.task, "model": sweep_store.MODEL}
     return {**fields, "config": config, "final": {"eval_accuracy": 0.5}, "finished": True, **changes}
 
@@ -54,7 +56,20 @@ def test_unfinished_foreign_and_broken_files_are_no_runs(tmp_path):
     assert set(sweep_store.finished(tmp_path)) == {PAPER}
 
 
-@pytest.mark.parametrize("config", [{"r": 8}, {"seed": 1}, {"num_train_epochs": 4.0}, {"holdout_share": 0.1}])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"r": 8},
+        {"seed": 1},
+        {"num_train_epochs": 4.0},
+        {"holdout_share": 0.1},
+        {"optim": "adafactor"},
+        {"total_batch_size": 32},  # of two processes
+        {"load_best_model_at_end": True},  # which would choose on dev
+        {"bf16": True},
+        {"max_train_samples": 64},
+    ],
+)
 def test_a_file_made_with_other_settings_than_its_name_says_is_refused(config, tmp_path):
     write(tmp_path, PAPER.name, record(PAPER, config=config))
     (key,) = config
@@ -120,6 +135,28 @@ def test_the_list_marks_what_is_finished(tmp_path, capsys):
     assert lines == ["  paper-rte-full-lr2e-05-seed0", f"x {PAPER.name}", "1 of 2 finished"]
 
 
+def test_a_folder_is_one_sweeps_and_says_whose(tmp_path):
+    about = sweep_store.About("tiny", {"max_train_samples": 64})
+    about.write(tmp_path)
+    about.write(tmp_path)
+    assert sweep_store.About.read(tmp_path) == about
+    with pytest.raises(ValueError, match="holds a sweep of tiny with .*64.* this one is of tiny with {}"):
+        sweep_store.About("tiny").write(tmp_path)
+    cut = record(PAPER, model="somebody/tiny", config={"max_train_samples": 64})
+    write(tmp_path, PAPER.name, cut)
+    assert set(sweep_store.finished(tmp_path)) == {PAPER}  # as the folder says
+
+
+def test_a_model_of_the_hub_and_its_folder_are_one(tmp_path):
+    write(tmp_path, PAPER.name, record(PAPER, model=f"sentence-transformers/{sweep_store.MODEL}"))
+    assert set(sweep_store.finished(tmp_path)) == {PAPER}
+
+
+def test_settings_of_methods_after_the_dashes_are_known():
+    assert sweep.changed_settings(["--retention_ratio", "0.5", "--bf16"]) == {"retention_ratio": 0.5, "bf16": True}
+    assert sweep.changed_settings(["--float32_matmul_precision", "medium"]) == {}
+
+
 def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
     write(tmp_path, PAPER.name, record(PAPER))
     words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path), "--list"]
@@ -177,27 +214,33 @@ def without_times(value: object) -> object:
 
 
 def results(folder: Path) -> dict[str, object]:
-    return {path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*.json")}
+    return {path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*-seed*.json")}
 
 
 @pytest.mark.slow
 def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files_of_unbroken_runs(words, tmp_path):
     alone, out = tmp_path / "alone", tmp_path / "out"
-    command = [sys.executable, str(SCRIPTS / "sweep.py"), *words(out, "--jobs", "2")]
-    unbroken = sweep.parsed(words(alone))
+    command = [sys.executable, str(SCRIPTS / "sweep.py"), *words(out, "--jobs", "2"), "--num_train_epochs", "24"]
+    unbroken = sweep.parsed([*words(alone), "--num_train_epochs", "24"])
     for run in unbroken.read():
         train_glue.main([*unbroken.command(run)[2:], "--use_cpu"])
     expected = results(alone)
     assert len(expected) == 2
 
-    rng = random.Random()
+    rng, seen, logs = random.Random(), set(), ""
     for _ in range(3):
         process = subprocess.Popen(command, start_new_session=True)
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(rng.uniform(6, 14))
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        try:
+            while not (new := {*(out / ".work").glob("*/checkpoint-*")} - seen) and process.poll() is None:
+                time.sleep(0.02)
+            time.sleep(rng.uniform(0, 0.5))
+            logs += "".join(path.read_text() for path in (out / ".work").glob("*/log.txt"))
+            seen |= new
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert "Going on from" in logs  # the kills met runs in training
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert results(out) == expected

@@ -73,7 +73,16 @@ def test_every_variant_is_trained_on_the_small_tasks_before_any_second_seed():
     second = next(i for i, run in enumerate(runs) if run.seed != 0)
     before = {(run.variant, run.task) for run in runs[:second]}
     assert before >= {(name, task) for name in VARIANTS for task in SMALL}
-    assert [run.seed for run in runs] == sorted(run.seed for run in runs)
+    assert {run.task for run in runs[:second]} == {*SMALL}
+
+
+def test_main_methods_get_a_second_seed_before_other_tasks_are_begun():
+    runs = planned(all_finished())
+    elsewhere = next(i for i, run in enumerate(runs) if run.task not in SMALL)
+    again = {(run.protocol, run.variant, run.task) for run in runs[:elsewhere] if run.seed == 1}
+    assert again >= {
+        (p, name, task) for p in ("paper", "tuned") for name in CORE if VARIANTS[name].lrs for task in SMALL
+    }
 
 
 def test_prefixes_are_balanced():
@@ -92,9 +101,11 @@ def test_prefixes_are_balanced():
         ([60.0, 62.0, 61.0], 3e-4, []),
         ([60.0, 61.0, 62.0], 1e-3, [3e-3]),
         ([63.0, 61.0, 62.0], 1e-4, [3e-5]),
-        ([60.0, 62.0, 62.0], 3e-4, []),  # the lower of two equal ones
+        ([60.0, 62.0, 62.0], 1e-3, [3e-3]),  # the higher of two equal ones
+        ([60.0, 60.0, 59.0], 3e-4, []),
+        ([50.0, 50.0, 50.0], 1e-3, [3e-3]),  # nothing is learned yet
         ([60.0, float("-inf"), 59.0], 1e-4, [3e-5]),
-        ([60.0, 60.0, 59.0], 1e-4, []),  # not better than its neighbour
+        ([float("-inf")] * 3, None, [3e-5]),  # all diverged
     ],
 )
 def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
@@ -138,3 +149,15 @@ def test_the_recipes():
     assert settings(Run("nas", "rte", "bitfit", 3e-3, 0))["num_train_epochs"] == 3
     assert {settings(Run(p, "rte", "full", 1e-4, 0))["holdout_share"] for p in PROTOCOLS if p != "tuned"} == {0.0}
     assert settings(tuned(1e-4))["holdout_share"] == sweep_plan.HOLDOUT_SHARE
+
+
+def test_a_rate_off_the_ladder_is_a_rate():
+    found = {**grids([60.0, 61.0, 62.0]), tuned(2e-3): 63.0}
+    assert best_rate(found, "rte", "lora64", 0) == 2e-3
+    assert missing_rates(found, "rte", "lora64", 0) == [3e-3]
+
+
+def test_without_its_seed_a_grid_is_not_trained_and_its_choice_holds():
+    found = grids([60.0, 62.0, 61.0])
+    runs = planned(found, [1, 2], ["rte"], ["lora64"], ["tuned"])
+    assert runs == [tuned(3e-4, seed=1), tuned(3e-4, seed=2)]

@@ -301,6 +301,31 @@ def test_other_settings_are_refused_and_overwrite_starts_again(arguments, tmp_pa
     assert run_record.read_json(tmp_path / "run" / "results.json")["config"]["r"] == 2
 
 
+def test_a_run_goes_on_on_its_own_rows_only(arguments, tmp_path):
+    train_glue.main(arguments(max_steps=3, save_steps=3))
+    (tmp_path / "run" / "results.json").unlink()
+    record = run_record.read_json(tmp_path / "run" / "run_config.json")
+    assert record["rows"] == {"train": 48, "dev": 24}
+    run_record.write_json(tmp_path / "run" / "run_config.json", {**record, "rows": {"train": 40, "dev": 24}})
+    with pytest.raises(ValueError, match="holds a run on other rows .*40.*48.*--data_dir"):
+        train_glue.main(arguments(max_steps=3, save_steps=3))
+
+
+def test_a_search_leaves_its_architecture_in_the_record(arguments, tmp_path):
+    found = train_glue.main(arguments(method="nas_lora", parameter_budget=40))["architecture"]
+    assert (found["granularity"], found["r"], found["budget"]) == ("unstructured", 4, 40)
+    assert sum(row["parameters"] for row in found["rows"]) == 40
+    other = tmp_path / "other"
+    assert "architecture" not in train_glue.main(arguments(method="full", output_dir=other))
+
+
+def test_held_out_rows_are_scored_beside_dev(arguments):
+    found = train_glue.main(arguments(holdout_share=0.25))
+    assert found["rows"] == {"train": 36, "dev": 24, "holdout": 12}
+    assert set(found["holdout"]) == {"loss", "matthews_correlation"} and set(found["final"]) >= {"eval_loss"}
+    assert found["config"]["holdout_share"] == 0.25
+
+
 def test_wrong_arguments_are_named(arguments, tmp_path):
     for change, error, message in (
         ({"max_length": 64}, ValueError, "--max_length must be from 1 to 32 for this model, got 64"),
