@@ -9,21 +9,19 @@ seeds, the same search space. So are the learned architectures shown in arXiv 23
 
 import argparse
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
-import matplotlib
 import numpy as np
+import plot_bench  # chooses matplotlib's backend
 import run_record
+from matplotlib import pyplot as plt
+from matplotlib.ticker import PercentFormatter
 from plot_nodes import short_names
 
 from peft_learners import Architecture, NASLoRAConfig
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.ticker import PercentFormatter
 
 OUTSIDE = "outside the blocks"
 LABELS = {"low_rank": "low-rank", "bias": "bias"}
@@ -58,6 +56,34 @@ class Table:
     shares: list[list[Optional[float]]]
 
 
+@dataclass(frozen=True)
+class RecordedArchitecture:
+    """What a record of `train_glue.py` says of an architecture: as much of `Architecture` as `average` takes.
+
+    Attributes:
+        granularity: "structured" or "unstructured".
+        budget: parameters that could be kept.
+        recorded_rows: as `Architecture.rows()` gives them.
+    """
+
+    granularity: str
+    budget: int
+    recorded_rows: Sequence[Mapping[str, Any]]
+
+    @classmethod
+    def of(cls, record: Mapping[str, Any]) -> "RecordedArchitecture":
+        """That of a finished run of NAS-LoRA."""
+        found = record["architecture"]
+        return cls(found["granularity"], found["budget"], found["rows"])
+
+    def rows(self) -> Sequence[Mapping[str, Any]]:
+        """One row per update of the search space."""
+        return self.recorded_rows
+
+
+AnyArchitecture = Union[Architecture, RecordedArchitecture]
+
+
 def read_architecture(folder: Path) -> Architecture:
     """The architecture in the folder of a saved adapter.
 
@@ -89,11 +115,11 @@ def split_name(module: str) -> tuple[str, str]:
     return "", module
 
 
-def average(architectures: Mapping[str, Architecture]) -> Table:
+def average(architectures: Mapping[str, AnyArchitecture]) -> Table:
     """The table of several architectures of one search space.
 
     Args:
-        architectures: by what an error calls their adapters.
+        architectures: of adapters, or of records of runs; by what an error calls them.
 
     Raises:
         ValueError: other granularities or search spaces.
@@ -124,7 +150,7 @@ def average(architectures: Mapping[str, Architecture]) -> Table:
     means = {place: sum(shares) / len(shares) for place, shares in places.items()}
     return Table(
         granularity=reference.granularity,
-        space=reference.space,
+        space=sum(sizes.values()),
         budgets=[architecture.budget for architecture in architectures.values()],
         rows=[block or OUTSIDE for block in blocks],
         columns=columns,
@@ -132,7 +158,7 @@ def average(architectures: Mapping[str, Architecture]) -> Table:
     )
 
 
-def _sizes(architecture: Architecture) -> dict[tuple[str, str], int]:
+def _sizes(architecture: AnyArchitecture) -> dict[tuple[str, str], int]:
     """Parameters in the search space by module and kind of update."""
     return {(str(row["module"]), str(row["kind"])): int(row["of"]) for row in architecture.rows()}
 
@@ -185,8 +211,12 @@ def title_of(table: Table) -> str:
     return f"NAS-LoRA ({table.granularity}): share kept by a budget of {budget} of {table.space:,} parameters{among}"
 
 
-def draw(table: Table, path: Path, title: str) -> None:
-    """Draw the table into a PNG file."""
+def draw(table: Table, path: Path, title: str, metadata: Optional[Mapping[str, str]] = None) -> None:
+    """Draw the table into a PNG file.
+
+    Args:
+        metadata: texts by keyword, to be written into the file.
+    """
     shares = np.array([[np.nan if share is None else share for share in row] for row in table.shares])
     height, width = shares.shape
     figure, axis = plt.subplots(figsize=(2.5 + 0.42 * width, 2.5 + 0.32 * height), layout="constrained")
@@ -204,9 +234,7 @@ def draw(table: Table, path: Path, title: str) -> None:
     axis.set_xticks(range(width), [f"{c.module} {LABELS[c.kind]}" for c in table.columns], rotation=90, fontsize=8)
     axis.set_title(title, fontsize=10, wrap=True)
     figure.colorbar(picture, ax=axis, label="kept", format=PercentFormatter(1.0))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    plot_bench.save(figure, path, metadata)
 
 
 def main(argv: Optional[list[str]] = None) -> None:

@@ -1,11 +1,12 @@
 """Bring the report up to date: the tables in README.md and docs/results.md, and the pictures that they show.
 
     python scripts/report.py            # writes the tables between their markers, and draws the pictures
-    python scripts/report.py --check    # writes nothing; fails if a page is not up to date or a picture is missing
+    python scripts/report.py --check    # writes nothing; fails if a page or a picture is not up to date
 
 All of it comes from committed files: results/sweep and results/glue (scripts/sweep.py), results/bench
 (scripts/bench.py), results/architectures (scripts/plot_architecture.py) and results/papers.json (the papers' own
 numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->; so does a picture, as picture-NAME.
+A picture's file says what it was drawn from, so that only those are drawn again that show something else by now.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Report:
             "coverage": partial(coverage_table, self.results),
             "setting": partial(setting_table, self.results),
         }
-        self.pictures = {name: (what, draw) for name, what, draw in report_pictures.pictures(self.results)}
+        self.pictures = {picture.name: picture for picture in report_pictures.pictures(self.results)}
 
     def page(self, path: Path) -> str:
         """A page's text as it is to be.
@@ -81,10 +82,11 @@ class Report:
             raise ValueError(f"<!-- report:picture-{name} --> must name one of {known}.")
         if name not in self.pictures:
             return ["Not drawn yet: no finished runs."]
-        return [f"![{self.pictures[name][0]}]({_relative(self.figures / report_pictures.file_of(name), folder)})"]
+        found = self.pictures[name]
+        return [f"![{found.caption}]({_relative(self.figures / found.file, folder)})"]
 
     def architectures(self, folder: Path) -> Lines:
-        """The learned architectures that were drawn, each with its data."""
+        """The learned architectures that were drawn: of single adapters, each with its data, and of the sweep."""
         lines: Lines = []
         for path in sorted(self.figures.glob("*-architecture.png")):
             name = path.stem.removesuffix("-architecture")
@@ -96,24 +98,27 @@ class Report:
                 f"![What {name} kept, by block and module]({_relative(path, folder)})",
                 "",
             ]
+        for name, found in self.pictures.items():
+            if name.startswith("architecture-"):
+                lines += [f"{found.caption}:", "", *self.picture(name, folder), ""]
         return lines[:-1] or ["None drawn yet."]
 
     def stale(self, pages: tuple[Path, ...]) -> list[Path]:
-        """The pages whose text is not as it is to be, and the pictures that are not there."""
-        missing = (self.figures / report_pictures.file_of(name) for name in self.pictures)
-        changed = [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
-        return [*changed, *(path for path in missing if not path.is_file())]
+        """The pages whose text is not as it is to be, and the pictures that are not drawn from these results."""
+        return [*self._changed(pages), *(self.figures / picture.file for picture in self._undrawn())]
 
     def write(self, pages: tuple[Path, ...]) -> list[Path]:
-        """Write the pages and draw the pictures; returns the files that were written."""
-        changed = [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
+        """Write the pages and draw the pictures that are not up to date; returns the files that were written."""
+        changed = self._changed(pages)
         for page in changed:
             page.write_text(self.page(page), encoding="utf-8")
-        drawn = []
-        for name, (_, draw) in self.pictures.items():
-            drawn.append(self.figures / report_pictures.file_of(name))
-            draw(self.results, drawn[-1])
-        return [*changed, *drawn]
+        return [*changed, *(picture.draw(self.figures) for picture in self._undrawn())]
+
+    def _changed(self, pages: tuple[Path, ...]) -> list[Path]:
+        return [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
+
+    def _undrawn(self) -> list[report_pictures.Picture]:
+        return [picture for picture in self.pictures.values() if not picture.is_drawn(self.figures)]
 
 
 def _relative(path: Path, folder: Path) -> str:

@@ -51,21 +51,23 @@ METHODS = (
 def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
     """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order.
 
-    Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for backward),
-    *optimizer* (its state), and *peak*, the sum of these and of the gradients.
+    A method of the paper without benchmark rows has dashes beside the paper's numbers; other methods without rows are
+    left out. Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for
+    backward), *optimizer* (its state), and *peak*, the sum of these and of the gradients.
     """
     head = ["", "trained", "weights", "time / full", "time / LoRA", "stored", "optimizer", "peak"]
     theirs = papers.rows("learners", "table1")
     reference = theirs["full"]
     columns = ("total, M", "trained, M", "minutes", "/ full", "peak, GB")
     model = papers.model("learners")
+    measured = {method: phases for method in METHODS if (phases := _phases(rows, method, device))}
+    if not measured:
+        return [f"No rows of {SETTING} yet."]
     body = []
     for method in METHODS:
-        phases = [row_of(rows, SETTING, name, device) for name in method.rows]
-        found = [row for row in phases if row is not None and "skipped" not in row]
-        if len(found) < len(method.rows):
+        found, paper = measured.get(method, []), theirs.get(method.paper)
+        if not found and not paper:
             continue
-        paper = theirs.get(method.paper)
         body.append(
             [
                 method.label,
@@ -76,14 +78,19 @@ def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
                 *(_paper_cells(paper, reference) if paper else [MISSING] * len(columns)),
             ]
         )
-    if not body:
-        return [f"No rows of {SETTING} yet."]
     return markdown([*head, *(f"{model}: {columns[0]}", *columns[1:])], body)
 
 
+def _phases(rows: Sequence[Row], method: Method, device: str) -> list[Row]:
+    """A method's rows in the order of its phases; empty if one is not there or was skipped."""
+    found = [row_of(rows, SETTING, name, device) for name in method.rows]
+    measured = [row for row in found if row is not None and "skipped" not in row]
+    return measured if len(measured) == len(found) else []
+
+
 def _each(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
-    """The phases' cells, once where they are the same."""
-    return ", then ".join(dict.fromkeys(cell(row) for row in rows))
+    """The phases' cells, once where they are the same; a dash without phases."""
+    return ", then ".join(dict.fromkeys(cell(row) for row in rows)) or MISSING
 
 
 def _megabytes(row: Row, kind: str) -> str:

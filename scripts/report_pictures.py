@@ -1,29 +1,93 @@
-"""The report's pictures: convergence, and score against trained parameters."""
+"""Which pictures the report has and what they show: convergence, score against trained parameters, architectures."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import plot_bench  # chooses matplotlib's backend
+import plot_architecture
+import report_drawing
 import sweep_store
-from matplotlib import pyplot as plt
-from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter
-from report_runs import Record, Results, task_label
-from report_scores import average_tasks, listed
-from report_statistics import estimate
+from PIL import Image
+from report_drawing import Convergence, Curve, Heatmap, Line, Metadata, Point, Scores
+from report_runs import ALL_TASKS, Record, Results, task_label
+from report_scores import LAYOUTS, Layout, average_tasks, listed
 from sweep_plan import PROTOCOLS, VARIANTS
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 MARKERS = "os^vDP*Xp"
-Draw = Callable[[Results, Path], None]
-Curve = list[tuple[float, float]]
-SCORED = ("paper", "tuned", "nas")
+#: Whose learned architectures are drawn.
+SEARCHED = ("u_bitfit9", "u_bitfit18", "u_mam100", "s_mam100")
 #: Of all pictures that there can be.
-NAMES = ("scores", *(f"convergence-{protocol}" for protocol in PROTOCOLS))
+NAMES = (
+    "scores",
+    *(f"convergence-{protocol}" for protocol in PROTOCOLS),
+    *(f"architecture-{name}" for name in SEARCHED),
+)
+#: Keyword under which a file says what it was drawn from.
+KEYWORD = "Data-SHA256"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture, `sweep-NAME.png`.
+
+    Attributes:
+        caption: what it shows.
+        data: a dataclass with all that the drawing takes; numbers, texts and lists of them.
+        paint: draws the data into a file and writes texts into it.
+    """
+
+    name: str
+    caption: str
+    data: Any
+    paint: Callable[[Any, Path, Metadata], None]
+
+    @property
+    def file(self) -> str:
+        """Name of the file."""
+        return f"sweep-{self.name}.png"
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hexadecimal digits, of the name and the data as JSON, in their order and with nine digits."""
+        text = json.dumps(_canonical([self.name, asdict(self.data)]), separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def draw(self, folder: Path) -> Path:
+        """Draw it into its file; returns the path."""
+        path = folder / self.file
+        self.paint(self.data, path, {KEYWORD: self.digest})
+        return path
+
+    def is_drawn(self, folder: Path) -> bool:
+        """Whether its file is there, whole, and drawn from the same data."""
+        return _digest_in(folder / self.file) == self.digest
+
+
+def _canonical(value: Any) -> Any:
+    """Nine digits are as many as can be seen, and the same whatever way a mean was summed up."""
+    if isinstance(value, float):
+        return float(f"{value:.9g}")
+    if isinstance(value, Mapping):
+        return {key: _canonical(item) for key, item in value.items()}
+    return [_canonical(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _digest_in(path: Path) -> str | None:
+    """What a picture's file was drawn from; None if it does not say, or is no whole picture."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+            return image.info.get(KEYWORD)
+    except (OSError, SyntaxError, ValueError):
+        return None
 
 
 def curve_of(records: Sequence[Record], value: Callable[[Mapping], float | None]) -> Curve:
@@ -52,82 +116,88 @@ def style_of(variant: str) -> dict[str, str]:
     }
 
 
-def draw_convergence(results: Results, path: Path, protocol: str) -> None:
-    """Score on dev and training loss by epoch, a column per task, means over the seeds."""
-    names = main_variants(results, protocol)
-    tasks = [task for task in results.tasks(protocol) if any(results.cell(protocol, task, name) for name in names)]
-    width = max(8.0, 3.2 * len(tasks) + 2.4)
-    figure, grid = plt.subplots(2, len(tasks), squeeze=False, sharex=True, figsize=(width, 5.4), layout="constrained")
-    labelled: dict[str, Any] = {}
-    for column, task in enumerate(tasks):
-        measures: tuple[Callable[[Mapping], float | None], ...] = (
-            partial(sweep_store.score, task=task, prefix="eval_"),
-            lambda row: row["train_loss"],
-        )
-        for panel, measure in zip(grid[:, column], measures, strict=True):
-            for name in names:
-                if curve := curve_of(list(results.cell(protocol, task, name).values()), measure):
-                    label = VARIANTS[name].label
-                    (line,) = panel.plot(*zip(*curve, strict=True), markersize=4, label=label, **style_of(name))
-                    labelled.setdefault(label, line)
-        grid[0, column].set_title(task_label(task), fontsize=10)
-        grid[1, column].set_xlabel("epoch")
-        grid[1, column].xaxis.set_major_locator(MaxNLocator(integer=True))
-    grid[0, 0].set_ylabel("score on dev")
-    grid[1, 0].set_ylabel("training loss")
-    figure.legend(labelled.values(), labelled.keys(), fontsize=8, loc="outside right center")
-    figure.suptitle(_title(results, protocol, tasks, names), fontsize=11)
-    plot_bench.save(figure, path)
-
-
-def _title(results: Results, protocol: str, tasks: Sequence[str], names: Sequence[str]) -> str:
+def _seeds(results: Results, protocol: str, tasks: Sequence[str], names: Sequence[str]) -> str:
+    """How many seeds stand behind the cells."""
     seeds = {len(cell) for task in tasks for name in names if (cell := results.cell(protocol, task, name))}
     number = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    return f"{PROTOCOLS[protocol].label} ({number} seed{'' if seeds == {1} else 's'})"
+    return f"{number} seed{'' if seeds == {1} else 's'}"
 
 
-def draw_scores(results: Results, path: Path) -> None:
-    """Average score against trained parameters, a panel per protocol, with standard errors. A line leads to what a
-    method of several phases trains in its first."""
-    protocols = [protocol for protocol in SCORED if average_tasks(results, protocol)]
-    figure, panels = plt.subplots(
-        1, len(protocols), squeeze=False, figsize=(4.2 * len(protocols) + 2.4, 5.2), layout="constrained"
+def convergence(results: Results, protocol: str) -> Convergence:
+    """Score on dev and training loss of the main methods, means over the seeds."""
+    names = main_variants(results, protocol)
+    panels = {}
+    for task in results.tasks(protocol):
+        cells = {name: list(cell.values()) for name in names if (cell := results.cell(protocol, task, name))}
+        score = partial(sweep_store.score, task=task, prefix="eval_")
+        lines = [
+            Line(
+                VARIANTS[name].label,
+                style_of(name),
+                curve_of(cell, score),
+                curve_of(cell, lambda row: row["train_loss"]),
+            )
+            for name, cell in cells.items()
+        ]
+        if lines:
+            panels[task_label(task)] = lines
+    seeds = _seeds(results, protocol, results.tasks(protocol), names)
+    return Convergence(f"{PROTOCOLS[protocol].label} ({seeds})", panels)
+
+
+def scores(results: Results) -> Scores:
+    """Average score against trained parameters: what the tables of a protocol say."""
+    return Scores(dict(panel for layout in LAYOUTS.values() if (panel := _panel(results, layout))))
+
+
+def _panel(results: Results, layout: Layout) -> tuple[str, list[Point]] | None:
+    """A protocol's title and points; None if no method has an average."""
+    protocol = layout.protocol
+    tasks = average_tasks(results, protocol)
+    points = {}
+    for name in results.shown(protocol):
+        found = layout.centre(results.averages(protocol, tasks, name).values())
+        trained = results.trained(name, (protocol,))
+        if found and trained:
+            points[name] = Point(VARIANTS[name].label, style_of(name), *found, *trained)
+    if not points:
+        return None
+    seeds = _seeds(results, protocol, tasks, list(points))
+    middle = "medians, " if layout.medians and seeds != "1 seed" else ""
+    title = f"{PROTOCOLS[protocol].label} ({middle}{seeds})\n{listed([task_label(task) for task in tasks])}"
+    return title, list(points.values())
+
+
+def architecture(results: Results, variant: str) -> Picture | None:
+    """What a variant's runs by the NAS recipe kept, their mean; None if no record tells."""
+    cells = {task: results.cell("nas", task, variant) for task in ALL_TASKS}
+    found = {
+        (task, seed): plot_architecture.RecordedArchitecture.of(record)
+        for task, cell in cells.items()
+        for seed, record in cell.items()
+        if record.get("architecture")
+    }
+    if not found:
+        return None
+    table = plot_architecture.average(
+        {f"{variant} on {task}, seed {seed}": kept for (task, seed), kept in found.items()}
     )
-    labelled: dict[str, Any] = {}
-    for panel, protocol in zip(panels[0], protocols, strict=True):
-        tasks, shown = average_tasks(results, protocol), []
-        for name in results.shown(protocol):
-            found = estimate(results.averages(protocol, tasks, name).values())
-            trained = results.trained(name, (protocol,))
-            if found is None or trained is None:
-                continue
-            first, last = trained
-            panel.plot([first, last], [found.mean] * 2, color="0.85", linewidth=1, zorder=0)
-            point = panel.errorbar(last, found.mean, yerr=found.error, linestyle="", markersize=6, **style_of(name))
-            labelled.setdefault(VARIANTS[name].label, point)
-            shown.append(name)
-        panel.set_xscale("log")
-        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
-        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
-        panel.xaxis.set_minor_formatter(NullFormatter())
-        panel.set_xlabel("trained parameters in the last phase")
-        names = listed([task_label(task) for task in tasks])
-        panel.set_title(f"{_title(results, protocol, tasks, shown)}\n{names}", fontsize=8)
-    panels[0][0].set_ylabel("average score on dev")
-    figure.legend(labelled.values(), labelled.keys(), fontsize=7, loc="outside right center")
-    plot_bench.save(figure, path)
+    tasks = listed([task_label(task) for task in dict.fromkeys(task for task, _ in found)])
+    label = f"{VARIANTS[variant].label} on {tasks} ({len(found)} run{'s' if len(found) > 1 else ''})"
+    data = Heatmap(f"{label}\n{plot_architecture.title_of(table)}", table)
+    caption = f"What {label} kept, by block and module"
+    return Picture(f"architecture-{variant}", caption, data, report_drawing.draw_heatmap)
 
 
-def pictures(results: Results) -> Iterator[tuple[str, str, Draw]]:
-    """`(name, what it shows, how it is drawn)` of the pictures that there are runs for; each is `sweep-NAME.png`."""
-    if any(average_tasks(results, protocol) for protocol in SCORED):
-        yield "scores", "Average score against trained parameters, by protocol", draw_scores
+def pictures(results: Results) -> Iterator[Picture]:
+    """The pictures that there are runs for."""
+    if (shown := scores(results)).panels:
+        yield Picture(
+            "scores", "Average score against trained parameters, by protocol", shown, report_drawing.draw_scores
+        )
     for protocol in PROTOCOLS:
         if main_variants(results, protocol):
-            what = f"Score on dev and training loss by epoch: {PROTOCOLS[protocol].label}"
-            yield f"convergence-{protocol}", what, partial(draw_convergence, protocol=protocol)
-
-
-def file_of(name: str) -> str:
-    """Name of a picture's file."""
-    return f"sweep-{name}.png"
+            caption = f"Score on dev and training loss by epoch: {PROTOCOLS[protocol].label}"
+            data = convergence(results, protocol)
+            yield Picture(f"convergence-{protocol}", caption, data, report_drawing.draw_convergence)
+    yield from filter(None, (architecture(results, variant) for variant in SEARCHED))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from statistics import fmean, median
 
 from bench_tables import Lines, markdown
 from report_runs import ALL_TASKS, FULL, LORA, Papers, Results, common_phrases, deviations, task_label
@@ -13,7 +13,8 @@ from report_statistics import (
     difference_cell,
     estimate,
     median_cell,
-    paired_difference,
+    median_difference_cell,
+    paired_differences,
     score_cell,
     short_cell,
 )
@@ -31,17 +32,32 @@ class Layout:
     Attributes:
         paper: whose numbers stand beside, and from which of its tables.
         references: what a variant is compared with, by the head of the column; not with itself.
-        medians: whether scores over seeds are medians, as in that paper; differences are means of paired ones.
+        rates: whether a column has the learning rate, because it is not the same for all methods.
+        medians: whether scores over seeds, and their paired differences, are medians, as in that paper; else they are
+            means with standard errors.
     """
 
     protocol: str
     paper: tuple[str, ...]
     references: Mapping[str, Callable[[str], str | None]]
+    rates: bool = False
     medians: bool = False
 
     def text(self, values: Collection[float]) -> str:
         """A cell of scores by seed: the mean with its error, or the median."""
         return median_cell(values) if self.medians else score_cell(estimate(values))
+
+    def difference_text(self, ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
+        """A cell of the difference between scores by seed: of the paired differences, what `text` gives of scores."""
+        found = paired_differences(ours, theirs)
+        return median_difference_cell(found) if self.medians else difference_cell(estimate(found))
+
+    def centre(self, values: Collection[float]) -> tuple[float, float | None] | None:
+        """The mean and its standard error (None with one seed), or the median and no error; None of no values."""
+        if self.medians:
+            return (median(values), None) if values else None
+        found = estimate(values)
+        return (found.mean, found.error) if found else None
 
 
 def uniform_peer(variant: str) -> str | None:
@@ -55,8 +71,14 @@ _TO_FULL = {f"to {VARIANTS[FULL].label}": lambda variant: FULL}
 _TO_BOTH = {**_TO_FULL, f"to {VARIANTS[LORA].label}": lambda variant: LORA}
 LAYOUTS = {
     "table2-paper": Layout("paper", ("learners", "table2"), _TO_BOTH),
-    "table2-tuned": Layout("tuned", ("learners", "table2"), _TO_BOTH),
-    "nas": Layout("nas", ("nas", "table1", "table2"), {**_TO_FULL, "to BitFit or MaM": uniform_peer}, medians=True),
+    "table2-tuned": Layout("tuned", ("learners", "table2"), _TO_BOTH, rates=True),
+    "nas": Layout(
+        "nas",
+        ("nas", "table1", "table2"),
+        {**_TO_FULL, "to BitFit or MaM": uniform_peer},
+        rates=True,
+        medians=True,
+    ),
 }
 
 
@@ -97,17 +119,17 @@ def differences_of(layout: Layout, variant: str, values: Callable[[str], Mapping
     for reference in layout.references.values():
         other = reference(variant)
         same = other is None or other == variant
-        cells.append("" if same else difference_cell(paired_difference(values(variant), values(other or ""))))
+        cells.append("" if same else layout.difference_text(values(variant), values(other or "")))
     return cells
 
 
 def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> Lines:
     """One task's methods."""
-    protocol, tuned = layout.protocol, layout.protocol == "tuned"
+    protocol = layout.protocol
     variants = results.shown(protocol, (task,))
     common = common_phrases(r for name in variants for r in results.cell(protocol, task, name).values())
     theirs = papers.rows(*layout.paper)
-    head = ["", "trained", *(["learning rate"] if tuned else []), "score", *layout.references]
+    head = ["", "trained", *(["learning rate"] if layout.rates else []), "score", *layout.references]
     body = []
     for name in variants:
         record = next(iter(results.cell(protocol, task, name).values()))
@@ -116,7 +138,7 @@ def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> L
             [
                 label_of(results, protocol, name, common, (task,)),
                 f"{record['parameters']['trained_last_phase']:,}",
-                *([chosen_rate(results, task, name)] if tuned else []),
+                *([rate_cell(results, protocol, task, name)] if layout.rates else []),
                 score_text(results, layout, task, name),
                 *differences_of(layout, name, lambda variant: results.scores(protocol, task, variant)),
                 MISSING if paper is None else f"{paper:.1f}",
@@ -128,10 +150,11 @@ def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> L
     return [title, "", *markdown([*head, f"paper, {papers.model(layout.paper[0])}"], body), ""]
 
 
-def chosen_rate(results: Results, task: str, variant: str) -> str:
-    """The learning rate of a tuned cell, marked where the search goes on."""
-    mark = "" if results.is_searched(task, variant) else f" {OPEN}"
-    return f"{rate_text(results.chosen[task, variant])}{mark}"
+def rate_cell(results: Results, protocol: str, task: str, variant: str) -> str:
+    """The learning rate of a cell's runs, marked where it was chosen and the search goes on."""
+    record = next(iter(results.cell(protocol, task, variant).values()))
+    open_end = protocol == "tuned" and not results.is_searched(task, variant)
+    return rate_text(record["config"]["learning_rate"]) + (f" {OPEN}" if open_end else "")
 
 
 def average_table(results: Results, papers: Papers, layout: Layout) -> Lines:

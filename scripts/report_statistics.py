@@ -1,4 +1,4 @@
-"""Means over seeds with their standard errors, and differences that are paired by seed. Pure."""
+"""Means over seeds with their standard errors, medians, and differences that are paired by seed. Pure."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def estimate(values: Collection[float]) -> Estimate | None:
     return Estimate(fmean(values), error, len(values))
 
 
-def paired_difference(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Estimate | None:
-    """The mean of `ours - theirs` over the seeds that both have; None if they share none.
+def paired_differences(ours: Mapping[int, float], theirs: Mapping[int, float]) -> list[float]:
+    """`ours - theirs` of each seed that both have.
 
     Args:
         ours, theirs: values by seed.
     """
-    return estimate([value - theirs[seed] for seed, value in ours.items() if seed in theirs])
+    return [value - theirs[seed] for seed, value in ours.items() if seed in theirs]
 
 
 def score_cell(found: Estimate | None) -> str:
@@ -62,10 +62,14 @@ def median_cell(values: Collection[float]) -> str:
 
 def difference_cell(found: Estimate | None) -> str:
     """A difference with its sign, and the word "tie" where it is one."""
-    if found is None:
+    return MISSING if found is None else f"{_signed(found.mean)}{_spread(found)}{', tie' if found.tie else ''}"
+
+
+def median_difference_cell(values: Collection[float]) -> str:
+    """`median (median of n pairs)` of paired differences with its sign, `value (one seed)`, or a dash."""
+    if not values:
         return MISSING
-    mean = round(found.mean, 1) + 0.0  # no minus before a zero
-    return f"{mean:+.1f}{_spread(found)}{', tie' if found.tie else ''}"
+    return f"{_signed(median(values))} ({f'median of {len(values)} pairs' if len(values) > 1 else 'one seed'})"
 
 
 def short_cell(found: Estimate | None) -> str:
@@ -74,6 +78,10 @@ def short_cell(found: Estimate | None) -> str:
         return MISSING
     error = "" if found.error is None else f" ± {found.error:.1f}"
     return f"{found.mean:.1f}{error} ({found.seeds})"
+
+
+def _signed(value: float) -> str:
+    return f"{round(value, 1) + 0.0:+.1f}"  # no minus before a zero
 
 
 def _spread(found: Estimate) -> str:

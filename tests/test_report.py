@@ -15,8 +15,10 @@ import report
 import report_pictures
 import report_scores
 import report_statistics
+from matplotlib import pyplot as plt
 from report_runs import Results
-from sweep_records import ROOT, grid, paper, record, scored
+from sweep_plan import Run
+from sweep_records import METRICS, ROOT, grid, paper, record, results, scored
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
@@ -24,15 +26,15 @@ from sweep_records import ROOT, grid, paper, record, scored
 @pytest.fixture
 def drawn(monkeypatch) -> dict[str, Any]:
     figures: dict[str, Any] = {}
-    monkeypatch.setattr(plot_bench, "save", lambda figure, path: figures.update({path.name: figure}))
+    monkeypatch.setattr(plot_bench, "save", lambda figure, path, metadata: figures.update({path.name: figure}))
     return figures
 
 
 def draw_all(found: Results) -> list[str]:
-    names = []
-    for name, _, draw in report_pictures.pictures(found):
-        draw(found, Path(report_pictures.file_of(name)))
-        names.append(name)
+    pictures = list(report_pictures.pictures(found))
+    for picture in pictures:
+        picture.draw(Path())
+    names = [picture.name for picture in pictures]
     assert set(names) <= set(report_pictures.NAMES)
     return names
 
@@ -56,6 +58,51 @@ def test_scores_stand_at_what_is_trained_in_the_last_phase(drawn):
     points = [(float(c.lines[0].get_xdata()[0]), float(c.lines[0].get_ydata()[0])) for c in panels[0].containers]
     assert points == [(2e6, pytest.approx(62.0))]
     assert list(panels[0].lines[0].get_xdata()) == [6_000_000, 2_000_000]
+
+
+def test_the_nas_panel_has_medians_without_errors(drawn):
+    """Of 60, 70 and 62 the median is 62, the mean 64."""
+    found = {Run("nas", "rte", "bitfit", 3e-3, seed): value for seed, value in enumerate((60.0, 70.0, 62.0))}
+    found |= {paper("rte", "full", seed): value for seed, value in enumerate((60.0, 64.0))}
+    draw_all(scored(found))
+    means, medians = drawn["sweep-scores.png"].axes
+    (mean,), (median,) = means.containers, medians.containers
+    assert float(median.lines[0].get_ydata()[0]) == pytest.approx(62.0)
+    assert (mean.has_yerr, median.has_yerr) == (True, False)
+    assert medians.get_title().endswith("(medians, 3 seeds)\nRTE") and means.get_title().endswith("(2 seeds)\nRTE")
+
+
+def test_tasks_whose_methods_share_no_seed_give_no_panel(drawn):
+    assert draw_all(scored({paper("rte", "full", 0): 60.0, paper("mrpc", "full", 1): 60.0})) == ["convergence-paper"]
+
+
+def searched(task: str, seed: int, *kept: int, variant: str = "u_bitfit18") -> tuple[Run, dict[str, Any]]:
+    """A run whose search kept so many of the 8 parameters in each of two blocks."""
+    rows = [
+        {
+            "module": f"encoder.layer.{block}.dense",
+            "kind": "bias",
+            "parameters": own,
+            "of": 8,
+            "share": own / sum(kept),
+        }
+        for block, own in enumerate(kept)
+    ]
+    run = Run("nas", task, variant, 3e-3, seed)
+    about = {"granularity": "unstructured", "r": 0, "budget": sum(kept), "rows": rows}
+    return run, record(run, *[60.0] * len(METRICS[task]), architecture=about)
+
+
+def test_learned_architectures_are_means_over_tasks_and_seeds(drawn):
+    """Of 8 parameters 2, 8 and 5 in the first block: 15 / 24; 6, 0 and 3 in the second: 9 / 24."""
+    runs = [searched("rte", 0, 2, 6), searched("rte", 1, 8, 0), searched("mrpc", 0, 5, 3)]
+    without = Run("nas", "rte", "s_mam100", 1e-3, 0)  # a record that is older than this field
+    found = results(*runs, searched("rte", 0, 1, 1, variant="u_mam25"), (without, record(without, 60.0)))
+    assert [name for name in draw_all(found) if name.startswith("architecture")] == ["architecture-u_bitfit18"]
+    heatmap = drawn["sweep-architecture-u_bitfit18.png"].axes[0]
+    assert heatmap.images[0].get_array().ravel().tolist() == pytest.approx([15 / 24, 9 / 24])
+    title = heatmap.get_title()
+    assert title.startswith("U-BitFit, 18 % of the biases on RTE and MRPC (3 runs)\n") and "of 16 parameters" in title
 
 
 def test_nothing_finished_gives_no_picture():
@@ -144,6 +191,63 @@ def test_a_page_or_picture_that_is_not_up_to_date_is_told(folder):
     (folder / "results/figures/sweep-scores.png").unlink()
     with pytest.raises(SystemExit, match=r"Not up to date: sweep-scores\.png\. "):
         report.main(command(folder, "--check"))
+
+
+def test_a_picture_drawn_from_other_numbers_is_not_up_to_date_and_it_alone_is_drawn_again(folder, capsys):
+    report.main(command(folder))
+    run = paper("rte", "full")
+    found = record(run, 61.4)
+    found["epochs"][0]["eval_accuracy"] = 0.4  # instead of 0.5: neither a table nor the other picture shows it
+    write(folder / "results/sweep", f"{run.name}.json", found)
+    with pytest.raises(SystemExit, match=r"Not up to date: sweep-convergence-paper\.png\. "):
+        report.main(command(folder, "--check"))
+    capsys.readouterr()
+    report.main(command(folder))
+    assert capsys.readouterr().out == f"-> {folder / 'results/figures/sweep-convergence-paper.png'}\n"
+    report.main(command(folder, "--check"))
+    report.main(command(folder))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_file_that_is_no_whole_picture_or_another_one_is_not_up_to_date(folder):
+    report.main(command(folder))
+    scores, other = (folder / f"results/figures/sweep-{name}.png" for name in ("scores", "convergence-paper"))
+    whole = scores.read_bytes()
+    plain = folder / "plain.png"
+    plot_bench.save(plt.figure(), plain)
+    for spoiled in (b"garbage", b"", whole[: len(whole) // 2], other.read_bytes(), plain.read_bytes()):
+        scores.write_bytes(spoiled)
+        with pytest.raises(SystemExit, match=r"Not up to date: sweep-scores\.png\. "):
+            report.main(command(folder, "--check"))
+    scores.write_bytes(whole)
+    report.main(command(folder, "--check"))
+
+
+def test_learned_architectures_of_the_sweep_stand_beside_the_others(folder):
+    run, found = searched("rte", 0, 2, 6)
+    write(folder / "results/sweep", f"{run.name}.json", found)
+    report.main(command(folder))
+    text = (folder / "docs/page.md").read_text()
+    assert text.index("`run-a` ([json]") < text.index("](../results/figures/sweep-architecture-u_bitfit18.png)")
+    assert "\nWhat U-BitFit, 18 % of the biases on RTE (1 run) kept, by block and module:\n" in text
+    report.main(command(folder, "--check"))
+
+
+def test_a_folder_says_what_all_its_runs_have_in_common(folder):
+    """A sweep on fewer rows: its files are what their names say, and the page names the size."""
+    sweep = folder / "results/sweep"
+    for run in (paper("rte", "full"), paper("rte", "lora64")):
+        found = record(run, 61.4, rows={"train": 64, "dev": 277})
+        found["config"]["max_train_samples"] = 64
+        write(sweep, f"{run.name}.json", found)
+    with pytest.raises(ValueError, match="max_train_samples 64 there, None here"):
+        report.main(command(folder))
+    write(sweep, "sweep.json", {"model": "all-MiniLM-L6-v2", "settings": {"max_train_samples": 64}})
+    report.main(command(folder))
+    text = (folder / "docs/page.md").read_text()
+    assert "**RTE**: 5 epochs, the first 64 train rows, 277 dev rows, up to 128 tokens" in text
+    assert "| full fine-tuning | 2,000,000 | 61.4 (one seed) |" in text
+    report.main(command(folder, "--check"))
 
 
 def test_a_run_that_was_added_makes_the_page_stale(folder):

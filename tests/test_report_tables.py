@@ -10,8 +10,15 @@ from report_costs import table1
 from report_progress import coverage_table, phases_table, rates_table, setting_table
 from report_runs import Results
 from report_scores import LAYOUTS, headline, score_tables
-from report_statistics import difference_cell, estimate, paired_difference, score_cell, short_cell
-from sweep_plan import Run
+from report_statistics import (
+    difference_cell,
+    estimate,
+    median_difference_cell,
+    paired_differences,
+    score_cell,
+    short_cell,
+)
+from sweep_plan import VARIANTS, Run
 from sweep_records import PAPERS, grid, lines_with, paper, record, results, scored
 
 # -- statistics ------------------------------------------------------------------------------------------------------
@@ -28,15 +35,15 @@ def test_standard_error_is_that_of_the_mean_with_one_degree_of_freedom_less():
 def test_differences_are_paired_over_the_seeds_that_both_have():
     ours, theirs = {0: 70.0, 1: 72.0, 2: 77.0, 9: 99.0}, {2: 75.0, 1: 73.0, 0: 69.0, 5: 1.0}
     # 1, -1, 2: mean 2/3; squares (1 + 25 + 16) / 9; sd = sqrt(42 / 9 / 2) = 1.52753; / sqrt(3) = 0.88192
-    found = paired_difference(ours, theirs)
+    found = estimate(paired_differences(ours, theirs))
     assert (found.mean, found.error, found.seeds) == (pytest.approx(2 / 3), pytest.approx(0.88192, abs=1e-5), 3)
     assert difference_cell(found) == "+0.7 ± 0.9 (3 seeds), tie"
-    assert paired_difference(ours, {5: 1.0}) is None and difference_cell(None) == "–"  # noqa: RUF001
+    assert paired_differences(ours, {5: 1.0}) == [] and difference_cell(None) == "–"  # noqa: RUF001
 
 
 def test_a_tie_is_a_difference_smaller_than_its_error():
     # 1, 1, 2: mean 4/3; squares (1 + 1 + 4) / 9; sd = sqrt(1/3) = 0.57735; / sqrt(3) = 1/3
-    larger = paired_difference({0: 1.0, 1: 1.0, 2: 2.0}, {0: 0.0, 1: 0.0, 2: 0.0})
+    larger = estimate(paired_differences({0: 1.0, 1: 1.0, 2: 2.0}, {0: 0.0, 1: 0.0, 2: 0.0}))
     assert difference_cell(larger) == "+1.3 ± 0.3 (3 seeds)" and not larger.tie
     assert difference_cell(estimate([-1.0, -1.0, -2.0])) == "-1.3 ± 0.3 (3 seeds)"
     # -1, 3: mean 1, sd = sqrt(8), error = 2
@@ -139,6 +146,21 @@ def test_fewer_epochs_than_the_papers_are_named_and_nas_lora_is_held_against_its
     assert row.endswith("| 83.0 (one seed) | – | +3.0 (one seed) | – |")  # noqa: RUF001
     (row,) = lines_with(lines, "| BitFit")
     assert row.endswith("| 60.0 (one seed) | -6.0 (one seed) |  | 81.9 |")
+
+
+def test_differences_by_the_nas_recipe_are_medians_of_the_paired_ones():
+    """Of 61 - 60, 60 - 62 and 66 - 61, which are 1, -2 and 5, the median is 1, the mean 4 / 3; the medians differ by
+    61 - 61.5."""
+    uniform, kept = (60.0, 62.0, 61.0, 90.0), (61.0, 60.0, 66.0)
+    runs = {Run("nas", "rte", "bitfit", 3e-3, seed): value for seed, value in enumerate(uniform)}
+    runs |= {Run("nas", "rte", "u_bitfit9", 3e-3, seed): value for seed, value in enumerate(kept)}
+    runs |= {Run("nas", "rte", "full", 1e-4, 0): 63.0}
+    lines = score_tables(scored(runs), PAPERS, LAYOUTS["nas"])
+    (row,) = lines_with(lines, "| U-BitFit, 9 %")
+    assert "| 3e-3 | 61.0 (median of 3 seeds) | -2.0 (one seed) | +1.0 (median of 3 pairs) |" in row
+    assert "| 1e-4 | 63.0 (one seed) |" in lines_with(lines, "| full")[0] and "tie" not in "".join(lines)
+    assert median_difference_cell([]) == "–" and median_difference_cell([-0.01]) == "+0.0 (one seed)"  # noqa: RUF001
+    assert median_difference_cell([-1.0, 4.0]) == "+1.5 (median of 2 pairs)"
 
 
 def test_a_seed_without_a_value_is_counted_and_left_out():
@@ -262,11 +284,18 @@ def test_costs_stand_beside_the_papers():
         row("far_after", 4, 0.875, 1_000_000),
     ]
     rows += [row("learner_priming", 5, 1.0, 1), {**row("bitfit", 2, 0.5, 1), "skipped": "ValueError: no."}]
-    # The paper's 46.60 / 56.87 minutes = 0.819
+    dashes = "– | " * 7  # noqa: RUF001
+    # The paper's minutes: 46.60 / 56.87 = 0.819; 33.01, 31.02, 32.59, 27.73 and 40.50 of 56.87 likewise. Of bitfit and
+    # of one of the Learner's phases there are no rows here; LoRA has none either, and is not in the paper.
     assert table1(rows, PAPERS)[2:] == [
         "| full fine-tuning | 9 | 2.0 | 1 | – | 4.0 | 6.0 | 8.0 | 66.95 | 66.95 | 56.87 | 1.00 | 1.306 |",  # noqa: RUF001
         "| FAR, 10 % | 9, then 4 | 3.0, then 1.0 | 1.10, then 0.88 | – | 6.0, then 2.0 | 9.0, then 3.0 | "  # noqa: RUF001
         "12.0, then 4.0 | 66.95 | 41.45 | 46.60 | 0.82 | 1.017 |",
+        f"| sequential adapters | {dashes}71.68 | 5.34 | 33.01 | 0.58 | 0.554 |",
+        f"| parallel adapters | {dashes}71.68 | 5.33 | 31.02 | 0.55 | 0.546 |",
+        f"| FREEZE FFNs | {dashes}66.95 | 14.80 | 32.59 | 0.57 | 0.630 |",
+        f"| BitFit | {dashes}66.95 | 0.64 | 27.73 | 0.49 | 0.440 |",
+        f"| Learner, primed | {dashes}72.26 | 5.96 | 40.50 | 0.71 | 0.793 |",
     ]
     assert table1([], PAPERS) == ["No rows of minilm-16x128-r64 yet."]
 
@@ -285,6 +314,24 @@ def test_the_papers_averages_are_those_of_their_scores(name, table):
         scores = [fmean(values) for task, values in row["scores"].items() if task != "wnli"]
         assert len(scores) == 8
         assert row["average"] == pytest.approx(fmean(scores), abs=1.001 * 10 ** -data["decimals"]), row["name"]
+
+
+def test_the_papers_rows_are_all_there_and_those_of_ours_are_variants():
+    """Rows of the papers' tables without their heads. WARP, S-BitFit and U-BitFit of 25k stand in both tables of the
+    NAS-LoRA paper, and once here."""
+    counts = {
+        ("learners", "table1"): 7,
+        ("learners", "table2"): 12,
+        ("nas", "table1"): 10 - 2,
+        ("nas", "table2"): 12 - 1,
+    }
+    for (name, table), count in counts.items():
+        found = PAPERS.data[name][table]["rows"]
+        assert len(found) == count, (name, table)
+        assert {row["ours"] for row in found} <= {None, *VARIANTS}
+    by_name = {row["name"]: row["scores"] for row in PAPERS.data["nas"]["table1"]["rows"]}
+    differ = {task for task in by_name["LoRA"] if by_name["LoRA"][task] != by_name["MaM"][task]}
+    assert differ == {"mnli"}
 
 
 def test_the_papers_headlines():
