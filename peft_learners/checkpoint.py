@@ -31,7 +31,8 @@ def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state
     Raises:
         ValueError: values are missing, or have no place.
     """
-    found = {key for key in state_dict if f".{prefix}" in key}
+    # An adapter's own name may begin with the prefix, too, and stands in the names of a head's values.
+    found = {key for key in state_dict if key.rpartition(".")[2].startswith(prefix)}
     missing, unknown = sorted(set(expected) - found), sorted(found - set(expected))
     parts = []
     if missing:

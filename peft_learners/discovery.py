@@ -201,13 +201,14 @@ def attention_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
 
 def attention_output_names(model: nn.Module, linears: Iterable[str]) -> list[str]:
     """The output projections of attentions among `linears`: of each the last layer, in the order of registration,
-    whose name is not one of queries, keys, values, positions or gates."""
+    whose name is not one of queries, keys, values, positions or gates. An attention inside another that has one has
+    none of its own (ConvBERT's `attention.self`, whose last layer makes what the outer one's output joins)."""
     last = {
         attention: name
         for name, attention in _attentions(model, linears).items()
         if not _ATTENTION_INPUT_NAME.search(name.rpartition(".")[2])
     }
-    return list(last.values())
+    return [name for inner, name in last.items() if not any(inner.startswith(f"{outer}.") for outer in last)]
 
 
 def value_names(model: nn.Module, linears: Iterable[str]) -> list[str]:

@@ -260,6 +260,9 @@ class PhasedModel(TargetChoice):
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
+        for config in self.peft_config.values():
+            if isinstance(config, PhasedConfig) and config.unmergeable:  # whatever is active, or named
+                raise NotImplementedError(config.unmergeable)
         names = [name for name in self._to_merge or self.active_adapters if name in self.peft_config]
         check_mergeable(self.model, names, self.merges_shared_weights)
         for name in names:

@@ -6,6 +6,7 @@ AdaLoRA is in `glue_adalora.py`: PEFT leaves more of it to who trains.
 from __future__ import annotations
 
 import copy
+import re
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,10 +37,21 @@ def full(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
 
 
 def bitfit(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
-    """BitFit (Zaken et al., 2021): all biases of the backbone, norms' included, and the head, in place."""
+    """BitFit (Zaken et al., 2021): all biases of the backbone, norms' included, and the head, in place.
+
+    Raises:
+        ValueError: a backbone without biases.
+    """
     backbone = f"{model.base_model_prefix}."
+    # DeBERTa has its own: q_bias and v_bias.
+    biases = {n for n, _ in model.named_parameters() if n.startswith(backbone) and n.endswith((".bias", "_bias"))}
+    if not biases:
+        raise ValueError(
+            f"--method bitfit trains biases, and the backbone of {type(model).__name__} has none. Take another model, "
+            "or another method: --method lora."
+        )
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(not name.startswith(backbone) or name.endswith(".bias"))
+        parameter.requires_grad_(not name.startswith(backbone) or name in biases)
     return model
 
 
@@ -94,10 +106,22 @@ def lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
 
 def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """Uniform LoRA on query, key and every `dense` of the blocks, and all biases: the peer of S-MaM and U-MaM
-    (arXiv 2305.16597, section 4.1; BERT's, RoBERTa's and DistilBERT's names). lora_alpha=r: a scaling of 1."""
+    (arXiv 2305.16597, section 4.1; BERT's, RoBERTa's and DistilBERT's names). lora_alpha=r: a scaling of 1.
+
+    Raises:
+        ValueError: a model with other names.
+    """
     from peft import LoraConfig, get_peft_model
 
     targets = r".*\.layer\.\d+\..*(query|key|dense|q_lin|k_lin|out_lin|lin1|lin2)"
+    names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
+    for what, ends in (("query", ("query", "q_lin")), ("key", ("key", "k_lin"))):
+        if not any(name.endswith(ends) for name in names):
+            raise ValueError(
+                f"--method mam knows attentions by the names of BERT's, RoBERTa's and DistilBERT's, and found no "
+                f"{what} ({' or '.join(ends)}) in {type(model).__name__}. Take such a model, or another method: "
+                "--method lora."
+            )
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=args.r,

@@ -23,7 +23,7 @@ from sweep_plan import PROTOCOLS, VARIANTS
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 MARKERS = "os^vDP*Xp"
 #: Whose learned architectures are drawn.
-SEARCHED = ("u_bitfit9", "u_bitfit18", "u_mam100", "s_mam100")
+SEARCHED = ("u_bitfit18", "s_bitfit18", "u_mam100", "s_mam100")
 #: Of all pictures that there can be.
 NAMES = (
     "scores",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ from test_bottleneck import adapted
 from test_contract import logits_of
 from torch import nn
 from training import arguments, trainer
+from transformers import ConvBertConfig, ConvBertModel
 
 from peft_learners import BottleneckConfig, discovery
 from peft_learners.export import to_lora
@@ -71,14 +74,43 @@ def test_an_attention_or_a_network_that_is_not_found_is_told():
 
 @pytest.mark.parametrize(("settings", "error", "said"), [
     ({"mode": "parallel", "target_modules": ["q_lin"]}, ValueError,
-     r"lead out of a feed-forward network \(those are named lin2\), got .*q_lin.*mode='sequential'"),
-    ({"mode": "parallel", "target_modules": "all-linear"}, ValueError, "those are named lin2"),
+     r"lead out of a feed-forward network \(target_modules=\['lin2'\]\), got .*q_lin.*mode='sequential'"),
+    ({"mode": "parallel", "target_modules": "all-linear"}, ValueError, r"target_modules=\['lin2'\]"),
     ({"exclude_modules": ["out_lin", "lin2"]}, NoMatchingPeftModuleError, "No attention or .* with {'exclude_modules"),
+    ({"mode": "parallel", "modules_to_save": ["ffn"]}, NoMatchingPeftModuleError,
+     r"No feed-forward network is left to adapt with \{'modules_to_save': \['ffn'\]\}"),
     ({"target_modules": ["word_embeddings"]}, ValueError, r"word_embeddings \(Embedding\) is not supported"),
 ])  # fmt: skip
 def test_wrong_places_are_named(settings, error, said):
     with pytest.raises(error, match=said):
         get_peft_model(zoo.build("distilbert"), BottleneckConfig(**settings))
+
+
+@pytest.mark.parametrize("given", ["dense", "output.dense"])
+def test_the_names_that_an_error_proposes_are_the_right_ones(given):
+    """BERT's attentions have an `output.dense`, too."""
+    with pytest.raises(ValueError, match="must name linear layers that lead out") as error:
+        adapted("bert", target_modules=[given])
+    found = re.search(r"\(target_modules=r'(.*?)'\)", str(error.value))
+    assert found is not None
+    places = adapted("bert", train_norms=False, target_modules=found[1]).base_model.targeted_module_names
+    assert places == [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
+
+
+def test_an_attention_in_another_has_no_output_of_its_own():
+    """ConvBERT's `attention.self` ends in a layer that makes a part of what `attention.output` joins."""
+    config = ConvBertConfig(**zoo.SMALL, embedding_size=16, head_ratio=1)
+    model = ConvBertModel(config)
+    found = discovery.attention_output_names(model, discovery.linear_names(model))
+    assert "encoder.layer.0.attention.self.conv_out_layer" in discovery.linear_names(model)
+    assert found == [f"encoder.layer.{i}.attention.output.dense" for i in range(config.num_hidden_layers)]
+
+
+def test_norms_have_a_bias_delta_if_they_have_a_bias():
+    for arch, count in (("llama", 0), ("distilbert", 4)):  # two blocks of two norms
+        names = [name for name, _ in adapted(arch).named_parameters()]
+        assert sum("bottleneck_layernorm_delta" in name for name in names) == 4
+        assert sum("bottleneck_bias_delta" in name for name in names) == count
 
 
 def test_a_model_without_any_place_is_refused():
@@ -112,6 +144,13 @@ def test_bad_values_are_named(settings, said):
         BottleneckConfig(**settings)
 
 
+def test_defaults_are_those_of_the_mode_that_the_config_was_made_with():
+    changed = dataclasses.replace(BottleneckConfig(), mode="parallel")
+    assert (changed.bottleneck_dim, changed.scaling) == (256, 1.0)
+    changed = dataclasses.replace(BottleneckConfig(), mode="parallel", bottleneck_dim=None, scaling=None)
+    assert (changed.bottleneck_dim, changed.scaling) == (512, 4.0)
+
+
 def test_an_unknown_field_is_named_with_the_nearest():
     with pytest.raises(TypeError, match="'bottleneck_size'. Did you mean 'bottleneck_dim'"):
         BottleneckConfig(bottleneck_size=8)
@@ -130,6 +169,9 @@ def test_it_becomes_no_lora_and_a_layer_is_not_merged(tmp_path: Path):
     with pytest.warns(UserWarning, match="not linear"), pytest.raises(TypeError, match="BottleneckLinear"):
         convert_to_lora(model, rank=4)
     assert not model.supports_lora_conversion()
+    for verb in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(NotImplementedError, match="not linear"):
+            verb(adapter_names=["no such adapter"])
     for module in (
         model.base_model.model.model.layers[0].mlp.down_proj,
         model.base_model.model.model.layers[0].input_layernorm,

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
@@ -162,6 +163,24 @@ def test_half_precision_norm_does_not_swallow_small_deltas():
     exact = F.layer_norm(x.float(), (64,), weight, norm.bias.float())
     assert torch.equal(out, exact.to(torch.bfloat16))
     assert torch.equal(weight.to(torch.bfloat16), norm.weight) and not torch.equal(out, norm(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [(T5LayerNorm, torch.float16), (LlamaRMSNorm, torch.float32), (GemmaRMSNorm, torch.float32)]
+)
+def test_a_norm_of_another_type_than_its_input_returns_what_it_itself_does(kind, dtype):
+    """T5's goes by its weight, Llama's by the wider type, Gemma's by the input."""
+    norm = kind(64).half()
+    x = torch.randn(5, 64)
+    weight = norm.weight.float() + 0.01
+    calls = []
+    norm.register_forward_hook(lambda *_: calls.append(1))
+    out = norm_with(norm, x, weight, None)
+    assert calls == [1]
+    assert out.dtype == dtype == norm(x).dtype
+    scale = weight + 1 if kind is GemmaRMSNorm else weight
+    exact = x.double() / (x.double().pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * scale.double()
+    torch.testing.assert_close(out.double(), exact, rtol=2**-10, atol=1e-6)
 
 
 def kept_bytes(call) -> int:

@@ -233,6 +233,26 @@ def test_a_model_on_the_meta_device_can_be_called(tuner):
     assert model(**inputs).logits.is_meta
 
 
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "bottleneck-sequential", "bottleneck-parallel", "far"])
+@pytest.mark.parametrize("gated", [False, True])
+def test_t5_as_transformers_loads_it_in_float16(tuner, gated, tmp_path):
+    """transformers leaves `wo` in float32 there, so that what is between the blocks is of two types."""
+    form = {"feed_forward_proj": "gated-gelu"} if gated else {}
+    config = tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=60, **form)
+    tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
+    base = tf.T5ForConditionalGeneration.from_pretrained(tmp_path, dtype=torch.float16)
+    types = {p.dtype for n, p in base.named_parameters() if n.endswith(".wo.weight")}
+    assert types == {torch.float32} and base.shared.weight.dtype == torch.float16
+    settings = {"init_weights": False, "task_type": "SEQ_2_SEQ_LM"}
+    model = get_peft_model(base, TUNERS[tuner].config(**settings)).eval()
+    ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
+    inputs = {"input_ids": ids, "decoder_input_ids": ids}
+    logits = logits_of(model, inputs)
+    exact = logits_of(copy.deepcopy(model).double(), inputs)
+    assert logits.dtype == torch.float16
+    assert (logits.double() - exact).abs().max() < 2**-7 * exact.abs().max()  # 11 bits, some roundings
+
+
 def test_a_traced_learner_takes_other_batch_sizes():
     model = get_peft_model(zoo.build("bert"), LearnerConfig(r=2, init_weights=False)).eval().requires_grad_(False)
     ids = torch.randint(20, (6, 7))

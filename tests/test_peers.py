@@ -19,10 +19,14 @@ from transformers import (
     AutoTokenizer,
     BertConfig,
     BertForSequenceClassification,
+    DebertaConfig,
+    DebertaForSequenceClassification,
     DistilBertConfig,
     DistilBertForSequenceClassification,
     FNetConfig,
     FNetForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
@@ -156,6 +160,33 @@ def test_freeze_ffns_on_bert_leaves_embeddings_ffns_and_the_pooler_s_weight():
         f"{name}.bias" for name in (f"{block}.intermediate.dense", f"{block}.output.dense", "bert.pooler.dense")
     }
     assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == wanted
+
+
+SMALL = {
+    "vocab_size": 25,
+    "hidden_size": 16,
+    "num_hidden_layers": 1,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+}
+
+
+def test_bitfit_trains_biases_that_are_no_layer_s():
+    """DeBERTa's queries and values have theirs in the attention itself; beside them output, FFN, norms, embeddings."""
+    model = METHODS["bitfit"](DebertaForSequenceClassification(DebertaConfig(**SMALL)), MethodArguments())
+    backbone = {name: p.numel() for name, p in model.deberta.named_parameters() if p.requires_grad}
+    own = {name.rpartition(".")[2]: count for name, count in backbone.items() if not name.endswith(".bias")}
+    assert own == {"q_bias": 16, "v_bias": 16}
+    assert sum(backbone.values()) == 2 * 16 + (16 + 32 + 16) + 2 * 16 + 16
+
+
+def test_bitfit_needs_biases_and_mam_the_names_it_knows():
+    llama = LlamaForSequenceClassification(LlamaConfig(**SMALL))
+    with pytest.raises(ValueError, match="bitfit trains biases, and the backbone of LlamaForSequenceClassification"):
+        METHODS["bitfit"](llama, MethodArguments())
+    for model in (llama, DebertaForSequenceClassification(DebertaConfig(**SMALL))):
+        with pytest.raises(ValueError, match=r"found no query \(query or q_lin\) in (Llama|Deberta)For"):
+            METHODS["mam"](model, MethodArguments())
 
 
 def test_freeze_ffns_needs_an_attention():

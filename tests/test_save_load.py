@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from test_contract import logits_of
 from training import adapter_values, arguments, learner, trainer
+from tuners import TUNERS
 
 FILE = "adapter_model.safetensors"
 
@@ -98,6 +99,18 @@ def test_an_adapter_may_be_called_as_a_module_is(trained, tmp_path: Path, adapte
     model.load_adapter(path, "default")
     model.set_adapter("default")
     assert torch.equal(logits_of(model, inputs), logits)
+
+
+@pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured", "bottleneck-sequential"])
+def test_an_adapter_s_name_may_begin_as_its_tuner_s_parameters_do(tuner, tmp_path: Path):
+    """In a model with a head, whose values have the adapter's name in theirs."""
+    config = TUNERS[tuner].config(init_weights=False, task_type="SEQ_CLS")
+    name = f"{TUNERS[tuner].prefix}x"
+    model = get_peft_model(zoo.build("distilbert"), config, adapter_name=name).eval()
+    inputs = zoo.inputs_of("distilbert", model)
+    model.save_pretrained(tmp_path)
+    for loaded in (load(tmp_path / name, adapter_name=name), load(tmp_path / name)):
+        assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
 
 
 def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):

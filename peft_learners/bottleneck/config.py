@@ -56,7 +56,10 @@ class BottleneckConfig(PhasedConfig):
     )
     bottleneck_dim: Optional[int] = field(
         default=None,
-        metadata={"help": "Hidden size of the adapters. None: 256 in sequential mode, 512 in parallel mode."},
+        metadata={
+            "help": "Hidden size of the adapters. None: 256 in sequential mode, 512 in parallel mode; replaced when "
+            "the config is made, so that a later change of `mode` leaves it."
+        },
     )
     non_linearity: str = field(
         default="relu",
@@ -64,7 +67,10 @@ class BottleneckConfig(PhasedConfig):
     )
     scaling: Optional[float] = field(
         default=None,
-        metadata={"help": "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode."},
+        metadata={
+            "help": "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode; replaced when "
+            "the config is made, so that a later change of `mode` leaves it."
+        },
     )
     dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' hidden units."})
     train_norms: bool = field(default=True, metadata={"help": "Train deltas on the norms inside the blocks."})

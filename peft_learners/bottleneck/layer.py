@@ -128,6 +128,13 @@ class BottleneckLinear(BottleneckLayer):
         given = self.bottleneck_input.take() if self.bottleneck_input is not None else None
         if given is None or given.shape[:-1] != x.shape[:-1]:
             got = "it was not called" if given is None else f"that got {tuple(given.shape)}"
+            alike = given is not None and given.shape[1:-1] == x.shape[1:-1]
+            if self.in_mixed_batch and given is not None and alike and len(given) < len(x):
+                raise NotImplementedError(
+                    "A parallel adapter needs all rows of a mixed batch, but the first linear layer of its "
+                    f"feed-forward network got {len(given)} of {len(x)} at once: an adapter trains that layer whole "
+                    "(modules_to_save), so that the rows are told apart before it. Make one call per adapter."
+                )
             raise RuntimeError(
                 "A parallel adapter adds, row by row, to what comes out of a feed-forward network by what goes in, "
                 f"but between its first linear layer ({got}) and its last one (that got {tuple(x.shape)}) the model "

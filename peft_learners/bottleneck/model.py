@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import re
 import warnings
+from collections.abc import Sequence
 from itertools import takewhile
 from typing import Any, Optional
 
@@ -61,7 +63,7 @@ class BottleneckModel(PhasedModel):
             chosen = self._names_among(config, places)
         if not chosen:
             if not explicit:
-                raise NoMatchingPeftModuleError(_nothing_left(config))
+                raise NoMatchingPeftModuleError(self._nothing_left(config, places))
             return set()  # PEFT says that all was excluded
         if config.mode == "parallel":
             self._refuse_elsewhere(model, chosen)
@@ -89,13 +91,38 @@ class BottleneckModel(PhasedModel):
         modules = dict(discovery.walk(model))
         lost = sorted(n for n in chosen if discovery.is_linear(modules[n]) and n not in self._pairs)
         if lost:
-            ends = sorted({name.rpartition(".")[2] for name in self._pairs})
-            known = f"those are named {', '.join(ends)}" if ends else "none were found in this model"
+            known = f"target_modules={self._names_of_last()}" if self._pairs else "none were found in this model"
             raise ValueError(
                 "BottleneckConfig: with mode='parallel', `target_modules` must name linear layers that lead out of a "
                 f"feed-forward network ({known}), got {lost[0]}. Leave `target_modules` out to put an adapter beside "
                 "each, or take mode='sequential', which can follow any linear layer."
             )
+
+    def _names_of_last(self) -> str:
+        """What to give as `target_modules` for the layers that lead out of feed-forward networks."""
+        names = self._minimal_names(set(self._pairs))
+        if isinstance(names, list) and len(names) > 1:  # blocks have numbers
+            split = [[r"\d+" if part.isdigit() else re.escape(part) for part in n.split(".")] for n in self._pairs]
+            regex = "|".join(sorted({r"\.".join(parts) for parts in split}))
+            if sum(bool(re.fullmatch(regex, name)) for name, _ in discovery.walk(self.model)) == len(self._pairs):
+                return f"r'{regex}'"
+        return repr(names)
+
+    def _nothing_left(self, config: BottleneckConfig, places: Sequence[str]) -> str:
+        """Sentence of an error: no place was found, or none of those that were is left."""
+        beside = "No feed-forward network" if config.mode == "parallel" else "No attention or feed-forward network"
+        if not places:
+            return (
+                f"{beside} was found in the model. Name linear layers for adapters to follow: "
+                "BottleneckConfig(mode='sequential', target_modules=[...])."
+            )
+        narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+        narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
+        head = discovery.new_head(self.model)  # is in modules_to_save by itself
+        saved = [name for name in narrowed.pop("modules_to_save", ()) if name not in head]
+        if saved:
+            narrowed["modules_to_save"] = saved
+        return f"{beside} is left to adapt with {narrowed}."
 
     # -- injection --------------------------------------------------------------------------------------------------
 
@@ -156,16 +183,3 @@ class BottleneckModel(PhasedModel):
             if layer.bottleneck_input is not None:
                 layer.bottleneck_input.disconnect()
         return model
-
-
-def _nothing_left(config: BottleneckConfig) -> str:
-    narrowed = {
-        name: getattr(config, name)
-        for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
-        if getattr(config, name) is not None
-    }
-    beside = "No feed-forward network" if config.mode == "parallel" else "No attention or feed-forward network"
-    if narrowed:
-        return f"{beside} is left to adapt with {narrowed}."
-    more = " Name linear layers for adapters to follow: BottleneckConfig(mode='sequential', target_modules=[...])."
-    return f"{beside} was found in the model.{more}"

@@ -39,7 +39,7 @@ def norm_with(
     has_kernel = type(base) in (nn.LayerNorm, nn.RMSNorm)
     own: Any = base.weight.dtype
     wide = widest != own and not (has_kernel and autocasts(x))
-    frozen_type = torch.promote_types(x.dtype, own)
+    frozen_type = _own_type(base, x, *args, **kwargs) if wide else own
 
     def compute(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if bias is not None:  # a delta on one of them alone may have widened it
@@ -60,6 +60,16 @@ def norm_with(
     if (weight.requires_grad and not has_kernel) or (wide and (x.requires_grad or weight.requires_grad)):
         return checkpoint(compute, x, weight, bias, use_reentrant=False, preserve_rng_state=False)
     return compute(x, weight, bias)
+
+
+def _own_type(base: nn.Module, x: Tensor, *args: object, **kwargs: object) -> torch.dtype:
+    """Type of what the norm itself gives for x. Models in mixed types rely on it: T5's `wo` may be in float32, and the
+    norm behind it brings what follows back to float16."""
+    own: Any = base.weight.dtype
+    if x.dtype == own or type(base) in (nn.LayerNorm, nn.RMSNorm):
+        return torch.promote_types(x.dtype, own)
+    with torch.no_grad():
+        return base.forward(x.new_zeros(1, x.shape[-1]), *args, **kwargs).dtype  # without the norm's hooks
 
 
 def _norm_at(
