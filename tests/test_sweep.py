@@ -231,15 +231,15 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
     for _ in range(3):
         process = subprocess.Popen(command, start_new_session=True)
         try:
-            while not (new := {*(out / ".work").glob("*/checkpoint-*")} - seen) and process.poll() is None:
+            while not {*(out / ".work").glob("*/checkpoint-*")} - seen and process.poll() is None:
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.5))
             logs += "".join(path.read_text() for path in (out / ".work").glob("*/log.txt"))
-            seen |= new
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
+        seen = {*(out / ".work").glob("*/checkpoint-*")}
     assert "Going on from" in logs  # the kills met runs in training
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
