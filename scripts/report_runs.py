@@ -113,9 +113,7 @@ class Results:
         Raises:
             ValueError: a protocol that chooses nothing has runs of several learning rates.
         """
-        runs = sorted(
-            run for run in self.records if (run.protocol, run.task, run.variant) == (protocol, task, variant)
-        )
+        runs = self._runs.get((protocol, task, variant), [])
         if protocol == "tuned":
             if self.missing_of_grid(task, variant):
                 return {}

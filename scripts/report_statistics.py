@@ -55,9 +55,7 @@ def score_cell(found: Estimate | None) -> str:
 
 def median_cell(values: Collection[float]) -> str:
     """`median (median of n seeds)`, `value (one seed)`, or a dash."""
-    if not values:
-        return MISSING
-    return f"{median(values):.1f} ({f'median of {len(values)} seeds' if len(values) > 1 else 'one seed'})"
+    return MISSING if not values else f"{median(values):.1f}{_count(values, 'seeds')}"
 
 
 def difference_cell(found: Estimate | None) -> str:
@@ -67,9 +65,7 @@ def difference_cell(found: Estimate | None) -> str:
 
 def median_difference_cell(values: Collection[float]) -> str:
     """`median (median of n pairs)` of paired differences with its sign, `value (one seed)`, or a dash."""
-    if not values:
-        return MISSING
-    return f"{_signed(median(values))} ({f'median of {len(values)} pairs' if len(values) > 1 else 'one seed'})"
+    return MISSING if not values else f"{_signed(median(values))}{_count(values, 'pairs')}"
 
 
 def short_cell(found: Estimate | None) -> str:
@@ -82,6 +78,10 @@ def short_cell(found: Estimate | None) -> str:
 
 def _signed(value: float) -> str:
     return f"{round(value, 1) + 0.0:+.1f}"  # no minus before a zero
+
+
+def _count(values: Collection[float], what: str) -> str:
+    return f" (median of {len(values)} {what})" if len(values) > 1 else " (one seed)"
 
 
 def _spread(found: Estimate) -> str:

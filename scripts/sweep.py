@@ -117,7 +117,6 @@ class Sweep:
         self.records: dict[Run, sweep_store.Record] = {}
         label = run_record.model_label(args.model_name_or_path).split("/")[-1]
         self.about = sweep_store.About(label, changed_settings(self.extra))
-        self.read()
 
     # -- what there is ---------------------------------------------------------------------------------------------
 

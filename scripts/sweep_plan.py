@@ -68,6 +68,10 @@ class Variant:
     core: bool = False
     attempt: bool = False
 
+    def is_in(self, protocol: str) -> bool:
+        """Whether the protocol trains it."""
+        return self.nas_lr is not None if protocol == "nas" else bool(self.lrs)
+
 
 _WHOLE = (3e-5, 1e-4, 3e-4)
 _LOW_RANK = (1e-4, 3e-4, 1e-3)
@@ -311,8 +315,8 @@ def _tuned(
 
 def _fixed_rates(protocol: str, group: Iterable[str], tasks: Iterable[str], seed: int) -> Iterator[Run]:
     for name in group:
-        lr = VARIANTS[name].nas_lr if protocol == "nas" else PAPER_LR if VARIANTS[name].lrs else None
-        if lr is not None:
+        lr = VARIANTS[name].nas_lr if protocol == "nas" else PAPER_LR
+        if lr is not None and VARIANTS[name].is_in(protocol):
             yield from (Run(protocol, task, name, lr, seed) for task in tasks)
 
 

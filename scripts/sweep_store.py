@@ -142,6 +142,6 @@ def _runs_like(record: Record) -> Iterator[Run]:
     config = record["config"]
     for protocol in PROTOCOLS:
         for name, variant in VARIANTS.items():
-            in_protocol = variant.nas_lr is not None if protocol == "nas" else bool(variant.lrs)
-            if in_protocol and variant.method == record.get("method") and record.get("task") in METRIC_NAMES:
+            alike = variant.method == record.get("method") and record.get("task") in METRIC_NAMES
+            if alike and variant.is_in(protocol):
                 yield Run(protocol, record["task"], name, config.get("learning_rate"), config.get("seed"))
