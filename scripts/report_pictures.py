@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean
+from statistics import fmean, median
 from typing import Any
 
 import plot_architecture
@@ -22,6 +22,8 @@ from sweep_plan import PROTOCOLS, VARIANTS
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 MARKERS = "os^vDP*Xp"
+#: Protocols whose scores over seeds are medians.
+MEDIANS = frozenset(layout.protocol for layout in LAYOUTS.values() if layout.medians)
 #: Whose learned architectures are drawn.
 SEARCHED = ("u_bitfit18", "s_bitfit18", "u_mam100", "s_mam100")
 #: Of all pictures that there can be.
@@ -90,14 +92,17 @@ def _digest_in(path: Path) -> str | None:
         return None
 
 
-def curve_of(records: Sequence[Record], value: Callable[[Mapping], float | None]) -> Curve:
-    """`(epoch, mean over the runs)` of the epochs in which all runs have a value."""
+def curve_of(
+    records: Sequence[Record], value: Callable[[Mapping], float | None], centre: Callable[[list[float]], float] = fmean
+) -> Curve:
+    """`(epoch, mean over the runs)` of the epochs in which all runs have a value; of several, `centre` in the place of
+    the mean."""
     found: dict[float, list[float]] = {}
     for record in records:
         for row in record["epochs"]:
             if (number := value(row)) is not None and row["epoch"] is not None:
                 found.setdefault(row["epoch"], []).append(number)
-    return sorted((epoch, fmean(values)) for epoch, values in found.items() if len(values) == len(records))
+    return sorted((epoch, centre(values)) for epoch, values in found.items() if len(values) == len(records))
 
 
 def main_variants(results: Results, protocol: str) -> list[str]:
@@ -117,14 +122,16 @@ def style_of(variant: str) -> dict[str, str]:
 
 
 def _seeds(results: Results, protocol: str, tasks: Sequence[str], names: Sequence[str]) -> str:
-    """How many seeds stand behind the cells."""
+    """How many seeds stand behind the cells, and whether what is shown of several is their medians."""
     seeds = {len(cell) for task in tasks for name in names if (cell := results.cell(protocol, task, name))}
     number = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    return f"{number} seed{'' if seeds == {1} else 's'}"
+    middle = "medians, " if protocol in MEDIANS and seeds != {1} else ""
+    return f"{middle}{number} seed{'' if seeds == {1} else 's'}"
 
 
 def convergence(results: Results, protocol: str) -> Convergence:
-    """Score on dev and training loss of the main methods, means over the seeds."""
+    """Score on dev and training loss of the main methods, over the seeds what the protocol's table gives of them."""
+    centre = median if protocol in MEDIANS else fmean
     names = main_variants(results, protocol)
     panels = {}
     for task in results.tasks(protocol):
@@ -134,8 +141,8 @@ def convergence(results: Results, protocol: str) -> Convergence:
             Line(
                 VARIANTS[name].label,
                 style_of(name),
-                curve_of(cell, score),
-                curve_of(cell, lambda row: row["train_loss"]),
+                curve_of(cell, score, centre),
+                curve_of(cell, lambda row: row["train_loss"], centre),
             )
             for name, cell in cells.items()
         ]
@@ -163,8 +170,7 @@ def _panel(results: Results, layout: Layout) -> tuple[str, list[Point]] | None:
     if not points:
         return None
     seeds = _seeds(results, protocol, tasks, list(points))
-    middle = "medians, " if layout.medians and seeds != "1 seed" else ""
-    title = f"{PROTOCOLS[protocol].label} ({middle}{seeds})\n{listed([task_label(task) for task in tasks])}"
+    title = f"{PROTOCOLS[protocol].label} ({seeds})\n{listed([task_label(task) for task in tasks])}"
     return title, list(points.values())
 
 

@@ -14,7 +14,7 @@ import glue_data
 import run_record
 import sweep_store
 from glue_metrics import METRIC_NAMES
-from sweep_plan import TASKS, VARIANTS, Run, planned, rates
+from sweep_plan import GRID_SEED, TASKS, VARIANTS, Run, chosen_rates, missing_rates, planned, rates
 from sweep_store import Record
 
 #: In the order of the columns.
@@ -75,7 +75,7 @@ class Results:
     @cached_property
     def chosen(self) -> dict[tuple[str, str], float]:
         """Learning rate by task and variant in the tuned protocol."""
-        return sweep_store.chosen(self.records)
+        return chosen_rates(self.held_out)
 
     @cached_property
     def held_out(self) -> dict[Run, float | None]:
@@ -101,11 +101,11 @@ class Results:
 
     def missing_of_grid(self, task: str, variant: str) -> int:
         """How many learning rates of a variant's grid have no finished run yet."""
-        return len({*VARIANTS[variant].lrs} - {*rates(self.held_out, task, variant, 0)})
+        return len({*VARIANTS[variant].lrs} - {*rates(self.held_out, task, variant, GRID_SEED)})
 
     def is_searched(self, task: str, variant: str) -> bool:
         """Whether the search for the learning rate is over: none is missing, in the grid or beyond its ends."""
-        return sweep_store.is_searched(self.records, task, variant)
+        return not missing_rates(self.held_out, task, variant, GRID_SEED)
 
     def cell(self, protocol: str, task: str, variant: str) -> dict[int, Record]:
         """Records by seed, ascending. In the tuned protocol those of the chosen rate, once the grid is finished.

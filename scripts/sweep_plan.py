@@ -352,6 +352,12 @@ def best_rate(scores: Mapping[Run, Optional[float]], task: str, variant: str, se
     return max(known, key=lambda lr: (known[lr], lr)) if known else None
 
 
+def chosen_rates(scores: Mapping[Run, Optional[float]], seed: int = GRID_SEED) -> dict[tuple[str, str], float]:
+    """Learning rate of the tuned protocol by task and variant: the best on held-out rows, of the finished ones."""
+    cells = sorted({(run.task, run.variant) for run in scores if run.protocol == "tuned"})
+    return {cell: rate for cell in cells if (rate := best_rate(scores, *cell, seed)) is not None}
+
+
 def missing_rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:
     """Rates that the search still needs: those of the grid, then one beyond its end as long as that is best, and one
     below it as long as all diverged."""

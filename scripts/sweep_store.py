@@ -1,4 +1,4 @@
-"""What a sweep has finished: its folder of results files, and the learning rates that follow from them."""
+"""What a sweep has finished: its folder of results files, and the scores in them."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 import run_record
 from glue_metrics import METRIC_NAMES
-from sweep_plan import GRID_SEED, PROTOCOLS, VARIANTS, Run, best_rate, missing_rates, settings
+from sweep_plan import PROTOCOLS, VARIANTS, Run, settings
 
 Record = dict[str, Any]
 #: What a record that does not name a setting was made with: the settings are younger than some records.
@@ -115,19 +115,6 @@ def holdout_scores(records: Mapping[Run, Record]) -> dict[Run, Optional[float]]:
         found = score(values, run.task)
         scores[run] = found if found is not None or values is None else float("-inf")
     return scores
-
-
-def chosen(records: Mapping[Run, Record], seed: int = GRID_SEED) -> dict[tuple[str, str], float]:
-    """Learning rate of the tuned protocol by task and variant: the best on held-out rows, of the finished ones."""
-    scores = holdout_scores(records)
-    cells = {(run.task, run.variant) for run in records if run.protocol == "tuned"}
-    rates = {cell: best_rate(scores, *cell, seed) for cell in sorted(cells)}
-    return {cell: rate for cell, rate in rates.items() if rate is not None}
-
-
-def is_searched(records: Mapping[Run, Record], task: str, variant: str, seed: int = GRID_SEED) -> bool:
-    """Whether the grid of learning rates is finished, and goes on beyond none of its ends."""
-    return not missing_rates(holdout_scores(records), task, variant, seed)
 
 
 def _records(folders: Sequence[Path]) -> Iterator[tuple[Path, Record]]:

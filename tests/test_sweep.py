@@ -18,6 +18,7 @@ import run_record
 import sweep
 import sweep_store
 import train_glue
+from report_runs import Results
 from sweep_plan import Run
 
 SCRIPTS = Path(sweep.__file__).parent
@@ -106,8 +107,9 @@ def test_scores_are_means_of_a_tasks_metrics_and_only_of_held_out_rows():
         Run("tuned", "rte", "lora64", 1e-3, 0): record(TUNED, holdout={"accuracy": None}),
     }
     assert list(sweep_store.holdout_scores(runs).values()) == [None, 70.0, float("-inf")]
-    assert sweep_store.chosen(runs) == {("rte", "lora64"): 3e-4}
-    assert not sweep_store.is_searched(runs, "rte", "lora64")
+    found = Results(runs)
+    assert found.chosen == {("rte", "lora64"): 3e-4}
+    assert not found.is_searched("rte", "lora64")
 
 
 # -- arguments -------------------------------------------------------------------------------------------------------
