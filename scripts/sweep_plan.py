@@ -57,7 +57,8 @@ class Variant:
             the tuned one.
         nas_lr: learning rate in the NAS paper's recipe; None: not in it.
         core: whether it is one of the main ones, which are trained first.
-        attempt: whether it is an attempt to better a main one, only in the tuned protocol and on the smallest tasks.
+        attempt: whether it is an attempt to better a main one, or the peer that such an attempt must be held against;
+            only in the tuned protocol and on the smallest tasks.
     """
 
     label: str
@@ -104,9 +105,9 @@ def _learner(rank: int, priming_epochs: float, core: bool = False) -> Variant:
     return Variant(f"Learner, r = {rank}, p = {priming_epochs:g}", "learner", arguments, _LOW_RANK, core=core)
 
 
-def _attempt(change: str, **more: Any) -> Variant:
-    arguments = {**_learner(64, 2.0).arguments, **more}
-    return Variant(f"Learner, r = 64, {change}", "learner", arguments, _LOW_RANK, attempt=True)
+def _attempt(start: Variant, change: str, **more: Any) -> Variant:
+    arguments = {**start.arguments, **more}
+    return Variant(f"{start.label}, {change}", start.method, arguments, _LOW_RANK, attempt=True)
 
 
 def _lora(rank: int, core: bool = False) -> Variant:
@@ -132,6 +133,8 @@ def _rank_search(name: str, percent: int, budget: int) -> Variant:
     return _nas(f"{name}-MaM, {percent} % of MaM's parameters", 16, budget, granularity, 1e-3)
 
 
+_SLOW = "primed weights at a tenth of the rate"
+_WARM = "6 % warm-up"
 #: Parameters of MaM (rank 8) on MiniLM-L6, without the head: the budget of U-MaM and S-MaM, as in the paper.
 MAM_BUDGET = 321_024
 
@@ -169,9 +172,13 @@ VARIANTS: dict[str, Variant] = {
     "learner128_p1": _learner(128, 1.0),
     "u_bitfit37": _bias_search("U", 37),
     "s_bitfit37": _bias_search("S", 37),
-    "learner64_p2_slow": _attempt("p = 2, primed weights at a tenth of the rate", priming_lr_scale=0.1),
-    "learner64_p2_warm": _attempt("p = 2, 6 % warm-up", warmup_steps=0.06),
-    "learner64_p4": _attempt("p = 4", priming_epochs=4.0),
+    "learner64_p2_slow": _attempt(_learner(64, 2.0), _SLOW, priming_lr_scale=0.1),
+    # The second and third start from the first.
+    "learner64_p2_slow_warm": _attempt(
+        _learner(64, 2.0), f"{_SLOW}, {_WARM}", priming_lr_scale=0.1, warmup_steps=0.06
+    ),
+    "learner64_p4_slow": _attempt(_learner(64, 4.0), _SLOW, priming_lr_scale=0.1),
+    "lora64_warm": _attempt(_lora(64), _WARM, warmup_steps=0.06),
 }
 
 
