@@ -11,13 +11,13 @@ from bench_tables import Lines, markdown
 from report_runs import ALL_TASKS, Record, Results, task_label
 from report_scores import NOTHING, OPEN, rate_text
 from report_statistics import MISSING
-from sweep_plan import PROTOCOLS, VARIANTS, Run, rates
+from sweep_plan import GRID_SEED, PROTOCOLS, VARIANTS, Run, rates
 
 
 def rates_table(results: Results) -> Lines:
     """Scores on the held-out rows by learning rate, the chosen one in bold."""
-    names = [name for name in VARIANTS if any(rates(results.held_out, task, name, 0) for task in ALL_TASKS)]
-    tasks = [task for task in ALL_TASKS if any(rates(results.held_out, task, name, 0) for name in names)]
+    names = [name for name in VARIANTS if any(rates(results.held_out, task, name, GRID_SEED) for task in ALL_TASKS)]
+    tasks = [task for task in ALL_TASKS if any(rates(results.held_out, task, name, GRID_SEED) for name in names)]
     if not names:
         return NOTHING
     body = [[VARIANTS[name].label, *(_rates_cell(results, task, name) for task in tasks)] for name in names]
@@ -26,8 +26,8 @@ def rates_table(results: Results) -> Lines:
 
 def _rates_cell(results: Results, task: str, variant: str) -> str:
     parts = []
-    for lr in rates(results.held_out, task, variant, 0):
-        score = results.held_out[Run("tuned", task, variant, lr, 0)]
+    for lr in rates(results.held_out, task, variant, GRID_SEED):
+        score = results.held_out[Run("tuned", task, variant, lr, GRID_SEED)]
         value = MISSING if score is None else "no value" if score == float("-inf") else f"{score:.1f}"
         bold = "**" if lr == results.chosen.get((task, variant)) else ""
         parts.append(f"{bold}{rate_text(lr)}: {value}{bold}")

@@ -22,8 +22,6 @@ from sweep_plan import PROTOCOLS, VARIANTS
 
 #: Marks a learning rate that the search has not passed on both sides.
 OPEN = "†"
-#: The method that searches for an architecture, then trains it.
-SEARCHING = "nas_lora"
 NOTHING: Lines = ["No finished runs yet."]
 
 
@@ -64,7 +62,7 @@ class Layout:
 
 def uniform_peer(variant: str) -> str | None:
     """What NAS-LoRA's search is held against: the same parameters without a search. None for other methods."""
-    if VARIANTS[variant].method != SEARCHING:
+    if not VARIANTS[variant].searches:
         return None
     return "bitfit" if VARIANTS[variant].arguments["r"] == 0 else "mam8"
 
@@ -130,7 +128,7 @@ def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> L
     protocol = layout.protocol
     variants = results.shown(protocol, (task,))
     # What searches first trains for longer: it is the exception, also where most rows are of its kind.
-    usual = [name for name in variants if VARIANTS[name].method != SEARCHING] or variants
+    usual = [name for name in variants if not VARIANTS[name].searches] or variants
     common = common_phrases(r for name in usual for r in results.cell(protocol, task, name).values())
     theirs = papers.rows(*layout.paper)
     head = ["", "trained", *(["learning rate"] if layout.rates else []), "score", *layout.references]

@@ -75,6 +75,11 @@ class Variant:
         """Whether the protocol trains it."""
         return self.nas_lr is not None if protocol == "nas" else bool(self.lrs)
 
+    @property
+    def searches(self) -> bool:
+        """Whether it searches for an architecture before it trains."""
+        return self.method == "nas_lora"
+
 
 _WHOLE = (3e-5, 1e-4, 3e-4)
 _LOW_RANK = (1e-4, 3e-4, 1e-3)
@@ -109,7 +114,15 @@ def _learner(rank: int, priming_epochs: float, core: bool = False) -> Variant:
 
 def _attempt(start: Variant, change: str, **more: Any) -> Variant:
     arguments = {**start.arguments, **more}
-    return Variant(f"{start.label}, {change}", start.method, arguments, _LOW_RANK, attempt=True)
+    return Variant(f"{start.label}, {change}", start.method, arguments, start.lrs, attempt=True)
+
+
+def _slow(start: Variant) -> Variant:
+    return _attempt(start, "primed weights at a tenth of the rate", priming_lr_scale=0.1)
+
+
+def _warm(start: Variant) -> Variant:
+    return _attempt(start, "6 % warm-up", warmup_steps=0.06)
 
 
 def _lora(rank: int, core: bool = False) -> Variant:
@@ -135,8 +148,6 @@ def _rank_search(name: str, percent: int, budget: int) -> Variant:
     return _nas(f"{name}-MaM, {percent} % of MaM's parameters", 16, budget, granularity, 1e-3)
 
 
-_SLOW = "primed weights at a tenth of the rate"
-_WARM = "6 % warm-up"
 #: Parameters of MaM (rank 8) on MiniLM-L6, without the head: the budget of U-MaM and S-MaM, as in the paper.
 MAM_BUDGET = 321_024
 
@@ -174,13 +185,10 @@ VARIANTS: dict[str, Variant] = {
     "learner128_p1": _learner(128, 1.0),
     "u_bitfit37": _bias_search("U", 37),
     "s_bitfit37": _bias_search("S", 37),
-    "learner64_p2_slow": _attempt(_learner(64, 2.0), _SLOW, priming_lr_scale=0.1),
-    # The second and third start from the first.
-    "learner64_p2_slow_warm": _attempt(
-        _learner(64, 2.0), f"{_SLOW}, {_WARM}", priming_lr_scale=0.1, warmup_steps=0.06
-    ),
-    "learner64_p4_slow": _attempt(_learner(64, 4.0), _SLOW, priming_lr_scale=0.1),
-    "lora64_warm": _attempt(_lora(64), _WARM, warmup_steps=0.06),
+    "learner64_p2_slow": _slow(_learner(64, 2.0)),
+    "learner64_p2_slow_warm": _warm(_slow(_learner(64, 2.0))),
+    "learner64_p4_slow": _slow(_learner(64, 4.0)),
+    "lora64_warm": _warm(_lora(64)),
 }
 
 
@@ -242,7 +250,7 @@ COMMON: Mapping[str, Any] = {
 def settings(run: Run) -> dict[str, Any]:
     """What tells the run from others, by the names of train_glue.py's arguments; its record must say the same."""
     protocol, variant = PROTOCOLS[run.protocol], VARIANTS[run.variant]
-    epochs = protocol.search_epochs if variant.method == "nas_lora" else protocol.epochs
+    epochs = protocol.search_epochs if variant.searches else protocol.epochs
     return {
         **COMMON,
         **protocol.arguments,
@@ -361,10 +369,10 @@ def best_rate(scores: Mapping[Run, Optional[float]], task: str, variant: str, se
     return max(known, key=lambda lr: (known[lr], lr)) if known else None
 
 
-def chosen_rates(scores: Mapping[Run, Optional[float]], seed: int = GRID_SEED) -> dict[tuple[str, str], float]:
+def chosen_rates(scores: Mapping[Run, Optional[float]]) -> dict[tuple[str, str], float]:
     """Learning rate of the tuned protocol by task and variant: the best on held-out rows, of the finished ones."""
     cells = sorted({(run.task, run.variant) for run in scores if run.protocol == "tuned"})
-    return {cell: rate for cell in cells if (rate := best_rate(scores, *cell, seed)) is not None}
+    return {cell: rate for cell in cells if (rate := best_rate(scores, *cell, GRID_SEED)) is not None}
 
 
 def missing_rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:

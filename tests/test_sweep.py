@@ -24,8 +24,7 @@ from sweep_plan import Run
 SCRIPTS = Path(sweep.__file__).parent
 #: Settings of the small sweeps that are not a real one's.
 CHANGED = {"max_length": 32, "r": 4, "per_device_train_batch_size": 4, "num_train_epochs": 4.0}
-#: What two equal runs may differ in; the commit too, where someone commits while the test goes on.
-TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date", "code")
+TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
 
 
 def record(run: Run, **changes: object) -> dict:
