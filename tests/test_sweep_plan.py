@@ -148,6 +148,7 @@ def test_the_recipes():
     assert settings(Run("nas", "rte", "u_bitfit9", 3e-3, 0))["num_train_epochs"] == 6
     assert settings(Run("nas", "rte", "bitfit", 3e-3, 0))["num_train_epochs"] == 3
     assert {settings(Run(p, "rte", "full", 1e-4, 0))["holdout_share"] for p in PROTOCOLS if p != "tuned"} == {0.0}
+    assert {p for p in PROTOCOLS if settings(Run(p, "rte", "full", 2e-5, 0))["bf16"]} == {"curves"}
     assert settings(tuned(1e-4))["holdout_share"] == sweep_plan.HOLDOUT_SHARE
 
 
