@@ -21,7 +21,7 @@ from pathlib import Path
 import report_pictures
 from bench_rows import read_rows
 from bench_tables import Lines, spliced
-from report_costs import table1
+from report_costs import SETTINGS, table1
 from report_progress import coverage_table, phases_table, rates_table, setting_table
 from report_runs import Papers, Results
 from report_scores import LAYOUTS, headline, score_tables
@@ -43,7 +43,7 @@ class Report:
         papers = Papers.read(folder / "papers.json")
         self.tables: dict[str, Callable[[], Lines]] = {
             "headline": partial(headline, self.results),
-            "table1": lambda: table1(read_rows(folder / "bench"), papers),
+            **{name: partial(self.costs, papers, setting) for name, setting in SETTINGS.items()},
             **{name: partial(score_tables, self.results, papers, layout) for name, layout in LAYOUTS.items()},
             "lr": partial(rates_table, self.results),
             "phases": partial(phases_table, self.results),
@@ -51,6 +51,10 @@ class Report:
             "setting": partial(setting_table, self.results),
         }
         self.pictures = {picture.name: picture for picture in report_pictures.pictures(self.results)}
+
+    def costs(self, papers: Papers, setting: str) -> Lines:
+        """What a step of each method costs in a setting of the benchmark."""
+        return table1(read_rows(self.folder / "bench"), papers, setting)
 
     def page(self, path: Path) -> str:
         """A page's text as it is to be.

@@ -13,7 +13,8 @@ from report_statistics import MISSING
 
 #: Of bytes, in the order of the columns.
 KINDS = ("stored", "optimizer", "total")
-SETTING = "minilm-16x128-r64"
+#: Settings of the benchmark by the end of the table's name: that of the scores, and one of the paper's model.
+SETTINGS = {"table1": "minilm-16x128-r64", "table1-distilbert": "distilbert-16x128-r64"}
 
 
 @dataclass(frozen=True)
@@ -24,45 +25,48 @@ class Method:
         label: in the first column.
         rows: names of its benchmark rows, one per phase in their order.
         paper: its name in `papers.json`; empty: not in the paper.
+        shares: of the steps of a training that each phase has, in the paper's experiments.
     """
 
     label: str
     rows: tuple[str, ...]
     paper: str = ""
+    shares: tuple[float, ...] = (1.0,)
 
 
 METHODS = (
     Method("full fine-tuning", ("full",), "full"),
-    Method("FAR, 10 %", ("far_priming", "far_after"), "far10"),
+    Method("FAR, 10 %", ("far_priming", "far_after"), "far10", (0.01, 0.99)),
     Method("sequential adapters", ("adapter_sequential",), "adapter_sequential"),
     Method("parallel adapters", ("adapter_parallel",), "adapter_parallel"),
     Method("FREEZE FFNs", ("freeze_ffns",), "freeze_ffns"),
     Method("BitFit", ("bitfit",), "bitfit"),
-    Method("Learner, primed", ("learner_priming", "learner_primed"), "learner64_p2"),
+    Method("Learner, primed", ("learner_priming", "learner_primed"), "learner64_p2", (0.4, 0.6)),
     Method("Learner, without priming", ("learner_unprimed",)),
     Method("LoRA", ("lora",)),
-    Method("AdaLoRA", ("adalora",)),
+    Method("AdaLoRA, rank 64 to 32", ("adalora",)),
     Method("SHiRA", ("shira",)),
     Method("prompt tuning", ("prompt_tuning",)),
     Method("MaM", ("lora_mam",)),
 )
 
 
-def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
-    """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order.
+def table1(rows: Sequence[Row], papers: Papers, setting: str = SETTINGS["table1"], device: str = "cpu") -> Lines:
+    """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order, and the
+    mean time of a step of a whole training, the phases weighted by their steps.
 
     A method of the paper without benchmark rows has dashes beside the paper's numbers; other methods without rows are
     left out. Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for
     backward), *optimizer* (its state), and *peak*, the sum of these and of the gradients.
     """
-    head = ["", "trained", "weights", "time / full", "time / LoRA", "stored", "optimizer", "peak"]
+    head = ["", "trained", "weights", "time / full", "whole / full", "time / LoRA", "stored", "optimizer", "peak"]
     theirs = papers.rows("learners", "table1")
     reference = theirs["full"]
     columns = ("total, M", "trained, M", "minutes", "/ full", "peak, GB")
     model = papers.model("learners")
-    measured = {method: phases for method in METHODS if (phases := _phases(rows, method, device))}
+    measured = {method: phases for method in METHODS if (phases := _phases(rows, method, setting, device))}
     if not measured:
-        return [f"No rows of {SETTING} yet."]
+        return [f"No rows of {setting} yet."]
     body = []
     for method in METHODS:
         found, paper = measured.get(method, []), theirs.get(method.paper)
@@ -73,7 +77,9 @@ def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
                 method.label,
                 _each(found, lambda row: f"{row['trained_parameters']:,}"),
                 _each(found, partial(_megabytes, kind="parameters")),
-                *(_each(found, partial(_time, peer=peer)) for peer in ("full", "lora")),
+                _each(found, partial(_time, peer="full")),
+                _whole_time(found, method.shares, "full"),
+                _each(found, partial(_time, peer="lora")),
                 *(_each(found, partial(_megabytes, kind=kind)) for kind in ("stored", "optimizer", "total")),
                 *(_paper_cells(paper, reference) if paper else [MISSING] * len(columns)),
             ]
@@ -81,9 +87,9 @@ def table1(rows: Sequence[Row], papers: Papers, device: str = "cpu") -> Lines:
     return markdown([*head, *(f"{model}: {columns[0]}", *columns[1:])], body)
 
 
-def _phases(rows: Sequence[Row], method: Method, device: str) -> list[Row]:
+def _phases(rows: Sequence[Row], method: Method, setting: str, device: str) -> list[Row]:
     """A method's rows in the order of its phases; empty if one is not there or was skipped."""
-    found = [row_of(rows, SETTING, name, device) for name in method.rows]
+    found = [row_of(rows, setting, name, device) for name in method.rows]
     measured = [row for row in found if row is not None and "skipped" not in row]
     return measured if len(measured) == len(found) else []
 
@@ -101,6 +107,14 @@ def _time(row: Row, peer: str) -> str:
     if peer == row["method"]:
         return "1"
     return f"{time_ratio(row, peer)['median']:.2f}" if peer in row.get("time_ratios", {}) else MISSING
+
+
+def _whole_time(rows: Sequence[Row], shares: Sequence[float], peer: str) -> str:
+    """Mean time of a step of a whole training over that of the peer."""
+    if any(peer != row["method"] and peer not in row.get("time_ratios", {}) for row in rows) or not rows:
+        return MISSING
+    ratios = [1.0 if peer == row["method"] else time_ratio(row, peer)["median"] for row in rows]
+    return f"{sum(share * ratio for share, ratio in zip(shares, ratios, strict=True)):.2f}"
 
 
 def _paper_cells(paper: Mapping[str, float], reference: Mapping[str, float]) -> list[str]:

@@ -90,7 +90,12 @@ def draw_convergence(shown: Convergence, path: Path, metadata: Metadata) -> None
 def draw_scores(shown: Scores, path: Path, metadata: Metadata) -> None:
     """Draw scores against trained parameters. A line leads to what a method of several phases trains in its first."""
     figure, panels = plt.subplots(
-        1, len(shown.panels), squeeze=False, figsize=(4.2 * len(shown.panels) + 2.4, 5.2), layout="constrained"
+        1,
+        len(shown.panels),
+        squeeze=False,
+        sharey=True,
+        figsize=(4.2 * len(shown.panels) + 2.4, 5.2),
+        layout="constrained",
     )
     labelled: dict[str, Any] = {}
     for panel, (title, points) in zip(panels[0], shown.panels.items(), strict=True):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from statistics import median
 from typing import Any
 
+import sweep_store
 from bench_tables import Lines, markdown
 from report_runs import ALL_TASKS, Record, Results, task_label
 from report_scores import NOTHING, OPEN, rate_text
@@ -15,7 +16,7 @@ from sweep_plan import GRID_SEED, PROTOCOLS, VARIANTS, Run, rates
 
 
 def rates_table(results: Results) -> Lines:
-    """Scores on the held-out rows by learning rate, the chosen one in bold."""
+    """Scores on the held-out rows and on dev by learning rate, the chosen one in bold."""
     names = [name for name in VARIANTS if any(rates(results.held_out, task, name, GRID_SEED) for task in ALL_TASKS)]
     tasks = [task for task in ALL_TASKS if any(rates(results.held_out, task, name, GRID_SEED) for name in names)]
     if not names:
@@ -27,12 +28,16 @@ def rates_table(results: Results) -> Lines:
 def _rates_cell(results: Results, task: str, variant: str) -> str:
     parts = []
     for lr in rates(results.held_out, task, variant, GRID_SEED):
-        score = results.held_out[Run("tuned", task, variant, lr, GRID_SEED)]
-        value = MISSING if score is None else "no value" if score == float("-inf") else f"{score:.1f}"
+        run = Run("tuned", task, variant, lr, GRID_SEED)
+        dev = sweep_store.score(results.records[run]["final"], task, "eval_")
         bold = "**" if lr == results.chosen.get((task, variant)) else ""
-        parts.append(f"{bold}{rate_text(lr)}: {value}{bold}")
+        parts.append(f"{bold}{rate_text(lr)}: {_score_text(results.held_out[run])} / {_score_text(dev)}{bold}")
     open_end = f" {OPEN}" if parts and not results.is_searched(task, variant) else ""
     return "<br>".join(parts) + open_end or MISSING
+
+
+def _score_text(score: float | None) -> str:
+    return "no value" if score is None or score == float("-inf") else f"{score:.1f}"
 
 
 def phase_shares(records: Iterable[Record]) -> dict[str, dict[str, Any]]:

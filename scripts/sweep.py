@@ -53,7 +53,8 @@ class SweepArguments:
     variants: Optional[list[str]] = field(default=None, metadata={"help": f"Of {', '.join(VARIANTS)}; default: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "In their order."})
     devices: Optional[list[str]] = field(
-        default=None, metadata={"help": "'cpu', or numbers of GPUs. Default: all GPUs, cpu without any."}
+        default=None,
+        metadata={"help": "'cpu', or numbers of GPUs as this process sees them. Default: all GPUs, cpu without any."},
     )
     jobs: int = field(default=1, metadata={"help": "Runs side by side on each device."})
     threads: Optional[int] = field(default=None, metadata={"help": "CPU threads per run. Default: cores / runs."})
@@ -200,7 +201,7 @@ class Sweep:
         if device == "cpu":
             command.append("--use_cpu")
         else:
-            variables["CUDA_VISIBLE_DEVICES"] = device
+            variables["CUDA_VISIBLE_DEVICES"] = visible_device(device, environ.get("CUDA_VISIBLE_DEVICES"))
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**environ, **variables}
@@ -219,7 +220,10 @@ class Sweep:
             else:
                 self.failed.append(job.run)
                 tqdm.write(f"{job.run.name} failed with status {job.process.returncode}: see {job.log}")
-        return bool(ended) or any(moment < time.monotonic() for moment in self.elsewhere.values())
+        over = [run for run, moment in self.elsewhere.items() if moment < time.monotonic()]
+        for run in over:
+            del self.elsewhere[run]
+        return bool(ended or over)
 
     def clear(self, run: Run) -> None:
         """Delete checkpoints and log of a finished run, and its adapter unless that is to be kept."""
@@ -235,6 +239,27 @@ class Sweep:
             job.process.terminate()
         for job in self.jobs:
             job.process.wait()
+
+
+def visible_device(number: str, visible: Optional[str]) -> str:
+    """What `CUDA_VISIBLE_DEVICES` must be for a process that is to have one GPU alone.
+
+    Args:
+        number: of the GPU as this process sees it.
+        visible: this process's own `CUDA_VISIBLE_DEVICES`; None or empty: it sees all.
+
+    Raises:
+        ValueError: this process does not see so many.
+    """
+    if not visible:
+        return number
+    names = [name.strip() for name in visible.split(",")]
+    if not (number.isdecimal() and int(number) < len(names)):
+        raise ValueError(
+            f"--devices must be numbers below {len(names)}, got {number}: CUDA_VISIBLE_DEVICES={visible} leaves "
+            f"{len(names)}, which are counted from 0."
+        )
+    return names[int(number)]
 
 
 def changed_settings(extra: Sequence[str]) -> dict[str, Any]:

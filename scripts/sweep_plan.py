@@ -378,11 +378,15 @@ def chosen_rates(scores: Mapping[Run, Optional[float]]) -> dict[tuple[str, str],
 
 def missing_rates(scores: Mapping[Run, Optional[float]], task: str, variant: str, seed: int) -> list[float]:
     """Rates that the search still needs: those of the grid, then one beyond its end as long as that is best, and one
-    below it as long as all diverged."""
-    tried = rates(scores, task, variant, seed)
-    if missing := [lr for lr in VARIANTS[variant].lrs if lr not in tried]:
+    below it as long as all diverged. Where all of the grid are equal, too low and too high look alike (a model that
+    predicts one class), so one beyond either end; if those are equal too, the search is over."""
+    grid, tried = VARIANTS[variant].lrs, rates(scores, task, variant, seed)
+    if missing := [lr for lr in grid if lr not in tried]:
         return missing
     best = best_rate(scores, task, variant, seed)
+    below, beyond = [lr for lr in LADDER if lr < tried[0]][-1:], [lr for lr in LADDER if lr > tried[-1]][:1]
+    if best is not None and len({scores[Run("tuned", task, variant, lr, seed)] for lr in tried}) == 1:
+        return [*(below if tried[0] == grid[0] else []), *(beyond if tried[-1] == grid[-1] else [])]
     if best is None or best == tried[0]:
-        return [lr for lr in LADDER if lr < tried[0]][-1:]
-    return [lr for lr in LADDER if lr > best][:1] if best == tried[-1] else []
+        return below
+    return beyond if best == tried[-1] else []

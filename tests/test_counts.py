@@ -34,6 +34,15 @@ def test_learner_64_trains_20_million_in_priming_and_5_96_after(task_type):
     assert model.get_nb_trainable_parameters()[0] == 5_960_450 == low_rank(64) + BIASES + NORMS + HEAD
 
 
+@pytest.mark.parametrize("priming_epochs,deltas", [(0, 0), (1, ATTENTION)])
+def test_learner_64_has_the_papers_total(priming_epochs, deltas):
+    """72.26 million: DistilBERT and the low-rank modules. What trains beside the originals, which stay, are biases,
+    norms, the head and in priming the attention's dense deltas; the paper's total holds those once."""
+    model = get_peft_model(distilbert(), LearnerConfig(r=64, priming_epochs=priming_epochs))
+    total = model.get_nb_trainable_parameters()[1]
+    assert total - BIASES - NORMS - HEAD - deltas == 72_263_426 == ALL + low_rank(64)
+
+
 @pytest.mark.parametrize("r,trained", [(8, 1_315_586), (64, 5_960_450), (256, 21_885_698)])
 def test_learner_without_priming(r, trained):
     model = get_peft_model(distilbert(), LearnerConfig(r=r, priming_epochs=0))

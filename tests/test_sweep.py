@@ -24,6 +24,8 @@ from sweep_plan import Run
 SCRIPTS = Path(sweep.__file__).parent
 #: Settings of the small sweeps that are not a real one's.
 CHANGED = {"max_length": 32, "r": 4, "per_device_train_batch_size": 4, "num_train_epochs": 4.0}
+#: Of runs that are to be killed: long enough to be met in training.
+EPOCHS = 32.0
 TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
 
 
@@ -166,6 +168,19 @@ def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
         sweep.main([*words, "--", "--max_train_samples", "7"])
 
 
+@pytest.mark.parametrize(
+    "visible,number,expected", [(None, "1", "1"), ("", "0", "0"), ("3", "0", "3"), ("5,7", "1", "7")]
+)
+def test_a_process_gets_a_gpu_that_the_sweep_was_given(visible, number, expected):
+    assert sweep.visible_device(number, visible) == expected
+
+
+@pytest.mark.parametrize("number", ["1", "cuda:0"])
+def test_a_gpu_that_the_sweep_was_not_given_is_named(number):
+    with pytest.raises(ValueError, match=f"--devices must be numbers below 1, got {number}: CUDA_VISIBLE_DEVICES=3"):
+        sweep.visible_device(number, "3")
+
+
 # -- held-out rows ---------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +213,7 @@ def one_thread_and_no_hub(monkeypatch):
 
 @pytest.fixture
 def words(model_dir, data_dir):
-    """The arguments of a small sweep into a folder: the paper's protocol of a phased method, on two tasks."""
+    """The arguments of a small sweep into a folder: a phased method by the paper's protocol on two tasks."""
 
     def make(out: Path, *more: str) -> list[str]:
         own = ["--model_name_or_path", model_dir, "--data_dir", data_dir, "--out", out, "--devices", "cpu"]
@@ -219,16 +234,32 @@ def results(folder: Path) -> dict[str, object]:
     return {path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*-seed*.json")}
 
 
+def tuned_but_for_one_rate(out: Path) -> None:
+    """Write the other two rates of the tuned protocol's grid, as if they had been trained and learned nothing."""
+    for lr in (1e-4, 1e-3):
+        run = Run("tuned", "rte", "learner8_p2", lr, 0)
+        config = {**CHANGED, "num_train_epochs": EPOCHS}
+        held_out = {"accuracy": 0.0, "loss": 1.0}
+        write(out, run.name, record(run, model="tiny-bert", config=config, holdout=held_out))
+
+
 @pytest.mark.slow
 def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files_of_unbroken_runs(words, tmp_path):
+    """A run by the paper's recipe, and one that holds out rows and sorts the others by length."""
     alone, out = tmp_path / "alone", tmp_path / "out"
-    command = [sys.executable, str(SCRIPTS / "sweep.py"), *words(out, "--jobs", "2"), "--num_train_epochs", "24"]
-    unbroken = sweep.parsed([*words(alone), "--num_train_epochs", "24"])
-    for run in unbroken.read():
+    for folder in (alone, out):
+        tuned_but_for_one_rate(folder)
+    more = ("--tasks", "rte", "--protocols", "paper", "tuned", "--jobs", "2")
+    broken, whole = ([*words(folder, *more), "--num_train_epochs", str(EPOCHS)] for folder in (out, alone))
+    unbroken = sweep.parsed(whole)
+    todo = [run for run in unbroken.read() if run not in unbroken.records]
+    assert [(run.protocol, run.lr) for run in todo] == [("paper", 2e-5), ("tuned", 3e-4)]
+    for run in todo:
         train_glue.main([*unbroken.command(run)[2:], "--use_cpu"])
     expected = results(alone)
-    assert len(expected) == 2
+    assert len(expected) == 2 + 2
 
+    command = [sys.executable, str(SCRIPTS / "sweep.py"), *broken]
     rng, seen, logs = random.Random(), set(), ""
     for _ in range(3):
         process = subprocess.Popen(command, start_new_session=True)
@@ -237,6 +268,7 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
                 time.sleep(0.02)
             time.sleep(rng.uniform(0, 0.5))
             logs += "".join(path.read_text() for path in (out / ".work").glob("*/log.txt"))
+            assert process.poll() is None  # it is killed, and did not end
         finally:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)

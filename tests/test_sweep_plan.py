@@ -103,7 +103,7 @@ def test_prefixes_are_balanced():
         ([63.0, 61.0, 62.0], 1e-4, [3e-5]),
         ([60.0, 62.0, 62.0], 1e-3, [3e-3]),  # the higher of two equal ones
         ([60.0, 60.0, 59.0], 3e-4, []),
-        ([50.0, 50.0, 50.0], 1e-3, [3e-3]),  # nothing is learned yet
+        ([50.0, 50.0, 50.0], 1e-3, [3e-5, 3e-3]),  # nothing is learned: too low or too high
         ([60.0, float("-inf"), 59.0], 1e-4, [3e-5]),
         ([float("-inf")] * 3, None, [3e-5]),  # all diverged
     ],
@@ -115,6 +115,14 @@ def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
     assert [run for run in planned(found, protocols=["tuned"]) if run == tuned(3e-3)] == (
         [tuned(3e-3)] * (3e-3 in missing)
     )
+
+
+@pytest.mark.parametrize(
+    "beyond,missing", [((55.0, 50.0), [1e-5]), ((50.0, 55.0), [1e-2]), ((50.0, 50.0), []), ((50.0,), [3e-3])]
+)
+def test_a_grid_whose_rates_are_all_equal_is_looked_at_from_both_ends(beyond, missing):
+    found = {**grids([50.0, 50.0, 50.0]), **dict(zip([tuned(3e-5), tuned(3e-3)], beyond, strict=False))}
+    assert missing_rates(found, "rte", "lora64", 0) == missing
 
 
 def test_a_grid_stops_once_the_step_beyond_is_worse():

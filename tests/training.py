@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments, set_seed
 from tuners import TUNERS
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
 
 
 class Rows(Dataset):
@@ -56,6 +56,12 @@ def nas(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config:
     """A fresh NAS-LoRA adapter on a zoo model; half of the search space is kept."""
     settings: dict[str, Any] = {"r": 4, "task_type": zoo.ZOO[arch].task_type}
     return adapted(NASLoRAConfig(**{**settings, **config}), arch, seed, dropout)
+
+
+def bottleneck(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **config: Any) -> torch.nn.Module:
+    """Fresh parallel adapters on a zoo model: hooks beside each FFN."""
+    settings: dict[str, Any] = {"mode": "parallel", "bottleneck_dim": 4, "task_type": zoo.ZOO[arch].task_type}
+    return adapted(BottleneckConfig(**{**settings, **config}), arch, seed, dropout)
 
 
 def arguments(out: Path | str, **settings: Any) -> TrainingArguments:

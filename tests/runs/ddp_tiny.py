@@ -13,12 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 import torch.distributed as dist
-from training import adapter_values, arguments, far, learner, nas, trainer
+from training import adapter_values, arguments, bottleneck, far, learner, nas, trainer
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
 from peft_learners.boundary import ddp_wrappers
 
+CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 CASES = {
     "far": {},
     "far-output-node": {"gradient_accumulation_steps": 2},
@@ -28,7 +29,9 @@ CASES = {
     "unused": {"ddp_find_unused_parameters": True},
     "accumulation": {"gradient_accumulation_steps": 2},
     "again": {},
-    "checkpointing": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "checkpointing": CHECKPOINTING,
+    "bottleneck": {},
+    "bottleneck-checkpointing": CHECKPOINTING,
 }
 
 
@@ -37,6 +40,8 @@ MODELS = {
     "far-output-node": partial(far, granularity="output_node"),
     "nas": partial(nas, search_epochs=1, parameter_budget=0.2),
     "nas-structured": partial(nas, search_epochs=1, granularity="structured"),
+    "bottleneck": bottleneck,
+    "bottleneck-checkpointing": bottleneck,
 }
 
 
