@@ -13,7 +13,7 @@ from report_statistics import MISSING
 
 #: Of bytes, in the order of the columns.
 KINDS = ("stored", "optimizer", "total")
-#: Settings of the benchmark by the end of the table's name: that of the scores, and one of the paper's model.
+#: Settings of the benchmark by the table's name: that of the scores, and one of the paper's model.
 SETTINGS = {"table1": "minilm-16x128-r64", "table1-distilbert": "distilbert-16x128-r64"}
 
 
@@ -78,7 +78,7 @@ def table1(rows: Sequence[Row], papers: Papers, setting: str = SETTINGS["table1"
                 _each(found, lambda row: f"{row['trained_parameters']:,}"),
                 _each(found, partial(_megabytes, kind="parameters")),
                 _each(found, partial(_time, peer="full")),
-                _whole_time(found, method.shares, "full"),
+                _whole_time(found, method.shares),
                 _each(found, partial(_time, peer="lora")),
                 *(_each(found, partial(_megabytes, kind=kind)) for kind in ("stored", "optimizer", "total")),
                 *(_paper_cells(paper, reference) if paper else [MISSING] * len(columns)),
@@ -103,17 +103,23 @@ def _megabytes(row: Row, kind: str) -> str:
     return f"{row['bytes'][kind] / 1e6:.1f}"
 
 
-def _time(row: Row, peer: str) -> str:
+def _ratio(row: Row, peer: str) -> float | None:
+    """Time of a step over that of the peer; None if they were not measured in turn."""
     if peer == row["method"]:
-        return "1"
-    return f"{time_ratio(row, peer)['median']:.2f}" if peer in row.get("time_ratios", {}) else MISSING
+        return 1.0
+    return time_ratio(row, peer)["median"] if peer in row.get("time_ratios", {}) else None
 
 
-def _whole_time(rows: Sequence[Row], shares: Sequence[float], peer: str) -> str:
-    """Mean time of a step of a whole training over that of the peer."""
-    if any(peer != row["method"] and peer not in row.get("time_ratios", {}) for row in rows) or not rows:
+def _time(row: Row, peer: str) -> str:
+    ratio = _ratio(row, peer)
+    return "1" if peer == row["method"] else MISSING if ratio is None else f"{ratio:.2f}"
+
+
+def _whole_time(rows: Sequence[Row], shares: Sequence[float]) -> str:
+    """Mean time of a step of a whole training over that of full fine-tuning."""
+    ratios = [ratio for row in rows if (ratio := _ratio(row, "full")) is not None]
+    if len(ratios) < len(shares):
         return MISSING
-    ratios = [1.0 if peer == row["method"] else time_ratio(row, peer)["median"] for row in rows]
     return f"{sum(share * ratio for share, ratio in zip(shares, ratios, strict=True)):.2f}"
 
 
