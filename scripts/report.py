@@ -15,11 +15,11 @@ import argparse
 import os
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 
 import report_pictures
-from bench_rows import read_rows
+from bench_rows import Row, read_rows
 from bench_tables import Lines, spliced
 from report_costs import SETTINGS, table1
 from report_progress import coverage_table, phases_table, rates_table, setting_table
@@ -52,9 +52,14 @@ class Report:
         }
         self.pictures = {picture.name: picture for picture in report_pictures.pictures(self.results)}
 
+    @cached_property
+    def bench(self) -> list[Row]:
+        """The benchmark's rows."""
+        return read_rows(self.folder / "bench")
+
     def costs(self, papers: Papers, setting: str) -> Lines:
         """What a step of each method costs in a setting of the benchmark."""
-        return table1(read_rows(self.folder / "bench"), papers, setting)
+        return table1(self.bench, papers, setting)
 
     def page(self, path: Path) -> str:
         """A page's text as it is to be.
