@@ -110,6 +110,8 @@ class Sweep:
         self.args, self.extra = args, list(extra)
         self.out = Path(args.out)
         self.devices = args.devices or [str(i) for i in range(torch.cuda.device_count())] or ["cpu"]
+        visible = environ.get("CUDA_VISIBLE_DEVICES")
+        self.visible = {name: visible_device(name, visible) for name in self.devices if name != "cpu"}
         cores = environ.get("OMP_NUM_THREADS") or max(1, torch.get_num_threads() // (args.jobs * len(self.devices)))
         self.threads = args.threads or int(cores)
         self.jobs: list[Job] = []
@@ -201,7 +203,7 @@ class Sweep:
         if device == "cpu":
             command.append("--use_cpu")
         else:
-            variables["CUDA_VISIBLE_DEVICES"] = visible_device(device, environ.get("CUDA_VISIBLE_DEVICES"))
+            variables["CUDA_VISIBLE_DEVICES"] = self.visible[device]
         with log.open("ab") as file:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**environ, **variables}

@@ -181,6 +181,14 @@ def test_a_gpu_that_the_sweep_was_not_given_is_named(number):
         sweep.visible_device(number, "3")
 
 
+def test_a_gpu_that_the_sweep_was_not_given_is_refused_before_anything_trains(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path / "out"), "--devices", "0", "1"]
+    with pytest.raises(ValueError, match="--devices must be numbers below 1, got 1"):
+        sweep.main(words)
+    assert not (tmp_path / "out").exists()
+
+
 # -- held-out rows ---------------------------------------------------------------------------------------------------
 
 
