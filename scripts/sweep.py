@@ -30,6 +30,8 @@ from transformers import HfArgumentParser
 
 #: Seconds between looks at the processes, and before a run that another sweep trained is looked at again.
 POLL, LOOK_AGAIN = 0.5, 30.0
+#: Seconds between drawings of the progress where stderr is no terminal: a log of hours stays readable.
+LOG_PROGRESS = 60.0
 
 
 @dataclass
@@ -162,13 +164,16 @@ class Sweep:
         runs = self.read()
         for run in self.records:
             self.clear(run)
-        with tqdm(total=len(runs), initial=len(self.finished_of(runs)), unit="run") as bar:
+        pause = POLL if sys.stderr.isatty() else LOG_PROGRESS
+        finished = len(self.finished_of(runs))
+        with tqdm(total=len(runs), initial=finished, unit="run", mininterval=pause, miniters=0) as bar:
             try:
                 while time.monotonic() < deadline and self.start(runs):
                     if self.collect():
                         runs = self.read()
-                    bar.total, bar.n = len(runs), len(self.finished_of(runs))
-                    bar.set_postfix_str("; ".join(job.progress() for job in self.jobs))
+                    bar.total = len(runs)
+                    bar.set_postfix_str("; ".join(job.progress() for job in self.jobs), refresh=False)
+                    bar.update(len(self.finished_of(runs)) - bar.n)
                     time.sleep(POLL)
             finally:
                 self.stop()

@@ -308,6 +308,16 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(words, tmp_path)
     assert results(tmp_path) == {}
 
 
+def test_the_progress_in_a_log_file_is_not_drawn_at_every_look(words, tmp_path, capsys, monkeypatch):
+    looks, sleep = [], time.sleep
+    monkeypatch.setattr(sweep, "POLL", 0.01)
+    monkeypatch.setattr(sweep.time, "sleep", lambda seconds: (looks.append(seconds), sleep(seconds)))
+    with run_record.only_process(tmp_path / ".work" / "paper-rte-learner8_p2-lr2e-05-seed0"):
+        assert sweep.main(words(tmp_path, "--tasks", "rte", "--budget_hours", "0.0003")) == 0
+    assert len(looks) > 10
+    assert 1 <= capsys.readouterr().err.count("0/1") <= 3  # at first, at the end
+
+
 def test_adapters_are_kept_where_that_is_asked_for(words, tmp_path):
     run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
     (tmp_path / "out" / ".work" / run.name / "adapter").mkdir(parents=True)
