@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -110,7 +111,8 @@ def draw_scores(shown: Scores, path: Path, metadata: Metadata) -> None:
         panel.xaxis.set_major_formatter(EngFormatter(sep=""))
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("trained parameters in the last phase")
-        panel.set_title(title, fontsize=8)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_title("\n".join(textwrap.fill(line, 56, break_on_hyphens=False) for line in title.splitlines()), fontsize=8)
     panels[0][0].set_ylabel("average score on dev")
     figure.legend(labelled.values(), labelled.keys(), fontsize=7, loc="outside right center")
     plot_bench.save(figure, path, metadata)

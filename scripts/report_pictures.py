@@ -21,7 +21,7 @@ from report_scores import LAYOUTS, Layout, average_tasks, listed
 from sweep_plan import PROTOCOLS, VARIANTS
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
-MARKERS = "os^vDP*Xp"
+MARKERS = "os^vDP*Xp<>hd8"
 #: Protocols whose scores over seeds are medians.
 MEDIANS = frozenset(layout.protocol for layout in LAYOUTS.values() if layout.medians)
 #: Whose learned architectures are drawn.

@@ -17,7 +17,7 @@ import report_scores
 import report_statistics
 from matplotlib import pyplot as plt
 from report_runs import Results
-from sweep_plan import Run
+from sweep_plan import VARIANTS, Run
 from sweep_records import METRICS, ROOT, grid, paper, record, results, scored
 
 # -- pictures --------------------------------------------------------------------------------------------------------
@@ -106,6 +106,11 @@ def test_learned_architectures_are_means_over_tasks_and_seeds(drawn):
     assert heatmap.images[0].get_array().ravel().tolist() == pytest.approx([15 / 24, 9 / 24])
     title = heatmap.get_title()
     assert title.startswith("U-BitFit, 18 % of the biases on RTE and MRPC (3 runs)\n") and "of 16 parameters" in title
+
+
+def test_no_two_variants_are_drawn_alike():
+    styles = [tuple(report_pictures.style_of(name).values()) for name in VARIANTS]
+    assert len(set(styles)) == len(styles)
 
 
 def test_nothing_finished_gives_no_picture():
