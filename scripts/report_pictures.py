@@ -170,7 +170,7 @@ def _panel(results: Results, layout: Layout) -> tuple[str, list[Point]] | None:
     if not points:
         return None
     seeds = _seeds(results, protocol, tasks, list(points))
-    title = f"{PROTOCOLS[protocol].label} ({seeds})\n{listed([task_label(task) for task in tasks])}"
+    title = f"{PROTOCOLS[protocol].label}\n{listed([task_label(task) for task in tasks])} ({seeds})"
     return title, list(points.values())
 
 

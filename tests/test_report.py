@@ -69,7 +69,7 @@ def test_the_nas_panel_has_medians_without_errors(drawn):
     (mean,), (median,) = means.containers, medians.containers
     assert float(median.lines[0].get_ydata()[0]) == pytest.approx(62.0)
     assert (mean.has_yerr, median.has_yerr) == (True, False)
-    assert medians.get_title().endswith("(medians, 3 seeds)\nRTE") and means.get_title().endswith("(2 seeds)\nRTE")
+    assert medians.get_title().endswith("\nRTE (medians, 3 seeds)") and means.get_title().endswith("\nRTE (2 seeds)")
     curves = drawn["sweep-convergence-nas.png"]
     assert curves._suptitle.get_text().endswith("(medians, 3 seeds)")
     assert float(curves.axes[0].lines[0].get_ydata()[-1]) == pytest.approx(62.0)
