@@ -1,12 +1,15 @@
 """Runs killed anywhere and resumed in a fresh process end bit for bit like one that was never stopped.
 
+Every run is a process of its own. Those that resume are fresh interpreters, as a user's are, with a hash seed of their
+own; the others are forked from a process that has done nothing but import, which takes most of such a run's time.
+
 Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/training.py).
 """
 
 from __future__ import annotations
 
 import functools
-import os
+import multiprocessing
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,15 +17,31 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import train_tiny
 
-SCRIPT = Path(__file__).parent / "runs" / "train_tiny.py"
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["peft_learners", "transformers.trainer"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 def run(out: Path, *options: str) -> int:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), str(out), *options], env=environment, capture_output=True, text=True
-    )
+    """The exit status of a run that is forked; negative for a signal."""
+    log = out / "stderr.txt"
+    process = FORKS.Process(target=train_tiny.logged, args=([str(out), *options], log))
+    process.start()
+    process.join()
+    assert process.exitcode in (0, -9), log.read_text()[-3000:]
+    return process.exitcode
+
+
+def resume(out: Path, *options: str) -> int:
+    """The exit status of a run that goes on in a fresh interpreter."""
+    command = [sys.executable, train_tiny.__file__, str(out), "--resume", *options]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode in (0, -9), done.stderr[-3000:]
     return done.returncode
 
@@ -67,7 +86,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tune
     starts, let_go = TUNERS[tuner]
     assert run(tmp_path, "--tuner", tuner, "--kill_after", str(kill_after)) == -9
     assert not (tmp_path / "final.pt").exists()
-    assert run(tmp_path, "--tuner", tuner, "--resume") == 0
+    assert resume(tmp_path, "--tuner", tuner) == 0
     resumed = torch.load(tmp_path / "final.pt")
     assert expected["starts"] == starts
     for part in ("adapter", "optimizer"):
@@ -87,5 +106,5 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tune
 )
 def test_a_resumed_run_keeps_its_boundary_whatever_else_was_changed(tmp_path: Path, changed):
     assert run(tmp_path, "--kill_after", "2") == -9
-    assert run(tmp_path, "--resume", "--set", *changed) == 0
+    assert resume(tmp_path, "--set", *changed) == 0
     assert torch.load(tmp_path / "final.pt")["starts"] == {"priming": 0, "learning": 5}

@@ -44,14 +44,14 @@ MODELS = {
 }
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("out", type=Path)
     parser.add_argument("--tuner", choices=list(MODELS), default="learner")
     parser.add_argument("--kill_after", type=int)
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--set", nargs="*", default=[])
-    args = parser.parse_args()
+    args = parser.parse_args(words)
     torch.set_num_threads(1)
     settings = {key: json.loads(value) for key, value in (item.split("=") for item in args.set)}
     model = MODELS[args.tuner]()
@@ -66,6 +66,13 @@ def main() -> None:
     state = {f"{names[p]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
     starts = {log["phase"]: log["step"] for log in run.state.log_history if "phase_first_step" in log}
     torch.save({"adapter": adapter_values(model), "optimizer": state, "starts": starts}, args.out / "final.pt")
+
+
+def logged(words: list[str], log: Path) -> None:
+    """`main`, with stderr in a file."""
+    with log.open("w") as file:
+        os.dup2(file.fileno(), 2)
+    main(words)
 
 
 if __name__ == "__main__":
