@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,8 +111,7 @@ def draw_scores(shown: Scores, path: Path, metadata: Metadata) -> None:
         panel.xaxis.set_minor_formatter(NullFormatter())
         panel.set_xlabel("trained parameters in the last phase")
         panel.tick_params(axis="x", labelsize=8)
-        lines = (textwrap.fill(line, 56, break_on_hyphens=False) for line in title.splitlines())
-        panel.set_title("\n".join(lines), fontsize=8)
+        panel.set_title(title, fontsize=8)
     panels[0][0].set_ylabel("average score on dev")
     figure.legend(labelled.values(), labelled.keys(), fontsize=7, loc="outside right center")
     plot_bench.save(figure, path, metadata)
