@@ -35,6 +35,11 @@ def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     return raw_optimizer(inner) if inner is not None else optimizer
 
 
+def for_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values on a device that has float64: where they are, and from MPS on the CPU."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
     """Drop the optimizer's state of parameters that stopped training.
 
@@ -73,8 +78,8 @@ def resize(changes: Iterable[Resized], optimizers: Iterable[torch.optim.Optimize
         parameter, before = change.parameter, change.parameter.shape
         parameter.grad = None
         # The node that accumulates the gradient remembers the old shape, and lives on with any graph that is still
-        # around (a loss, DDP's reducer). A change of type makes torch forget it.
-        other = torch.float32 if parameter.dtype == torch.float64 else torch.float64
+        # around (a loss, DDP's reducer). A change of type makes torch forget it (no float64: MPS has none).
+        other = torch.float32 if parameter.dtype == torch.float16 else torch.float16
         parameter.data = parameter.data.new_empty(0, dtype=other)
         parameter.data = change.value
         for optimizer in optimizers:
@@ -177,10 +182,14 @@ def agreed(model: nn.Module, choices: dict[str, torch.Tensor]) -> dict[str, torc
     return {name: piece.to(choice.device) for (name, choice), piece in zip(choices.items(), pieces, strict=True)}
 
 
-def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel) -> None:
+def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel, constant: Iterable[torch.Tensor] = ()) -> None:
     """Let DDP reduce exactly the gradients that are trained now. To be called by all ranks between two steps.
 
     Nothing is sent: a wrapper that is no longer used may be rebuilt on one rank and not on another.
+
+    Args:
+        constant: buffers that are the same on all ranks and change at boundaries only. DDP, which sends every buffer
+            from the first rank before each forward, leaves them out from now on.
 
     DDP registers its hooks once, at construction; parameters that freeze later would leave it waiting for their
     gradients, and parameters that begin to train later would silently stay unsynchronised. This is DDP's own
@@ -188,6 +197,10 @@ def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel) -> None:
     """
     ddp._remove_autograd_hooks()
     hooks = list(ddp._comm_hooks)
+    ours = {id(buffer) for buffer in constant}
+    ddp.parameters_to_ignore |= {
+        name for name, buffer in ddp.module.named_buffers(remove_duplicate=False) if id(buffer) in ours
+    }
     static_graph, ddp.static_graph = ddp.static_graph, False
     parameters, sparse = ddp._build_params_for_reducer()
     if not parameters:

@@ -136,30 +136,6 @@ class PhaseCallback(TrainerCallback):
             self._warn_if_incomplete(driver, "training ended")
         driver.finish()
 
-    def _freeze_again(self, model: Any) -> None:
-        # on_init_end lets all parts train for the optimizer's sake; without a training they must not stay so.
-        if not self._in_training and model is not None:
-            driver = PhaseDriver.of(model)
-            for name, config in driver.configs().items():
-                if config.phases_complete:
-                    driver.hold(name, config.outline().phases[-1])
-
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
-    ) -> None:
-        self._freeze_again(model)
-
-    def on_predict(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: Any = None,
-        model: Any = None,
-        **kwargs: Any,
-    ) -> None:
-        self._freeze_again(model)
-
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
@@ -181,7 +157,8 @@ class PhaseCallback(TrainerCallback):
     def _check(driver: PhaseDriver) -> None:
         if not any(isinstance(config, PhasedConfig) for config in getattr(driver.root, "peft_config", {}).values()):
             raise ValueError(
-                "PhaseCallback found no adapter of peft_learners in the model. Wrap the model first: "
+                "PhaseCallback found no adapter of peft_learners in the model (or several parts of it with adapters, "
+                "which it can't drive together). Wrap the model first: "
                 "model = get_peft_model(model, LearnerConfig(...)), or leave the callback out."
             )
 

@@ -99,8 +99,8 @@ class PhasedConfig(PeftConfig):
         default=None,
         metadata={
             "help": "'bfloat16' or 'float16': save the adapter's floating-point values in that type (half the file). "
-            "None: as they are. Checkpoints written while a schedule runs keep full precision, so that a resumed run "
-            "is exact."
+            "None: as they are. Checkpoints written while a schedule runs (PhaseCallback's, or that of set_schedule "
+            "until its total_steps or finish_phases()) keep full precision, so that a resumed run is exact."
         },
     )
     completed_phases: list[str] = field(

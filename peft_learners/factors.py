@@ -80,7 +80,7 @@ def nearest(update: Tensor, rank: float) -> Factored:
     if isinstance(rank, int):
         count = min(count, rank)
     elif rank < 1:
-        energy = s.double().square().cumsum(0)
+        energy = s.cpu().double().square().cumsum(0)
         count = min(count, int((energy < rank * energy[-1]).sum()) + 1)
     count = max(1, count)
     roots = s[:count].sqrt()

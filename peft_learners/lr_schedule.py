@@ -127,6 +127,9 @@ def get_phased_scheduler(
 ) -> LambdaLR:
     """`transformers.get_scheduler` for loops without Trainer, beginning anew where the phases of `model` do.
 
+    Its `step()` is to be called once per optimizer step. Leave it out of `accelerator.prepare`, which would have it
+    called once per process.
+
     Args:
         name: "linear", "cosine", "constant", ... of transformers.
         optimizer: the optimizer.

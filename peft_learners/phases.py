@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners._buffer_dict import BufferDict
 from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
@@ -59,11 +60,16 @@ class PhaseStart:
 
 
 def injected_model(model: nn.Module) -> nn.Module:
-    """The original model that holds the tuner layers: behind wrappers, `PeftModel` and the tuner."""
+    """The original model that holds the tuner layers: behind wrappers, `PeftModel` and the tuner, or, where the model
+    itself has no adapter, the one part of it that has (a user's own module around an encoder)."""
     model = unwrapped(model)
     base = getattr(model, "base_model", None)
     tuner = base if isinstance(base, nn.Module) and hasattr(type(base), "update_and_allocate") else model
-    return cast(nn.Module, tuner.model) if hasattr(type(tuner), "update_and_allocate") else tuner
+    root = cast(nn.Module, tuner.model) if hasattr(type(tuner), "update_and_allocate") else tuner
+    if "peft_config" not in vars(root):
+        parts = [m for m in root.modules() if "peft_config" in vars(m) and not hasattr(type(m), "update_and_allocate")]
+        root = parts[0] if len(parts) == 1 else root
+    return root
 
 
 def _tuner_of(config: PhasedConfig) -> Any:
@@ -85,6 +91,14 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
                 if adapter in values:
                     value = values[adapter]
                     yield from value.parameters() if isinstance(value, nn.Module) else (value,)
+
+
+def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
+    """What the tuner layers hold beside parameters: frozen values and positions, which only boundaries change."""
+    for layer in tuner_layers(root):
+        for name in layer.other_param_names:
+            values = getattr(layer, name)
+            yield from values.values() if isinstance(values, BufferDict) else ()
 
 
 def trained_parameters(root: nn.Module) -> int:
@@ -350,7 +364,7 @@ class PhaseDriver:
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         given = self._wrapper
         for ddp in [given] if isinstance(given, nn.parallel.DistributedDataParallel) else ddp_wrappers(root):
-            rebuild_reducer(ddp)
+            rebuild_reducer(ddp, constant_buffers(root))
         after = trained_parameters(root)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         anew = entry == "crossed"

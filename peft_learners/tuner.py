@@ -92,6 +92,11 @@ class PhasedModel(TargetChoice):
         """
         PhaseDriver.of(self).prepare()
 
+    def finish_phases(self) -> None:
+        """The training is over. For loops that end before `set_schedule`'s `total_steps`, or did not give them: until
+        then saved adapters are taken for checkpoints, which `save_dtype` leaves as they are."""
+        PhaseDriver.of(self).finish()
+
     def restart_phases(self) -> None:
         """Let the active adapters go through all their phases again in the next training."""
         PhaseDriver.of(self).restart()

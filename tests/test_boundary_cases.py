@@ -12,7 +12,7 @@ import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
-from training import adapter_values, arguments, dense_parameters, learner, trainer
+from training import Around, Rows, adapter_values, arguments, bottleneck, dense_parameters, far, learner, nas, trainer
 from transformers import TrainerCallback
 
 from peft_learners import LearnerConfig, ScheduleError
@@ -45,13 +45,71 @@ def test_steps_that_go_backwards_are_refused():
         model.base_model.update_and_allocate(1)
 
 
-def test_evaluating_with_a_trainer_leaves_a_complete_adapter_frozen(tmp_path: Path):
+def test_training_and_evaluating_leave_a_complete_adapter_frozen(tmp_path: Path):
     model = finished(tmp_path)
     run = trainer(model, arguments(tmp_path))
     run.evaluate()
-    assert trained(model) == UNPRIMED
     run.train()
     assert trained(model) == UNPRIMED
+    run.evaluate()
+    assert trained(model) == UNPRIMED
+
+
+@pytest.mark.parametrize("verb", ["evaluate", "predict"])
+def test_a_run_is_resumed_after_an_evaluation(tmp_path: Path, verb):
+    """The optimizer's groups must hold what the checkpoint's do, also if the adapter is loaded in its last phase."""
+    model = learner()
+    trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=4)).train()
+    again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "checkpoint-4", is_trainable=True)
+    run = trainer(again, arguments(tmp_path))
+    run.evaluate() if verb == "evaluate" else run.predict(Rows())
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert trained(again) == UNPRIMED
+    values, theirs = adapter_values(again), adapter_values(model)
+    assert values.keys() == theirs.keys() and all(torch.equal(value, theirs[name]) for name, value in values.items())
+
+
+@pytest.mark.parametrize("make", [learner, far, nas, bottleneck])
+def test_an_adapter_inside_another_module_is_driven(tmp_path: Path, make):
+    around, alone = Around(make()), make()
+    trainer(around, arguments(tmp_path)).train()
+    trainer(alone, arguments(tmp_path)).train()
+    config = around.encoders[0].peft_config["default"]
+    assert config.phase_first_steps == alone.peft_config["default"].phase_first_steps
+    assert trained(around.encoders[0]) == trained(alone) and trained(around.head) == 6
+
+
+def test_a_learner_inside_another_module_is_resumed(tmp_path: Path):
+    """Trainer's checkpoint holds the whole module then."""
+    ends = []
+    for step in (None, 2, 4):
+        torch.manual_seed(0)
+        around = Around(learner())
+        checkpoint = step and str(tmp_path / f"checkpoint-{step}")
+        settings = {} if step else {"save_strategy": "steps", "save_steps": 2}
+        trainer(around, arguments(tmp_path, **settings)).train(resume_from_checkpoint=checkpoint)
+        ends.append(around.state_dict())
+    assert all(torch.equal(value, end[name]) for end in ends[1:] for name, value in ends[0].items())
+
+
+def test_adapters_of_two_parts_are_not_driven_together(tmp_path: Path):
+    with pytest.raises(ValueError, match="several parts of it with adapters"):
+        trainer(Around(learner(), learner()), arguments(tmp_path))
+
+
+def test_a_loop_that_ends_early_says_so_and_saves_in_the_type_for_saving(tmp_path: Path):
+    model = learner(save_dtype="bfloat16", priming_epochs=0)
+    model.base_model.set_schedule(9, 3)
+    model.base_model.update_and_allocate(4)
+
+    def types() -> set[torch.dtype]:
+        model.save_pretrained(tmp_path)
+        values = load_file(tmp_path / "adapter_model.safetensors")
+        return {value.dtype for name, value in values.items() if "learner_" in name}
+
+    assert types() == {torch.float32}
+    model.base_model.finish_phases()
+    assert types() == {torch.bfloat16}
 
 
 def test_evaluation_metrics_hold_numbers_only(tmp_path: Path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import zoo
 
 SCRIPT = Path(__file__).parent / "runs" / "ddp_tiny.py"
 CASES = (
@@ -66,6 +67,15 @@ def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
     assert ours.keys() == theirs.keys()
     for name, value in ours.items():
         torch.testing.assert_close(value, theirs[name], rtol=0, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES)
+def test_no_buffers_are_sent_but_those_of_the_base_model(runs, case):
+    """DDP sends buffers before each forward; what a boundary makes of parameters is none of its business."""
+    _, two, _ = runs
+    own = sum(buffer.numel() for buffer in zoo.build("distilbert").buffers())
+    assert own > 0 and len(two["cases"][case]["sent"]) >= 9 and set(two["cases"][case]["sent"]) == {own}
 
 
 @pytest.mark.slow

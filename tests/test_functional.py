@@ -242,3 +242,16 @@ def test_a_norm_of_which_only_the_bias_trains_keeps_nothing(dtype):
     torch.testing.assert_close(out, exact.to(dtype))
     (gradient,) = torch.autograd.grad((out.float() * torch.arange(64)).sum(), delta)
     torch.testing.assert_close(gradient, 100.0 * torch.arange(64))
+
+
+@pytest.mark.parametrize("length", [5, 8])
+def test_the_bias_of_a_norm_with_features_elsewhere_gets_its_gradient_there(length):
+    """GroupNorm's channels are the second dimension: d sum(y * w) / d bias_c = sum over rows and positions of w. Of 8
+    positions and 8 channels a sum over the wrong dimension would have the right shape."""
+    norm = torch.nn.GroupNorm(2, 8).requires_grad_(False)
+    x, w = torch.randn(3, 8, length), torch.randn(3, 8, length)
+    delta = torch.nn.Parameter(torch.randn(8))
+    out = norm_with(norm, x, norm.weight, norm.bias + delta)
+    torch.testing.assert_close(out, F.group_norm(x, 2, norm.weight, delta))
+    (gradient,) = torch.autograd.grad((out * w).sum(), delta)
+    torch.testing.assert_close(gradient, w.sum((0, 2)))

@@ -225,6 +225,20 @@ def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
     assert all(id(after[name]) == place and torch.equal(after[name], value) for name, (place, value) in before.items())
 
 
+@pytest.mark.parametrize("config", [NASLoRAConfig.u_bitfit(0.5), NASLoRAConfig(r=2)])
+def test_biases_of_norms_over_another_dimension_than_the_last_train(config):
+    """Behind frozen convolutions only the bias of Wav2Vec2's group norm takes part in the gradient."""
+    sizes = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_conv_pos_embeddings": 4}
+    heads = {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0, "vocab_size": 10}
+    own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    base = tf.Wav2Vec2ForSequenceClassification(tf.Wav2Vec2Config(**sizes, **heads, **own))
+    base.freeze_feature_encoder()
+    model = get_peft_model(base, config).train()
+    model(input_values=torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
+    layer = model.base_model.model.wav2vec2.feature_extractor.conv_layers[0].layer_norm
+    assert layer.nas_lora_bias_delta["default"].grad.any()
+
+
 @pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])
 def test_a_model_on_the_meta_device_can_be_called(tuner):
     base = zoo.build("llama")

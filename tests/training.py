@@ -64,6 +64,20 @@ def bottleneck(arch: str = "distilbert", seed: int = 0, dropout: float = 0.0, **
     return adapted(BottleneckConfig(**{**settings, **config}), arch, seed, dropout)
 
 
+class Around(torch.nn.Module):
+    """A user's own module that holds a model with an adapter."""
+
+    def __init__(self, *encoders: torch.nn.Module) -> None:
+        super().__init__()
+        self.encoders, self.head = torch.nn.ModuleList(encoders), torch.nn.Linear(2, 2)
+
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        logits = self.head(sum(encoder(input_ids, attention_mask).logits for encoder in self.encoders))
+        return {"loss": torch.nn.functional.cross_entropy(logits, labels), "logits": logits}
+
+
 def arguments(out: Path | str, **settings: Any) -> TrainingArguments:
     """Six steps in three epochs of two, weight decay, warm-up, and clipping that bites."""
     defaults: dict[str, Any] = {

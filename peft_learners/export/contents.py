@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..boundary import for_float64
 from ..config import PhasedConfig
 from ..discovery import linear_names
 from ..factors import Factored, joined, nearest, total, without_idle
@@ -121,8 +122,8 @@ def whole_module(layer: DeltaLayer, adapter: str) -> Whole:
     for key, delta in layer.effective_deltas(adapter).items():
         exact = parameter_at(base, key).detach() + delta  # in the wider of both types, as the layer sums
         values[key] = layer.sum_with(base, key, delta, 1)
-        lost += float((values[key].double() - exact.double()).square().sum())
-        moved += float(delta.double().square().sum())
+        lost += float((for_float64(values[key]).double() - for_float64(exact).double()).square().sum())
+        moved += float(for_float64(delta).double().square().sum())
     return Whole(values, moved > 0, math.sqrt(lost / moved) if moved else 0.0)
 
 

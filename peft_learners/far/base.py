@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from ..allocation import kept_count
-from ..boundary import Resized, resize
+from ..boundary import Resized, for_float64, resize
 from ..discovery import base_of
 from ..functional import others_of, uncut
 from ..layer import TEST_STD, DeltaLayer, parameter_at
@@ -209,7 +209,7 @@ class FARLayer(DeltaLayer):
     def movement(self, adapter: str, power: int) -> Tensor:
         """`sum |D|^power` over each node's weights: (width,), summed in float64."""
         nodes = self.far_nodes[adapter]
-        delta = self.far_delta[adapter].detach()
+        delta = for_float64(self.far_delta[adapter].detach())
         score = delta.abs().pow(power).sum(1 - nodes.axis, dtype=torch.float64)
         return score.view(nodes.copies, nodes.width).sum(0)
 

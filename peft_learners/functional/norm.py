@@ -50,7 +50,8 @@ def norm_with(
     if not is_plain_torch() or not torch.is_grad_enabled():
         # A compiler decides by itself what to keep, and function transforms take no hooks on what is saved.
         return compute(x, weight, bias)
-    if bias is not None and bias.requires_grad and not (x.requires_grad or weight.requires_grad):
+    # Other norms may have their features elsewhere than in the last dimension (GroupNorm, ConvNext's).
+    if has_kernel and bias is not None and bias.requires_grad and not (x.requires_grad or weight.requires_grad):
         with torch.no_grad():
             out = compute(x, weight, bias)
         # The gradient of a bias alone needs nothing of x.
@@ -69,7 +70,7 @@ def _own_type(base: nn.Module, x: Tensor, *args: object, **kwargs: object) -> to
     if x.dtype == own or type(base) in (nn.LayerNorm, nn.RMSNorm):
         return torch.promote_types(x.dtype, own)
     with torch.no_grad():
-        return base.forward(x.new_zeros(1, x.shape[-1]), *args, **kwargs).dtype  # without the norm's hooks
+        return base.forward(torch.zeros_like(x[:1]), *args, **kwargs).dtype  # without the norm's hooks
 
 
 def _norm_at(

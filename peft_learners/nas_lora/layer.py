@@ -11,7 +11,7 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..boundary import Resized, resize
+from ..boundary import Resized, for_float64, resize
 from ..discovery import base_of
 from ..functional import Entries, Factor, LowRank, Pair, dense_factor, sum_of
 from ..layer import TEST_STD, DeltaLayer, TransparentLayer
@@ -295,6 +295,7 @@ class NASLoRALayer(DeltaLayer):
 
     def unit_scores(self, adapter: str, part: str, scores: Tensor) -> Tensor:
         """Scores of a part's units from those of its entries: themselves, or sums over a column of U or a bias."""
+        scores = for_float64(scores)
         if not self.nas_lora_space[adapter].structured:
             own = self.positions(part)
             return (scores if adapter in own else flat(scores)).double()

@@ -19,6 +19,8 @@ from transformers import TrainerCallback
 from peft_learners import PhaseCallback
 from peft_learners.boundary import ddp_wrappers
 
+#: With it DDP sends buffers.
+BROADCAST = getattr(dist, "_broadcast_coalesced", None)
 CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
 CASES = {
     "far": {},
@@ -46,10 +48,12 @@ MODELS = {
 
 
 class Watch(TrainerCallback):
-    """Counts the bytes that DDP reduces in each step, and compares the ranks after it."""
+    """Counts the bytes that DDP reduces and the numbers that it broadcasts in each step, and compares the ranks after
+    it."""
 
     def __init__(self) -> None:
         self.now = 0
+        self.sent: list[int] = []
         self.reduced: list[int] = []
         self.trained: list[int] = []
         self.equal: list[bool] = []
@@ -59,9 +63,17 @@ class Watch(TrainerCallback):
         buffer = bucket.buffer().div_(dist.get_world_size())
         return dist.all_reduce(buffer, async_op=True).get_future().then(lambda future: future.value()[0])
 
+    def broadcast(self, group, tensors, *rest):
+        self.sent.append(sum(tensor.numel() for tensor in tensors))
+        return BROADCAST(group, tensors, *rest)
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
+        dist._broadcast_coalesced = self.broadcast
         for ddp in ddp_wrappers(model):
             ddp.register_comm_hook(None, self.hook)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        dist._broadcast_coalesced = BROADCAST
 
     def on_step_begin(self, args, state, control, model=None, **kwargs):
         self.now = 0
@@ -98,6 +110,7 @@ def main(out: Path) -> None:
             "reduced": watch.reduced,
             "trained": watch.trained,
             "equal": watch.equal,
+            "sent": watch.sent,
             "steps": run.state.global_step,
             "first_steps": model.peft_config["default"].phase_first_steps,
         }
