@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ import sweep_store
 from PIL import Image
 from report_drawing import Convergence, Curve, Heatmap, Line, Metadata, Point, Scores
 from report_runs import ALL_TASKS, Record, Results, task_label
-from report_scores import LAYOUTS, Layout, average_tasks, listed
+from report_scores import LAYOUTS, Layout, averages, listed
 from sweep_plan import PROTOCOLS, VARIANTS
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
@@ -121,9 +121,8 @@ def style_of(variant: str) -> dict[str, str]:
     }
 
 
-def _seeds(results: Results, protocol: str, tasks: Sequence[str], names: Sequence[str]) -> str:
-    """How many seeds stand behind the cells, and whether what is shown of several is their medians."""
-    seeds = {len(cell) for task in tasks for name in names if (cell := results.cell(protocol, task, name))}
+def _seeds(protocol: str, seeds: Collection[int]) -> str:
+    """How many seeds stand behind what is shown, and whether what is shown of several is their medians."""
     number = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     middle = "medians, " if protocol in MEDIANS and seeds != {1} else ""
     return f"{middle}{number} seed{'' if seeds == {1} else 's'}"
@@ -148,7 +147,8 @@ def convergence(results: Results, protocol: str) -> Convergence:
         ]
         if lines:
             panels[task_label(task)] = lines
-    seeds = _seeds(results, protocol, results.tasks(protocol), names)
+    cells = [results.cell(protocol, task, name) for task in results.tasks(protocol) for name in names]
+    seeds = _seeds(protocol, {len(cell) for cell in cells if cell})
     return Convergence(f"{PROTOCOLS[protocol].label} ({seeds})", panels)
 
 
@@ -160,16 +160,15 @@ def scores(results: Results) -> Scores:
 def _panel(results: Results, layout: Layout) -> tuple[str, list[Point]] | None:
     """A protocol's title and points; None if no method has an average."""
     protocol = layout.protocol
-    tasks = average_tasks(results, protocol)
+    tasks, found = averages(results, protocol)
     points = {}
-    for name in results.shown(protocol):
-        found = layout.centre(results.averages(protocol, tasks, name).values())
-        trained = results.trained(name, (protocol,))
-        if found and trained:
-            points[name] = Point(VARIANTS[name].label, style_of(name), *found, *trained)
+    for name, by_seed in found.items():
+        centre, trained = layout.centre(by_seed.values()), results.trained(name, (protocol,))
+        if centre and trained:
+            points[name] = Point(VARIANTS[name].label, style_of(name), *centre, *trained)
     if not points:
         return None
-    seeds = _seeds(results, protocol, tasks, list(points))
+    seeds = _seeds(protocol, {len(found[name]) for name in points})
     title = f"{PROTOCOLS[protocol].label}\n{listed([task_label(task) for task in tasks])} ({seeds})"
     return title, list(points.values())
 

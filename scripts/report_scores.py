@@ -100,10 +100,26 @@ def label_of(results: Results, protocol: str, variant: str, common: Mapping[str,
     return VARIANTS[variant].label + (f" ({', '.join(others)})" if others else "")
 
 
-def average_tasks(results: Results, protocol: str) -> list[str]:
-    """The tasks that averages are over: those that all main variants of the protocol have finished."""
+def averages(results: Results, protocol: str) -> tuple[list[str], dict[str, dict[int, float]]]:
+    """The tasks that a protocol's averages are over, and each variant's by seed.
+
+    The tasks are those in which all main variants share seeds, without those where they share fewer than in two
+    others; the seeds are those that the main variants share in all of them: so their averages and the differences
+    between them are of the same runs.
+    """
     main = [name for name in results.shown(protocol) if VARIANTS[name].core]
-    return [task for task in ALL_TASKS if main and all(results.scores(protocol, task, name) for name in main)]
+    if not main:
+        return [], {}
+    shared = {task: set.intersection(*(set(results.scores(protocol, task, n)) for n in main)) for task in ALL_TASKS}
+    second_most = sorted((len(seeds) for seeds in shared.values()), reverse=True)[1]
+    tasks = [task for task, seeds in shared.items() if len(seeds) >= max(1, second_most)]
+    seeds = set.intersection(*(shared[task] for task in tasks)) if tasks else set()
+    found = {}
+    for name in results.shown(protocol):
+        by_seed = {s: score for s, score in results.averages(protocol, tasks, name).items() if s in seeds}
+        if by_seed:
+            found[name] = by_seed
+    return tasks, found
 
 
 def score_text(results: Results, layout: Layout, task: str, variant: str) -> str:
@@ -162,29 +178,22 @@ def rate_cell(results: Results, protocol: str, task: str, variant: str) -> str:
 def average_table(results: Results, papers: Papers, layout: Layout) -> Lines:
     """Averages over the tasks; none if there is but one."""
     protocol = layout.protocol
-    tasks = average_tasks(results, protocol)
+    tasks, found = averages(results, protocol)
     if len(tasks) < 2:
         return []
-
-    def values(variant: str) -> Mapping[int, float]:
-        return results.averages(protocol, tasks, variant)
-
     theirs = papers.rows(*layout.paper)
     head = ["", "trained", "average", *layout.references, "paper, same tasks", "paper, all tasks"]
     body = []
-    for name in results.shown(protocol):
-        if not values(name):
-            continue
+    for name, by_seed in found.items():
         row = theirs.get(name)
-        found = [papers.score(row, task) for task in tasks]
-        same = [score for score in found if score is not None]
+        same = [score for task in tasks if (score := papers.score(row, task)) is not None]
         trained = results.trained(name, (protocol,))
         body.append(
             [
                 VARIANTS[name].label,
                 f"{trained[1]:,}" if trained else MISSING,
-                layout.text(values(name).values()),
-                *differences_of(layout, name, values),
+                layout.text(by_seed.values()),
+                *differences_of(layout, name, lambda variant: found.get(variant, {})),
                 f"{fmean(same):.1f}" if len(same) == len(tasks) else MISSING,
                 f"{row['average']:.1f}" if row else MISSING,
             ]

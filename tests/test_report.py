@@ -75,6 +75,12 @@ def test_the_nas_panel_has_medians_without_errors(drawn):
     assert float(curves.axes[0].lines[0].get_ydata()[-1]) == pytest.approx(62.0)
 
 
+def test_a_panel_counts_the_seeds_of_its_averages(drawn):
+    draw_all(scored({paper("rte", "full"): 60.0, paper("rte", "full", 1): 64.0, paper("mrpc", "full"): 80.0}))
+    (panel,) = drawn["sweep-scores.png"].axes
+    assert panel.get_title().endswith("\nRTE and MRPC (1 seed)") and not panel.containers[0].has_yerr
+
+
 def test_tasks_whose_methods_share_no_seed_give_no_panel(drawn):
     assert draw_all(scored({paper("rte", "full", 0): 60.0, paper("mrpc", "full", 1): 60.0})) == ["convergence-paper"]
 

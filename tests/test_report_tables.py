@@ -117,6 +117,40 @@ def test_averages_are_over_the_tasks_that_all_main_methods_have_and_by_seed():
     assert not lines_with(lines, "| LoRA, r = 8 ")
 
 
+MAIN = [name for name in VARIANTS if VARIANTS[name].core]
+
+
+def averages_of(scores: dict[Run, float]) -> list[str]:
+    lines = score_tables(scored(scores), PAPERS, LAYOUTS["table2-paper"])
+    return lines[: lines.index(lines_with(lines, "**RTE**")[0])]
+
+
+def test_averages_and_their_differences_are_over_the_seeds_that_all_main_methods_have():
+    """full: 70 and 72; LoRA, 69.5 and 79.5, lacks MRPC's second one: a mean of full's two would be above LoRA's one,
+    and the difference of the first is 0.5."""
+    found = {paper(task, name, seed): 70.0 + 2 * seed for task in ("rte", "mrpc") for name in MAIN for seed in (0, 1)}
+    found |= {paper(task, "lora64", 0): 69.5 for task in ("rte", "mrpc")} | {paper("rte", "lora64", 1): 79.5}
+    found |= {paper(task, "lora8", seed): 60.0 for task in ("rte", "mrpc") for seed in (0, 1)}
+    lines = averages_of({**found, paper("mrpc", "lora64", 1): 79.5})
+    # full: mean 71, sd = sqrt(2), error 1; to LoRA 0.5 and -7.5: mean -3.5, error 4
+    assert "71.0 ± 1.0 (2 seeds) |  | -3.5 ± 4.0 (2 seeds), tie" in lines_with(lines, "| full")[0]
+    del found[paper("mrpc", "lora64", 1)]
+    lines = averages_of(found)
+    assert "| 70.0 (one seed) |  | +0.5 (one seed) |" in lines_with(lines, "| full")[0]
+    assert "| 69.5 (one seed) | -0.5 (one seed) |  |" in lines_with(lines, "| LoRA, r = 64 ")[0]
+    assert "| 60.0 (one seed) |" in lines_with(lines, "| LoRA, r = 8 ")[0]
+
+
+def test_a_task_that_would_cost_seeds_is_left_out_of_averages():
+    found = {paper(task, name, seed): 70.0 for task in ("rte", "mrpc") for name in MAIN for seed in (0, 1)}
+    found |= {paper("cola", name): 10.0 for name in MAIN}
+    lines = averages_of(found)
+    assert lines[0] == "**Average of RTE and MRPC**" and "| 70.0 ± 0.0 (2 seeds) |" in lines_with(lines, "| full")[0]
+    lines = averages_of({**found, **{paper("cola", name, 1): 10.0 for name in MAIN}})
+    # (70 + 70 + 10) / 3
+    assert lines[0] == "**Average of RTE, MRPC and CoLA**" and "| 50.0 ± 0.0 (2 " in lines_with(lines, "| full")[0]
+
+
 def test_sizes_that_were_cut_down_are_named():
     short = paper("rte", "lora64")
     cut = record(short, 55.0, rows={"train": 64, "dev": 277})
