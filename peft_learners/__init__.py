@@ -11,12 +11,12 @@ from .bottleneck import BottleneckConfig, BottleneckModel
 from .far import FARConfig, FARModel
 from .learner import LearnerConfig, LearnerModel
 from .nas_lora import Architecture, NASLoRAConfig, NASLoRAModel
-from .phases import PhaseDriver, PhaseStart
-from .schedule import Phase, Schedule, ScheduleError
+from .phases.driver import PhaseDriver, PhaseStart
+from .phases.schedule import Phase, Schedule, ScheduleError
 
 if TYPE_CHECKING:
-    from .callback import PhaseCallback
-    from .lr_schedule import get_phased_scheduler
+    from .phases.callback import PhaseCallback
+    from .phases.lr_schedule import get_phased_scheduler
 
 __all__ = [
     "Architecture",
@@ -42,11 +42,11 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     # Trainer's modules take a while to import, and merging or serving an adapter needs none of them.
     if name == "PhaseCallback":
-        from .callback import PhaseCallback
+        from .phases.callback import PhaseCallback
 
         return PhaseCallback
     if name == "get_phased_scheduler":
-        from .lr_schedule import get_phased_scheduler
+        from .phases.lr_schedule import get_phased_scheduler
 
         return get_phased_scheduler
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Optional, TypeVar, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .schedule import Schedule
+from .phases.schedule import Schedule
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 C = TypeVar("C", bound=type)
@@ -170,7 +170,7 @@ class PhasedConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        from .hub import complete_saved
+        from .hub.card import complete_saved
 
         complete_saved(self, save_directory)
 

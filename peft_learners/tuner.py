@@ -11,16 +11,15 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .boundary import Observer
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
-from .combination import Combined, add_combined
 from .config import PhasedConfig
-from .hub import attach
-from .layer import BASE_ADAPTER, DeltaLayer, check_mergeable
-from .names import check_adapter_name
-from .phases import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
-from .schedule import Phase, Schedule
-from .targets import TargetChoice
+from .hub.card import attach
+from .layers.base import BASE_ADAPTER, DeltaLayer, check_adapter_name, check_mergeable
+from .phases.driver import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
+from .phases.optimizer import Observer
+from .phases.schedule import Phase, Schedule
+from .structure.targets import TargetChoice
+from .weighted_sum import Combined, add_combined
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:

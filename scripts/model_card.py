@@ -30,7 +30,7 @@ from model_card_methods import (
 from peft import PeftConfig
 from safetensors import safe_open
 
-from peft_learners.hub import auto_class, is_hub_id, loading_code, num_labels_in, short_name, usage_text
+from peft_learners.hub.card import auto_class, is_hub_id, loading_code, num_labels_in, short_name, usage_text
 
 #: Remark on an adapter's name in a card that was written before it was pushed.
 HERE = "this folder, or its id on the Hub"

@@ -36,7 +36,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 
-from peft_learners.hub import CARD, is_automatic, with_usage
+from peft_learners.hub.card import CARD, is_automatic, with_usage
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What the Hub puts into a new repository.

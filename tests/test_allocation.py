@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_learners import allocation
+from peft_learners.far.selection import highest, kept_count
+from peft_learners.nas_lora.budget import budget_path, within_budget
 
 
 @pytest.mark.parametrize(
@@ -15,21 +16,21 @@ from peft_learners import allocation
     [(0.1, 3072, 307), (0.1, 768, 77), (0.1, 1536, 154), (0.5, 5, 3), (0.0, 7, 0), (1.0, 7, 7), (0.01, 10, 0)],
 )
 def test_counts_are_rounded_to_the_nearest_halves_up(ratio, nodes, count):
-    assert allocation.kept_count(ratio, nodes) == count
+    assert kept_count(ratio, nodes) == count
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
 @settings(deadline=None, max_examples=80)
 def test_highest_scores_are_kept_and_of_equals_the_lower_index(scores, data):
     count = data.draw(st.integers(0, len(scores)))
-    kept = allocation.highest(torch.tensor(scores, dtype=torch.float64), count).tolist()
+    kept = highest(torch.tensor(scores, dtype=torch.float64), count).tolist()
     by_hand = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
     assert kept == by_hand
 
 
 def test_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
-        allocation.highest(torch.tensor([1.0, float("nan")]), 1)
+        highest(torch.tensor([1.0, float("nan")]), 1)
 
 
 def remove_one_by_one(scores: list[float], costs: list[int], budget: int) -> list[bool]:
@@ -48,15 +49,15 @@ def remove_one_by_one(scores: list[float], costs: list[int], budget: int) -> lis
 @settings(deadline=None, max_examples=150)
 def test_lowest_scores_go_first_until_the_budget_holds(units, budget):
     scores, costs = [float(s) for s, _ in units], [c for _, c in units]
-    kept = allocation.within_budget(torch.tensor(scores), torch.tensor(costs), budget)
+    kept = within_budget(torch.tensor(scores), torch.tensor(costs), budget)
     assert kept.tolist() == remove_one_by_one(scores, costs, budget)
-    alike = allocation.within_budget(torch.tensor(scores), 4, budget)
+    alike = within_budget(torch.tensor(scores), 4, budget)
     assert alike.tolist() == remove_one_by_one(scores, [4] * len(scores), budget)
 
 
 def test_budgets_with_scores_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="not finite"):
-        allocation.within_budget(torch.tensor([1.0, float("inf")]), 1, 1)
+        within_budget(torch.tensor([1.0, float("inf")]), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -69,4 +70,4 @@ def test_budgets_with_scores_that_are_not_finite_are_refused():
     ],
 )
 def test_iterative_budgets_follow_a_geometric_path(space, budget, rounds, path):
-    assert allocation.budget_path(space, budget, rounds) == path
+    assert budget_path(space, budget, rounds) == path

@@ -17,8 +17,10 @@ from training import arguments, take_steps, trainer
 from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
 
-from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, discovery
-from peft_learners.layer import DeltaLayer
+from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners.layers.base import DeltaLayer
+from peft_learners.structure.modules import bias_names, linear_names
+from peft_learners.structure.weights import float_weight, readable_weight
 
 LOW_RANK = ("learner-unprimed", "nas-unstructured", "nas-structured")
 STEPS = 6
@@ -71,13 +73,13 @@ def updates(layer: Any, tuner: str) -> tuple[Tensor, Tensor, Tensor]:
 
 def test_all_linear_layers_of_the_base_are_found_and_none_passes_for_a_float_matrix(kind):
     model, original = base(kind), float_base()
-    names = discovery.linear_names(model)
+    names = linear_names(model)
     assert len(names) == LINEARS
     modules = dict(model.named_modules())
-    assert all(discovery.float_weight(modules[name]) is None for name in names)
-    assert all(discovery.readable_weight(modules[name]) is None for name in names)
-    assert discovery.float_weight(model.classifier) is not None
-    assert len(discovery.bias_names(model)) == LINEARS + 5  # and the norms'
+    assert all(float_weight(modules[name]) is None for name in names)
+    assert all(readable_weight(modules[name]) is None for name in names)
+    assert float_weight(model.classifier) is not None
+    assert len(bias_names(model)) == LINEARS + 5  # and the norms'
     x = torch.randn(50, 64, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
         out, expected = layer_of(model)(x), layer_of(original)(x)

@@ -19,9 +19,11 @@ from torch import nn
 from training import arguments, trainer
 from transformers import ConvBertConfig, ConvBertModel
 
-from peft_learners import BottleneckConfig, discovery
+from peft_learners import BottleneckConfig
 from peft_learners.export import to_lora
 from peft_learners.export.__main__ import main as export
+from peft_learners.structure.attention import attention_output_names
+from peft_learners.structure.modules import linear_names
 
 # -- places ---------------------------------------------------------------------------------------------------------
 
@@ -41,7 +43,7 @@ def test_output_projections_are_found(arch):
     count, ending = OUTPUTS[arch]
     others = test_feed_forward.OTHERS
     model = others[arch][0](others[arch][1]) if arch in others else zoo.build(arch)
-    found = discovery.attention_output_names(model, discovery.linear_names(model))
+    found = attention_output_names(model, linear_names(model))
     assert len(found) == count and all(name.endswith(f".{ending}") for name in found), found
 
 
@@ -101,8 +103,8 @@ def test_an_attention_in_another_has_no_output_of_its_own():
     """ConvBERT's `attention.self` ends in a layer that makes a part of what `attention.output` joins."""
     config = ConvBertConfig(**zoo.SMALL, embedding_size=16, head_ratio=1)
     model = ConvBertModel(config)
-    found = discovery.attention_output_names(model, discovery.linear_names(model))
-    assert "encoder.layer.0.attention.self.conv_out_layer" in discovery.linear_names(model)
+    found = attention_output_names(model, linear_names(model))
+    assert "encoder.layer.0.attention.self.conv_out_layer" in linear_names(model)
     assert found == [f"encoder.layer.{i}.attention.output.dense" for i in range(config.num_hidden_layers)]
 
 

@@ -14,7 +14,7 @@ from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, d
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
-from peft_learners.boundary import raw_optimizer
+from peft_learners.phases.optimizer import raw_optimizer
 
 PRIMED, UNPRIMED = 4498, 2450  # 8 dense deltas of 16 x 16 make the difference of 2048
 

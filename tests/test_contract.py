@@ -17,7 +17,8 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from tuners import TUNERS, refuses_to_merge
 
-from peft_learners import discovery
+from peft_learners.structure.attention import attention_names
+from peft_learners.structure.modules import linear_names, new_head, norm_names
 
 STEPS_PER_EPOCH, EPOCHS = 3, 2
 CASES = [(tuner, arch) for tuner in TUNERS for arch in zoo.ZOO]
@@ -87,11 +88,11 @@ def run(request: pytest.FixtureRequest) -> Iterator[Trained]:
 
 def test_structure_is_found(run):
     entry = zoo.ZOO[run.arch]
-    linears = discovery.linear_names(run.base)
+    linears = linear_names(run.base)
     assert len(linears) == entry.linears
-    assert len(discovery.attention_names(run.base, linears)) == entry.attention
-    assert len(discovery.norm_names(run.base)) == entry.norms
-    assert tuple(discovery.new_head(run.base)) == entry.head
+    assert len(attention_names(run.base, linears)) == entry.attention
+    assert len(norm_names(run.base)) == entry.norms
+    assert tuple(new_head(run.base)) == entry.head
 
 
 @pytest.mark.verb("get_peft_model", limit={"NAS-LoRA": "a fresh adapter changes the function, unless init='lora'"})

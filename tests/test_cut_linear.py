@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_functional_gradients import bound_of, exact_results, near, results
 
-from peft_learners.functional import cut_linear, order_of, others_of, uncut
+from peft_learners.ops import cut_linear, order_of, others_of, uncut
 
 IN, OUT = 10, 6
 

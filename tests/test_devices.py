@@ -19,7 +19,7 @@ from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
 
 from peft_learners import FARConfig, LearnerConfig
-from peft_learners.discovery import base_of, is_offloaded
+from peft_learners.structure.weights import base_of, is_offloaded
 
 CPU = torch.device("cpu")
 OFFLOADABLE = (

@@ -23,7 +23,7 @@ from verb_cases import trained
 from peft_learners import LearnerConfig
 from peft_learners.export import save_as_lora, to_lora
 from peft_learners.export.__main__ import main
-from peft_learners.names import rank_patterns, saved_names, target_names
+from peft_learners.structure.targets import rank_patterns, saved_names, target_names
 
 FILE = "adapter_model.safetensors"
 EXACT = ("learner-unprimed", "nas-unstructured", "nas-structured")

@@ -6,7 +6,8 @@ import pytest
 import transformers as tf
 import zoo
 
-from peft_learners.feed_forward import feed_forwards, named_feed_forwards, patterns_of
+from peft_learners.far.plan import named_feed_forwards, patterns_of
+from peft_learners.structure.feed_forward import feed_forwards
 
 SMALL = {
     "hidden_size": 16,

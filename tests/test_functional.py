@@ -12,13 +12,7 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from transformers.models.t5.modeling_t5 import T5LayerNorm
 
-from peft_learners.functional import (
-    effective_linear,
-    linear_with_updates,
-    norm_with,
-    separate_linear,
-    wants_effective_weight,
-)
+from peft_learners.ops import effective_linear, linear_with_updates, norm_with, separate_linear, wants_effective_weight
 
 PATHS = (separate_linear, effective_linear, linear_with_updates)
 

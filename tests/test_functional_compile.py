@@ -12,7 +12,7 @@ from test_functional_gradients import call, make
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from peft_learners.functional import cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
 AB = {"x", "a0", "b0"}
 

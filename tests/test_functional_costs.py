@@ -15,9 +15,9 @@ from test_functional_types import stored_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_learners.boundary import resize
-from peft_learners.functional import Entries, cut_linear, effective_linear, linear_with_updates, separate_linear
 from peft_learners.nas_lora.layer import NASLoRALinear
+from peft_learners.ops import Entries, cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.phases.optimizer import resize
 
 AB = frozenset({"x", "a0", "b0"})
 

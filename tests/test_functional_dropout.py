@@ -8,7 +8,7 @@ from test_functional_gradients import call, make, near, reference, results, upst
 from test_functional_types import lora, ours, parts_of, stored_bytes
 from torch import Tensor
 
-from peft_learners.functional import linear_with_updates, separate_linear
+from peft_learners.ops import linear_with_updates, separate_linear
 
 TINY = torch.finfo(torch.float64).eps
 

@@ -22,9 +22,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd import gradgradcheck
 
-from peft_learners.functional import Entries, effective_linear, linear_with_updates, separate_linear
-from peft_learners.functional.effective import _EffectiveLinear
-from peft_learners.functional.separate import _SeparateLinear
+from peft_learners.ops import Entries, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops.effective import _EffectiveLinear
+from peft_learners.ops.separate import _SeparateLinear
 
 PATHS = (separate_linear, effective_linear)
 #: Roundings of the wide type in sums, and of a half-precision type elsewhere.

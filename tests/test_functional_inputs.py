@@ -14,7 +14,7 @@ import zoo
 from test_functional_gradients import PATHS, call, make, near, reference, results, upstream
 from torch import Tensor
 
-from peft_learners.functional import cut_linear, linear_with_updates
+from peft_learners.ops import cut_linear, linear_with_updates
 
 each_path = pytest.mark.parametrize("path", [*PATHS, linear_with_updates])
 

@@ -22,7 +22,7 @@ from test_functional_gradients import (
 )
 from torch import Tensor, nn
 
-from peft_learners.functional import cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
 BF16 = torch.bfloat16
 D_IN, D_OUT, RANK, SCALE = 64, 48, 4, 2.0

@@ -43,21 +43,21 @@ MOVE = "        self._move_adapter_to_device_of_base_layer(adapter)\n"
 MUTANTS = [
     Mutant(
         "Learner merges no bias",
-        "low_rank.py",
+        "layers/linear.py",
         '        if bias is not None:\n            values["bias"]',
         '        if False:\n            values["bias"]',
         PEFTS + "test_merge_layers[Learner both r=3]",
     ),
     Mutant(
         "NAS-LoRA merges no bias",
-        "low_rank.py",
+        "layers/linear.py",
         '        if bias is not None:\n            values["bias"]',
         '        if False:\n            values["bias"]',
         PEFTS + "test_merge_layers[NAS both]",
     ),
     Mutant(
         "Learner merges no bias of norms",
-        "norm.py",
+        "layers/module.py",
         'deltas["bias"] = bias.detach()',
         "pass",
         PEFTS + "test_merge_layers[Learner norms alone]",
@@ -93,21 +93,21 @@ MUTANTS = [
     ),
     Mutant(
         "Learner does not cast the input of low-rank updates",
-        "functional/separate.py",
+        "ops/separate.py",
         "middle = _masked(x.to(wide), mask",
         "middle = _masked(x, mask",
         PEFTS + "test_forward_bfloat16[Learner both r=3]",
     ),
     Mutant(
         "NAS-LoRA does not cast the input of low-rank updates",
-        "functional/separate.py",
+        "ops/separate.py",
         "middle = _masked(x.to(wide), mask",
         "middle = _masked(x, mask",
         PEFTS + "test_forward_bfloat16[NAS both]",
     ),
     Mutant(
         "Learner does not cast the input of dense deltas",
-        "functional/separate.py",
+        "ops/separate.py",
         "add_product(out, x.to(wide), rest",
         "add_product(out, x, rest",
         PEFTS + "test_forward_bfloat16[Learner in priming]",
@@ -122,7 +122,7 @@ MUTANTS = [
     *(
         Mutant(
             f"{tuner} freezes by requires_grad alone",
-            "layer.py",
+            "layers/base.py",
             "self.frozen_peft_weight_names[adapter] = parts",
             "pass",
             CONTRACT + f"test_what_is_frozen_stays_frozen[{case}]",

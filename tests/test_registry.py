@@ -99,6 +99,6 @@ def test_import_needs_no_trainer_and_is_quick():
 
 def test_phase_callback_is_a_public_name_loaded_on_demand():
     out = python("import sys, peft_learners; from peft_learners import PhaseCallback; print(PhaseCallback.__module__)")
-    assert out == "peft_learners.callback"
+    assert out == "peft_learners.phases.callback"
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         peft_learners.nothing  # noqa: B018

@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 from tuners import TUNERS
 
 from peft_learners import LearnerConfig
-from peft_learners.hub import is_boilerplate, is_hub_id, short_name
+from peft_learners.hub.card import is_boilerplate, is_hub_id, short_name
 
 OWN_README = b"---\nlicense: mit\ntags:\n- by-hand\n---\n\n# Mine\n\nWords of my own.\n"
 

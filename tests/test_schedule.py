@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from peft_learners import LearnerConfig
-from peft_learners.schedule import Phase, Schedule, ScheduleError, epochs_to_steps, lay_out
+from peft_learners.phases.schedule import Phase, Schedule, ScheduleError, epochs_to_steps, lay_out
 
 A, B = frozenset({"p", "q"}), frozenset({"p"})
 
@@ -76,6 +76,6 @@ def test_schedule_needs_no_torch():
         "m = u.module_from_spec(s); sys.modules['schedule'] = m; s.loader.exec_module(m); "
         "assert 'torch' not in sys.modules"
     )
-    import peft_learners.schedule as module
+    import peft_learners.phases.schedule as module
 
     subprocess.run([sys.executable, "-c", code, module.__file__], check=True)

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal, Optional
 from transformers.activations import ACT2FN
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
-from ..schedule import Schedule, lay_out
+from ..phases.schedule import Schedule, lay_out
 
 TRAINING = "training"
 #: Containers of the layers by what they hold. Those of biases and norms hold what Trainer exempts from weight decay.

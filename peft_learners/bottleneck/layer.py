@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..feed_forward import sizes
-from ..layer import DeltaLayer
-from ..linear import call_base
-from ..norm import DeltaNorm
+from ..layers.base import DeltaLayer
+from ..layers.linear import call_base
+from ..layers.module import DeltaNorm
+from ..structure.weights import sizes
 from .config import ADAPTER_PARTS, NORM_PARTS, BottleneckConfig
 from .passing import FeedForwardInput
 

@@ -10,8 +10,11 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
-from .. import discovery
-from ..feed_forward import FeedForward, feed_forwards, sizes
+from ..structure.attention import attention_output_names
+from ..structure.feed_forward import FeedForward, feed_forwards
+from ..structure.modules import is_linear, is_norm, linear_names, new_head, norm_names, walk
+from ..structure.targets import refuse_unfit_head
+from ..structure.weights import base_of, sizes
 from ..tuner import PhasedModel
 from .config import BottleneckConfig
 from .layer import BottleneckLayer, BottleneckLinear, BottleneckNorm
@@ -51,7 +54,7 @@ class BottleneckModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: BottleneckConfig, model: nn.Module) -> set[str]:
-        discovery.refuse_unfit_head(model, config.modules_to_save or ())
+        refuse_unfit_head(model, config.modules_to_save or ())
         self._pairs = {pair.last: pair for pair in feed_forwards(model)}
         given = config.target_modules
         every = isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
@@ -59,7 +62,7 @@ class BottleneckModel(PhasedModel):
         if explicit:
             chosen = self._named_targets(config, model)
         else:
-            places = discovery.linear_names(model) if every else self._places(config, model)
+            places = linear_names(model) if every else self._places(config, model)
             chosen = self._names_among(config, places)
         if not chosen:
             if not explicit:
@@ -67,7 +70,7 @@ class BottleneckModel(PhasedModel):
             return set()  # PEFT says that all was excluded
         if config.mode == "parallel":
             self._refuse_elsewhere(model, chosen)
-        norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
+        norms = self._names_among(config, norm_names(model)) if config.train_norms else set()
         if not explicit:
             self._write_targets(config, chosen | norms)
         return chosen | norms
@@ -76,7 +79,7 @@ class BottleneckModel(PhasedModel):
         """The layers behind which adapters go by default."""
         if config.mode == "parallel":
             return list(self._pairs)
-        attentions = discovery.attention_output_names(model, discovery.linear_names(model))
+        attentions = attention_output_names(model, linear_names(model))
         for found, what in ((attentions, "output projection of an attention"), (self._pairs, "feed-forward network")):
             if not found and (attentions or self._pairs):
                 warnings.warn(
@@ -88,8 +91,8 @@ class BottleneckModel(PhasedModel):
         return [*attentions, *self._pairs]
 
     def _refuse_elsewhere(self, model: nn.Module, chosen: set[str]) -> None:
-        modules = dict(discovery.walk(model))
-        lost = sorted(n for n in chosen if discovery.is_linear(modules[n]) and n not in self._pairs)
+        modules = dict(walk(model))
+        lost = sorted(n for n in chosen if is_linear(modules[n]) and n not in self._pairs)
         if lost:
             known = f"target_modules={self._names_of_last()}" if self._pairs else "none were found in this model"
             raise ValueError(
@@ -104,7 +107,7 @@ class BottleneckModel(PhasedModel):
         if isinstance(names, list) and len(names) > 1:  # blocks have numbers
             split = [[r"\d+" if part.isdigit() else re.escape(part) for part in n.split(".")] for n in self._pairs]
             regex = "|".join(sorted({r"\.".join(parts) for parts in split}))
-            if sum(bool(re.fullmatch(regex, name)) for name, _ in discovery.walk(self.model)) == len(self._pairs):
+            if sum(bool(re.fullmatch(regex, name)) for name, _ in walk(self.model)) == len(self._pairs):
                 return f"r'{regex}'"
         return repr(names)
 
@@ -118,7 +121,7 @@ class BottleneckModel(PhasedModel):
             )
         narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
-        head = discovery.new_head(self.model)  # is in modules_to_save by itself
+        head = new_head(self.model)  # is in modules_to_save by itself
         saved = [name for name in narrowed.pop("modules_to_save", ()) if name not in head]
         if saved:
             narrowed["modules_to_save"] = saved
@@ -139,7 +142,7 @@ class BottleneckModel(PhasedModel):
     ) -> None:
         layer: Any = target
         if not isinstance(target, BottleneckLayer):
-            layer = BottleneckNorm(target) if discovery.is_norm(target) else BottleneckLinear(target)
+            layer = BottleneckNorm(target) if is_norm(target) else BottleneckLinear(target)
             layer._active_adapter = adapter_name
         if isinstance(layer, BottleneckNorm):
             layer.update_layer(adapter_name, peft_config)
@@ -161,7 +164,7 @@ class BottleneckModel(PhasedModel):
         while isinstance(self.model.get_submodule(".".join(shared)), (nn.ModuleList, nn.ModuleDict)):
             shared.pop()  # those are never called
         holder = self.model.get_submodule(".".join(shared))
-        layer.bottleneck_input.connect(discovery.base_of(self.model.get_submodule(pair.first[0])), holder)
+        layer.bottleneck_input.connect(base_of(self.model.get_submodule(pair.first[0])), holder)
 
     # -- what a network can't do ------------------------------------------------------------------------------------
 

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..boundary import for_float64
 from ..config import PhasedConfig
-from ..discovery import linear_names
-from ..factors import Factored, joined, nearest, total, without_idle
-from ..feed_forward import sizes
-from ..layer import DeltaLayer, parameter_at, refuse_merged
+from ..layers.base import DeltaLayer, parameter_at, refuse_merged
+from ..ops.low_rank import Factored, joined, nearest, total, without_idle
+from ..phases.optimizer import for_float64
+from ..structure.modules import linear_names
+from ..structure.weights import sizes
 
 Values = Mapping[str, Tensor]
 

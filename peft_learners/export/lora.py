@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..config import PhasedConfig
-from ..discovery import float_weight, is_linear
-from ..factors import Factored
-from ..layer import DeltaLayer
-from ..names import rank_patterns, saved_names, target_names
-from ..phases import injected_model
+from ..layers.base import DeltaLayer
+from ..ops.low_rank import Factored
+from ..phases.driver import injected_model
+from ..structure.modules import is_linear
+from ..structure.targets import rank_patterns, saved_names, target_names
+from ..structure.weights import float_weight
 from .contents import (
     Whole,
     checked_rank,

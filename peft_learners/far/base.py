@@ -9,13 +9,13 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..allocation import kept_count
-from ..boundary import Resized, for_float64, resize
-from ..discovery import base_of
-from ..functional import others_of, uncut
-from ..layer import TEST_STD, DeltaLayer, parameter_at
+from ..layers.base import TEST_STD, DeltaLayer, parameter_at
+from ..ops import others_of, uncut
+from ..phases.optimizer import Resized, for_float64, resize
+from ..structure.weights import base_of
 from .config import PARTS, FARConfig
 from .plan import Home, Nodes
+from .selection import kept_count
 
 BATCHLESS = (
     "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
-from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
 
 PRIMING, RECONFIGURED = "priming", "reconfigured"
 GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random")

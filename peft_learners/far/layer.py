@@ -9,19 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..discovery import base_of, readable_weight
-from ..functional import (
-    Dense,
-    LowRank,
-    call_with,
-    cut_linear,
-    effective_linear,
-    separate_linear,
-    sum_of,
-    wants_summed_weight,
-)
-from ..layer import TransparentLayer, parameter_at
-from ..linear import DeltaLinear
+from ..layers.base import TransparentLayer, parameter_at
+from ..layers.linear import DeltaLinear
+from ..ops import Dense, LowRank, call_with, cut_linear, effective_linear, separate_linear, sum_of, wants_summed_weight
+from ..structure.weights import base_of, readable_weight
 from .base import BATCHLESS, FARLayer
 
 

@@ -8,18 +8,21 @@ import torch
 from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
-from .. import discovery
-from ..allocation import drawn, highest, kept_count
-from ..boundary import agreed, live_optimizers, resize
 from ..checkpoint import Shapes
-from ..feed_forward import feed_forwards, named_feed_forwards, patterns_of
-from ..phases import Entry, tuner_layers
-from ..schedule import Phase, Schedule, ScheduleError
+from ..phases.ddp import agreed
+from ..phases.driver import Entry, tuner_layers
+from ..phases.optimizer import live_optimizers, resize
+from ..phases.schedule import Phase, Schedule, ScheduleError
+from ..structure.feed_forward import feed_forwards
+from ..structure.modules import is_linear, walk
+from ..structure.targets import refuse_unfit_head
+from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_float, stored_as
 from ..tuner import PhasedModel
 from .base import FARLayer
 from .config import RECONFIGURED, FARConfig
 from .layer import FAREmbedding, FARLinear, FARModule
-from .plan import Home, homes, kind_of, lay_out_homes
+from .plan import Home, frozen_on_purpose, homes, kind_of, lay_out_homes, named_feed_forwards, patterns_of
+from .selection import drawn, highest, kept_count
 
 _CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
 
@@ -61,18 +64,18 @@ class FARModel(PhasedModel):
         if given is None:
             chosen = self._names_among(config, list(found))
         elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            chosen = self._names_among(config, [name for name in found if discovery.is_linear(found[name])])
+            chosen = self._names_among(config, [name for name in found if is_linear(found[name])])
         else:
             chosen = self._named_targets(config, model)
         chosen = self._with_sharers(config, found, chosen, everything)
-        modules = {name: module for name, module in discovery.walk(model) if name in chosen}
+        modules = {name: module for name, module in walk(model) if name in chosen}
         pairs = feed_forwards(model)
         if config.ffn_modules is not None:
             pairs = named_feed_forwards(model, config.ffn_modules)
         elif pairs:
             config.write("ffn_modules", patterns_of(pairs))
         self._check_modules(modules, {name for pair in pairs for name in pair.names})
-        discovery.refuse_unfit_head(model, config.modules_to_save or ())
+        refuse_unfit_head(model, config.modules_to_save or ())
         self._homes = lay_out_homes(model, config, modules, pairs)
         self._owners: dict[int, FARLayer] = {}
         if everything:
@@ -89,7 +92,7 @@ class FARModel(PhasedModel):
         return set(self._homes)
 
     def _warn_of_frozen(self, model: nn.Module) -> None:
-        frozen = [name for name in discovery.frozen_on_purpose(model) if name.rpartition(".")[0] in self._homes]
+        frozen = [name for name in frozen_on_purpose(model) if name.rpartition(".")[0] in self._homes]
         if frozen:
             warnings.warn(
                 f"{len(frozen)} parameters (first: {frozen[0]}) were frozen before FAR was added. FAR gives them "
@@ -98,8 +101,8 @@ class FARModel(PhasedModel):
             )
 
     def _is_supported(self, module: nn.Module) -> bool:
-        base = discovery.base_of(module)
-        return discovery.is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))
+        base = base_of(module)
+        return is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))
 
     def _with_sharers(
         self, config: FARConfig, found: dict[str, nn.Module], chosen: set[str], everything: bool
@@ -107,7 +110,7 @@ class FARModel(PhasedModel):
         """A weight that modules share has one delta: all of them are adapted, or none."""
         names: dict[int, list[str]] = {}
         for name, module in found.items():
-            for parameter in discovery.base_of(module).parameters():
+            for parameter in base_of(module).parameters():
                 names.setdefault(id(parameter), []).append(name)
         result = set(chosen)
         for sharers in names.values():
@@ -135,7 +138,7 @@ class FARModel(PhasedModel):
             more = f" (and to {len(packed) - 1} more)" if len(packed) > 1 else ""
             reason = (
                 f"FAR adds a dense delta to {packed[0]}{more}, whose weights are not a floating-point matrix (got "
-                f"{discovery.stored_as(modules[packed[0]])}). Load the base model in float, without quantisation, or "
+                f"{stored_as(modules[packed[0]])}). Load the base model in float, without quantisation, or "
             )
             if nodes & set(packed) == nodes & set(modules):
                 raise ValueError(
@@ -146,8 +149,8 @@ class FARModel(PhasedModel):
                 f"{reason}leave those out: FARConfig(exclude_modules={self._minimal_names(set(packed))})."
             )
         for name, module in modules.items():
-            base: Any = discovery.base_of(module)
-            if any(discovery.is_offloaded(part) for part in base.modules()):
+            base: Any = base_of(module)
+            if any(is_offloaded(part) for part in base.modules()):
                 raise ValueError(
                     f"The weights of {name} are offloaded. FAR's deltas are as large as the weights, so there would "
                     "be no room for them either: train low-rank updates, LearnerConfig(priming_epochs=0) or "
@@ -165,9 +168,7 @@ class FARModel(PhasedModel):
         given = kwargs.get("state_dict")
         if given is not None:  # PEFT injects where a file has keys: those that share a delta have none
             held = {key.rsplit(f".{self.prefix}", 1)[0] for key in given}
-            own = {
-                n: {id(p) for p in discovery.base_of(m).parameters(recurse=False)} for n, m in model.named_modules()
-            }
+            own = {n: {id(p) for p in base_of(m).parameters(recurse=False)} for n, m in model.named_modules()}
             shared: set[int] = set().union(*(ids for name, ids in own.items() if name in held))
             sharers = [name for name, ids in own.items() if name not in held and ids & shared]
             kwargs["state_dict"] = {**given, **dict.fromkeys(f"{name}.{self.prefix}shared" for name in sharers)}
@@ -328,10 +329,10 @@ class FARModel(PhasedModel):
 
 
 def _takes_dense(module: nn.Module) -> bool:
-    if discovery.is_linear(module):
-        return discovery.float_weight(module) is not None
-    floats = (p for p in discovery.base_of(module).parameters() if p.is_floating_point())
-    return all(discovery.is_plain_float(p) for p in floats)
+    if is_linear(module):
+        return float_weight(module) is not None
+    floats = (p for p in base_of(module).parameters() if p.is_floating_point())
+    return all(is_plain_float(p) for p in floats)
 
 
 def _no_pair(model: nn.Module, config: FARConfig) -> str:

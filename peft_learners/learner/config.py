@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional, Union
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
-from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
 #: Containers of a Learner layer by what they hold; they are the parts that phases speak of. Their names end in nothing

@@ -5,10 +5,10 @@ from __future__ import annotations
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from ..functional import Dense, LowRank
-from ..layer import DeltaLayer
-from ..low_rank import LowRankLinear
-from ..norm import DeltaNorm
+from ..layers.base import DeltaLayer
+from ..layers.linear import LowRankLinear
+from ..layers.module import DeltaNorm
+from ..ops import Dense, LowRank
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
 

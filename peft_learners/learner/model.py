@@ -10,13 +10,14 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from .. import discovery
-from ..combination import Combined
-from ..names import rank_patterns
-from ..phases import tuner_layers
-from ..schedule import Phase, Schedule, ScheduleError
-from ..targets import is_named
+from ..phases.driver import tuner_layers
+from ..phases.schedule import Phase, Schedule, ScheduleError
+from ..structure.attention import attention_names
+from ..structure.modules import is_linear, is_norm, linear_names, norm_names, walk
+from ..structure.targets import is_named, rank_patterns, refuse_unfit_head
+from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
+from ..weighted_sum import Combined
 from .config import DENSE_PART, PRIMING, LearnerConfig
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 
@@ -51,20 +52,16 @@ class LearnerModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
-        discovery.refuse_unfit_head(model, config.modules_to_save or ())
+        refuse_unfit_head(model, config.modules_to_save or ())
         given = config.target_modules
         explicit = given is not None and not (
             isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
         )
-        chosen = (
-            self._named_targets(config, model)
-            if explicit
-            else self._names_among(config, discovery.linear_names(model))
-        )
+        chosen = self._named_targets(config, model) if explicit else self._names_among(config, linear_names(model))
         if not chosen:
             self._refuse_empty(config, explicit)
             return set()  # PEFT says that all was excluded
-        norms = self._names_among(config, discovery.norm_names(model)) if config.train_norms else set()
+        norms = self._names_among(config, norm_names(model)) if config.train_norms else set()
         targets = chosen | norms
         if not explicit:
             self._write_targets(config, targets)
@@ -85,11 +82,11 @@ class LearnerModel(PhasedModel):
             )
 
     def _resolve_priming(self, config: LearnerConfig, model: nn.Module, targets: set[str]) -> set[str]:
-        modules = {name: module for name, module in discovery.walk(model) if name in targets}
-        linears = [name for name, module in modules.items() if discovery.is_linear(module)]
+        modules = {name: module for name, module in walk(model) if name in targets}
+        linears = [name for name, module in modules.items() if is_linear(module)]
         asked = config.priming_modules
         if asked is None:
-            primed = set(discovery.attention_names(model, linears))
+            primed = set(attention_names(model, linears))
             config.write("priming_modules", self._minimal_names(primed) or None)
         elif isinstance(asked, str):
             primed = {name for name in linears if re.fullmatch(asked, name)}
@@ -100,7 +97,7 @@ class LearnerModel(PhasedModel):
                 if not any(is_named(linear, name) for linear in linears):
                     raise ValueError(self._outside_targets(config, name, linears))
             primed = {linear for linear in linears if any(is_named(linear, name) for name in asked)}
-        packed = sorted(name for name in primed if discovery.float_weight(modules[name]) is None)
+        packed = sorted(name for name in primed if float_weight(modules[name]) is None)
         if packed:
             raise ValueError(self._cannot_prime(config, modules, primed, packed))
         return primed
@@ -112,7 +109,7 @@ class LearnerModel(PhasedModel):
         reason = (
             (f"priming_steps={config.priming_steps}" if by_steps else f"priming_epochs={config.priming_epochs}")
             + f" adds a dense delta to {packed[0]}{f' (and {more} more)' if more else ''}, whose weights are not a "
-            f"floating-point matrix (got {discovery.stored_as(modules[packed[0]])}). "
+            f"floating-point matrix (got {stored_as(modules[packed[0]])}). "
         )
         if config.completed_phases:
             return (
@@ -150,7 +147,7 @@ class LearnerModel(PhasedModel):
     ) -> None:
         layer: Any = target
         if not isinstance(target, LearnerLayer):
-            layer = LearnerNorm(target) if discovery.is_norm(target) else LearnerLinear(target)
+            layer = LearnerNorm(target) if is_norm(target) else LearnerLinear(target)
             layer._active_adapter = adapter_name
         if isinstance(layer, LearnerLinear):
             layer.update_layer(adapter_name, peft_config, current_key, primed=current_key in self._primed)

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..combination import Combined
+from ..weighted_sum import Combined
 from .config import NASLoRAConfig
 
 

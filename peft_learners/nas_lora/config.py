@@ -8,8 +8,8 @@ from typing import Any, Optional, Union
 from torch import nn
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
-from ..phases import injected_model
-from ..schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
+from ..phases.driver import injected_model
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 from .architecture import Architecture, Positions
 
 RETRAINING = "retraining"

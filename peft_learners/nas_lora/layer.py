@@ -11,13 +11,13 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..boundary import Resized, for_float64, resize
-from ..discovery import base_of
-from ..functional import Entries, Factor, LowRank, Pair, dense_factor, sum_of
-from ..layer import TEST_STD, DeltaLayer, TransparentLayer
-from ..low_rank import LowRankLinear
+from ..layers.base import TEST_STD, DeltaLayer, TransparentLayer
+from ..layers.linear import LowRankLinear
+from ..ops import Entries, Factor, LowRank, Pair, dense_factor, sum_of
+from ..phases.optimizer import Resized, for_float64, resize
+from ..structure.weights import base_of
 from .config import CONTAINERS, NASLoRAConfig
-from .initial import generator_of, initial_normal
+from .rewind import generator_of, initial_normal
 
 #: Position of what a file has yet to tell.
 UNKNOWN = -1

@@ -9,24 +9,24 @@ from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from .. import discovery
-from ..allocation import budget_path
-from ..boundary import Observer, live_optimizers, resize
 from ..checkpoint import Shapes
-from ..combination import Combined, acting
-from ..feed_forward import sizes
-from ..phases import Entry, PhaseDriver, injected_model
-from ..saved_modules import rewind_saved_modules
-from ..schedule import Phase, Schedule, ScheduleError
-from ..targets import is_named
+from ..phases.driver import Entry, PhaseDriver, injected_model
+from ..phases.optimizer import Observer, live_optimizers, resize
+from ..phases.schedule import Phase, Schedule, ScheduleError
+from ..structure.attention import value_names
+from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
+from ..structure.targets import is_named, refuse_unfit_head
+from ..structure.weights import sizes
 from ..tuner import PhasedModel
+from ..weighted_sum import Combined, acting
 from .architecture import Architecture, positions_in
+from .budget import budget_path, prune
 from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
 from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
 from .importance import Gatherer
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
-from .pruning import prune
+from .rewind import rewind_saved_modules
 
 
 class NASLoRAModel(PhasedModel):
@@ -74,15 +74,15 @@ class NASLoRAModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: NASLoRAConfig, model: nn.Module) -> set[str]:
-        discovery.refuse_unfit_head(model, config.modules_to_save or ())
+        refuse_unfit_head(model, config.modules_to_save or ())
         given = config.target_modules
         self._biases_alone = config.r == 0  # then target_modules says whose
         low_rank: set[str] = set()
         if config.r:
-            names = discovery.linear_names(model)
+            names = linear_names(model)
             if given is None:
-                blocks = discovery.block_linear_names(model) or names
-                values = set(discovery.value_names(model, blocks))
+                blocks = block_linear_names(model) or names
+                values = set(value_names(model, blocks))
                 low_rank = self._names_among(config, [name for name in blocks if name not in values])
                 self._write_targets(config, low_rank)
             elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
@@ -90,13 +90,13 @@ class NASLoRAModel(PhasedModel):
             else:
                 low_rank = self._named_targets(config, model)
         biases = self._resolve_biases(config, model, given, low_rank) if config.train_biases else set()
-        modules = {name: module for name, module in discovery.walk(model) if name in low_rank | biases}
+        modules = {name: module for name, module in walk(model) if name in low_rank | biases}
         self._homes = {name: (config.r if name in low_rank else 0, name in biases) for name in modules}
         self._check_space(config, model, modules, bool(low_rank))
         return set(self._homes)
 
     def _resolve_biases(self, config: NASLoRAConfig, model: nn.Module, given: Any, low_rank: set[str]) -> set[str]:
-        every = self._names_among(config, discovery.bias_names(model))
+        every = self._names_among(config, bias_names(model))
         asked = config.bias_modules
         if asked is None and given is None:
             config.write("bias_modules", "all")
@@ -117,7 +117,7 @@ class NASLoRAModel(PhasedModel):
         return chosen
 
     def _is_supported(self, module: nn.Module) -> bool:
-        return discovery.is_linear(module) or (self._biases_alone and discovery.bias_of(module) is not None)
+        return is_linear(module) or (self._biases_alone and bias_of(module) is not None)
 
     def _check_space(
         self, config: NASLoRAConfig, model: nn.Module, modules: dict[str, nn.Module], any_low_rank: bool
@@ -135,7 +135,7 @@ class NASLoRAModel(PhasedModel):
             )
         space = 0
         for name, (rank, bias) in self._homes.items():
-            own = discovery.bias_of(modules[name])
+            own = bias_of(modules[name])
             space += rank * sum(sizes(modules[name])) if rank else 0
             space += own.numel() if bias and own is not None else 0
         if config.architecture is None:
@@ -172,7 +172,7 @@ class NASLoRAModel(PhasedModel):
         rank, bias = self._homes.get(current_key, (0, False))
         layer: Any = target
         if not isinstance(target, NASLoRALayer):
-            layer = NASLoRALinear(target) if discovery.is_linear(target) else NASLoRABias(target)
+            layer = NASLoRALinear(target) if is_linear(target) else NASLoRABias(target)
             layer._active_adapter = adapter_name
         layer.update_layer(adapter_name, peft_config, current_key, rank, bias)
         if layer is not target:

@@ -17,7 +17,7 @@ from training import adapter_values, arguments, bottleneck, far, learner, nas, t
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
-from peft_learners.boundary import ddp_wrappers
+from peft_learners.phases.ddp import ddp_wrappers
 
 #: With it DDP sends buffers.
 BROADCAST = getattr(dist, "_broadcast_coalesced", None)

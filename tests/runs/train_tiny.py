@@ -20,7 +20,7 @@ from training import adapted, adapter_values, arguments, far, learner, nas, trai
 from transformers import TrainerCallback
 
 from peft_learners import BottleneckConfig, PhaseCallback
-from peft_learners.boundary import raw_optimizer
+from peft_learners.phases.optimizer import raw_optimizer
 
 
 class Kill(TrainerCallback):

@@ -13,7 +13,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
-from .phases import PhaseDriver
+from .driver import PhaseDriver
 from .schedule import ScheduleError
 
 Factor = Callable[[int], float]

@@ -16,11 +16,16 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    check_adapters_to_merge,
+    onload_layer,
+)
 from torch import Tensor, nn
 
-from .discovery import is_norm, is_offloaded, is_plain_float, stored_as
-from .functional import call_with, norm_with
+from ..ops import call_with, norm_with
+from ..structure.modules import is_norm
+from ..structure.weights import is_offloaded, is_plain_float, stored_as
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE_ADAPTER = "__base__"
@@ -406,3 +411,17 @@ class TransparentLayer(DeltaLayer):
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(self.base_layer, name)
+
+
+def check_adapter_name(name: str) -> None:
+    """Refuse a name that torch's containers can't hold.
+
+    Raises:
+        ValueError: it has a dot, or is the name of one of their methods.
+    """
+    if hasattr(nn.ParameterDict, name) or "." in name:
+        better = name.replace(".", "_") if "." in name else f"{name}_1"
+        raise ValueError(
+            "adapter_name must have no dot, nor be the name of a method of torch's containers, which hold adapters by "
+            f"their names, got {name!r}. Take another: {better!r}."
+        )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .functional import Dense, LowRank
+from . import Dense, LowRank
 
 
 @dataclass(frozen=True)

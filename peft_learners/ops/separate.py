@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .costs import wants_summed_weight
-from .updates import (
+from .terms import (
     Dense,
     Form,
     Pair,

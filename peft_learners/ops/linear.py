@@ -21,7 +21,7 @@ from torch import Tensor
 from .costs import wants_effective_weight
 from .effective import effective_linear
 from .separate import separate_linear
-from .updates import Dense, Pair
+from .terms import Dense, Pair
 
 
 def linear_with_updates(

@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-T = TypeVar("T")
+from .ddp import _living
+
 Observer = Callable[[torch.optim.Optimizer], None]
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module behind `DistributedDataParallel` and `torch.compile`."""
-    while True:
-        if hasattr(model, "_orig_mod"):
-            model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        else:
-            return model
 
 
 def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
@@ -104,12 +93,6 @@ def _carried(
     return carried
 
 
-def _living(kind: type[T]) -> list[T]:
-    """All objects of a class in this process."""
-    # type() rather than isinstance(): it runs no code of foreign objects.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
-
-
 def live_optimizers() -> list[torch.optim.Optimizer]:
     """All torch optimizers of this process, so that whoever made one need not hand it over."""
     raw = (raw_optimizer(optimizer) for optimizer in _living(torch.optim.Optimizer))
@@ -151,66 +134,3 @@ class StepObservers:
         """Call nothing any more."""
         for name in list(self._observers):
             self.set(name, None)
-
-
-def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
-    """All DDP wrappers in this process that hold `model`, itself or somewhere inside.
-
-    Trainer gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it.
-    A Trainer that has finished may still be alive with a wrapper of its own.
-    """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return []
-    target, wrappers = unwrapped(model), _living(nn.parallel.DistributedDataParallel)
-    return [wrapper for wrapper in wrappers if any(module is target for module in wrapper.modules())]
-
-
-def agreed(model: nn.Module, choices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The choices of the first rank, on all ranks that train `model` in DDP; the same choices where there is no DDP.
-
-    Args:
-        choices: index tensors by name, of the same names and sizes on all ranks. To be called by all ranks.
-    """
-    wrappers = ddp_wrappers(model)
-    if not wrappers or not choices:
-        return choices
-    group = wrappers[-1].process_group
-    device = next(model.parameters()).device
-    flat = torch.cat(list(choices.values())).to(device)
-    torch.distributed.broadcast(flat, src=torch.distributed.get_global_rank(group, 0), group=group)
-    pieces = flat.split([len(choice) for choice in choices.values()])
-    return {name: piece.to(choice.device) for (name, choice), piece in zip(choices.items(), pieces, strict=True)}
-
-
-def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel, constant: Iterable[torch.Tensor] = ()) -> None:
-    """Let DDP reduce exactly the gradients that are trained now. To be called by all ranks between two steps.
-
-    Nothing is sent: a wrapper that is no longer used may be rebuilt on one rank and not on another.
-
-    Args:
-        constant: buffers that are the same on all ranks and change at boundaries only. DDP, which sends every buffer
-            from the first rank before each forward, leaves them out from now on.
-
-    DDP registers its hooks once, at construction; parameters that freeze later would leave it waiting for their
-    gradients, and parameters that begin to train later would silently stay unsynchronised. This is DDP's own
-    way of rebuilding itself after unpickling (`__setstate__`), on the same object, because Trainer holds on to it.
-    """
-    ddp._remove_autograd_hooks()
-    hooks = list(ddp._comm_hooks)
-    ours = {id(buffer) for buffer in constant}
-    ddp.parameters_to_ignore |= {
-        name for name, buffer in ddp.module.named_buffers(remove_duplicate=False) if id(buffer) in ours
-    }
-    static_graph, ddp.static_graph = ddp.static_graph, False
-    parameters, sparse = ddp._build_params_for_reducer()
-    if not parameters:
-        raise RuntimeError("No parameter of the model trains in this phase: there is nothing left for DDP to reduce.")
-    names = ddp._build_debug_param_to_name_mapping(parameters)
-    ddp._ddp_init_helper(parameters, sparse, names, static_graph)
-    ddp._has_rebuilt_buckets = False
-    if static_graph:
-        ddp._static_graph_delay_allreduce_enqueued = False
-        ddp._set_static_graph()
-    ddp._comm_hooks = []
-    for hook, state in hooks:
-        ddp.register_comm_hook(state, hook)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .call import call_with
-from .updates import autocasts, is_plain_torch
+from .terms import autocasts, is_plain_torch
 
 
 def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:

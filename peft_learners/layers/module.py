@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .discovery import base_of
-from .functional import norm_with, sum_of
-from .layer import TransparentLayer
+from ..ops import norm_with, sum_of
+from ..structure.weights import base_of
+from .base import TransparentLayer
 
 
 class DeltaNorm(TransparentLayer):

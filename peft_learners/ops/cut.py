@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .updates import applied, apply_to_rows, is_plain_torch, wide_type, without_autocast
+from .terms import applied, apply_to_rows, is_plain_torch, wide_type, without_autocast
 
 
 def order_of(kept: Tensor, nodes: int) -> Tensor:

@@ -22,8 +22,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftConfig, PeftModel
 from torch import nn
 
-from ._version import __version__
-from .config import PhasedConfig
+from .._version import __version__
+from ..config import PhasedConfig
 
 CARD = "README.md"
 TAG = "peft-learners"

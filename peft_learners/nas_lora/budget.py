@@ -1,21 +1,63 @@
-"""The end of a search: what is kept, and its rewind."""
+"""Scores in, what is kept out. Tensors only: no modules, no adapters. Exact, with a stated rule for ties."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
 
 import torch
 from torch import Tensor, nn
 
-from ..allocation import budget_path, within_budget
-from ..boundary import agreed, live_optimizers, resize
-from ..discovery import new_head
-from ..saved_modules import rewind_saved_modules
-from ..schedule import ScheduleError
+from ..phases.ddp import agreed
+from ..phases.optimizer import live_optimizers, resize
+from ..phases.schedule import ScheduleError
+from ..structure.modules import new_head
 from .config import NASLoRAConfig
-from .initial import generator_of, shuffled
 from .layer import NASLoRALayer, kept_of, layers_of, space_of
+from .rewind import generator_of, rewind_saved_modules, shuffled
+
+
+def within_budget(scores: Tensor, costs: Tensor | int, budget: int) -> Tensor:
+    """Which units are kept if the lowest scores are removed first, one by one, until the budget holds.
+
+    Of equal scores the higher index is removed first. Units that alone cost more than the budget can't be part of any
+    choice and are removed before all others. Nothing is put back afterwards: a cheap unit with a lower score than an
+    expensive one that was removed goes too, even if it would fit.
+
+    Args:
+        scores: (units,), finite.
+        costs: parameters of each unit, (units,) of whole numbers of at least 1, or one number for all.
+        budget: parameters that may be kept, at least 0.
+
+    Returns:
+        (units,) bool: their costs sum to at most `budget`, and to more than that with the unit removed last.
+
+    Raises:
+        ValueError: a score that is not finite.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        raise ValueError("Some scores are not finite: the gradients they come from hold NaN or infinity.")
+    order = torch.sort(scores, descending=True, stable=True).indices
+    if isinstance(costs, int):
+        count = min(len(scores), budget // costs)
+    else:
+        order = order[costs[order] <= budget]
+        count = int((costs[order].cumsum(0) <= budget).sum())
+    kept = torch.zeros(len(scores), dtype=torch.bool, device=scores.device)
+    kept[order[:count]] = True
+    return kept
+
+
+def budget_path(space: int, budget: int, rounds: int) -> list[int]:
+    """Budgets of iterative pruning: from `space` to `budget` in `rounds` steps of one ratio (a geometric path).
+
+    Returns:
+        `rounds` whole numbers that do not increase, the last of which is `budget`.
+    """
+    ratio = (budget / space) ** (1 / rounds)
+    return [max(budget, math.floor(space * ratio**step + 0.5)) for step in range(1, rounds)] + [budget]
+
 
 logger = logging.getLogger("peft_learners")
 

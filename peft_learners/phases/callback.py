@@ -8,10 +8,10 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from .config import PhasedConfig
-from .hub import before_push
+from ..config import PhasedConfig
+from ..hub.card import before_push
+from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
-from .phases import PhaseDriver, PhaseStart
 from .schedule import ScheduleError
 
 #: Key of the entry in Trainer's log history that keeps the boundaries, which a resumed run reads.

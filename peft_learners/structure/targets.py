@@ -5,21 +5,24 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
 from peft.config import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
     _ExcludedModule,
+    _find_minimal_target_modules,
     check_target_module_exists,
 )
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import nn
 
-from . import discovery
-from .config import PhasedConfig
-from .names import target_names
+from ..config import PhasedConfig
+from .modules import is_linear, is_norm, linear_names, new_head, original_of, walk
+from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
 class TargetChoice(BaseTuner):
@@ -35,13 +38,13 @@ class TargetChoice(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, PhasedConfig)
-        head = discovery.new_head(self.model)
+        head = new_head(self.model)
         if head:
             saved = list(peft_config.modules_to_save or [])
             peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
         excluded = peft_config.exclude_modules
         if excluded and not isinstance(excluded, str):
-            names = [name for name, _ in discovery.walk(self.model)]
+            names = [name for name, _ in walk(self.model)]
             lost = sorted(e for e in excluded if not any(n == e or n.endswith(f".{e}") for n in names))
             if lost:
                 warnings.warn(f"exclude_modules={lost} match no module of the model.", stacklevel=2)
@@ -86,11 +89,11 @@ class TargetChoice(BaseTuner):
 
     def _is_supported(self, module: nn.Module) -> bool:
         """Whether the tuner has a layer that can stand in for this module."""
-        return discovery.is_linear(module) or discovery.is_norm(module)
+        return is_linear(module) or is_norm(module)
 
     def _named_targets(self, config: PhasedConfig, model: nn.Module) -> set[str]:
         """The modules that the user's target_modules name, less the excluded ones."""
-        chosen, modules = set(), dict(discovery.walk(model))
+        chosen, modules = set(), dict(walk(model))
         for name, module in modules.items():
             result = self._matches(config, name) if name else None
             if not result or isinstance(result, _ExcludedModule):
@@ -102,12 +105,12 @@ class TargetChoice(BaseTuner):
                     "calling it, so that an adapter there would have no effect. Leave it out of `target_modules`."
                 )
             if not self._is_supported(module):
-                kind = type(discovery.base_of(module)).__name__
+                kind = type(base_of(module)).__name__
                 raise ValueError(f"Target module {name} ({kind}) is not supported. {self.supported}")
             chosen.add(name)
         given = config.target_modules or ()
         if not chosen and not isinstance(given, str) and not any(is_named(n, t) for n in modules for t in given):
-            last = sorted({name.rpartition(".")[2] for name in discovery.linear_names(model)})
+            last = sorted({name.rpartition(".")[2] for name in linear_names(model)})
             raise NoMatchingPeftModuleError(
                 f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
                 "leave `target_modules` out to adapt them all."
@@ -121,7 +124,7 @@ class TargetChoice(BaseTuner):
     def _minimal_names(self, names: set[str]) -> list[str] | str:
         """The shortest suffixes that match exactly these modules, as PEFT condenses long lists of targets; a regex
         where one's whole name is the end of another's."""
-        every = [name for name, _ in discovery.walk(self.model) if name]
+        every = [name for name, _ in walk(self.model) if name]
         return target_names(sorted(names), every) if names else []
 
     def _write_targets(self, config: PhasedConfig, names: set[str]) -> None:
@@ -136,3 +139,55 @@ class TargetChoice(BaseTuner):
 def is_named(module_name: str, name: str) -> bool:
     """Whether PEFT lets `name` stand for the module: its whole name, or the end of it."""
     return module_name == name or module_name.endswith(f".{name}")
+
+
+def refuse_unfit_head(model: nn.Module, trained_whole: Iterable[str]) -> None:
+    """Modules that are trained whole need float weights that stay where they are.
+
+    Raises:
+        ValueError: a linear layer in them is quantised or offloaded.
+    """
+    endings = list(trained_whole)
+    for name, module in walk(model):
+        if not any(name == ending or name.endswith(f".{ending}") for ending in endings):
+            continue
+        for part in original_of(module).modules():
+            last = name.rpartition(".")[2]
+            whole = f"{name} is trained whole (the model's head, and what modules_to_save names), but its weights are "
+            if is_linear(part) and float_weight(part) is None:
+                raise ValueError(
+                    f"{whole}quantised (got {stored_as(part)}). Leave it in float when the base model is quantised: "
+                    f"BitsAndBytesConfig(..., llm_int8_skip_modules=[{last!r}]), or with other methods "
+                    f"modules_to_not_convert=[{last!r}]."
+                )
+            if is_offloaded(part):
+                raise ValueError(f"{whole}offloaded. Keep it on a device: device_map={{..., {name!r}: 0}}.")
+
+
+def target_names(names: list[str], modules: Collection[str]) -> list[str] | str:
+    """The shortest endings that match exactly these modules, or a regex where there are none.
+
+    Args:
+        modules: names of all modules of the base model.
+    """
+    others = {name for name in modules if name} - set(names)
+    if any(other.endswith(f".{name}") for name in names for other in others):
+        return "|".join(re.escape(name) for name in sorted(names))  # PEFT wants the whole name to match
+    return sorted(_find_minimal_target_modules(names, others)) if others else sorted(names)
+
+
+def rank_patterns(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
+    """Those ranks that differ from the usual one, by keys that PEFT reads as regexes for the ends of names.
+
+    Args:
+        ranks: of all targets. Keys are whole names; anchored and escaped if one of them fits another target, too.
+    """
+    names = [name for name, rank in ranks.items() if rank != usual]
+    plain = all(get_pattern_key(names, name) == name for name in ranks)
+    return {name if plain else f"^{re.escape(name)}": ranks[name] for name in names}
+
+
+def saved_names(names: list[str], modules: Collection[str]) -> tuple[list[str], list[str]]:
+    """Names for `modules_to_save`, and the other modules that they match too: PEFT takes all that end like them."""
+    others = [m for m in modules if m and m not in names and any(m.endswith(name) for name in names)]
+    return sorted(names), others

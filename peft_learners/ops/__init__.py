@@ -14,7 +14,7 @@ from .effective import effective_linear
 from .linear import linear_with_updates
 from .norm import norm_with, sum_of
 from .separate import separate_linear
-from .updates import Dense, Entries, Factor, LowRank, Pair, apply_to_rows, autocasts, dense_factor, effective_weight
+from .terms import Dense, Entries, Factor, LowRank, Pair, apply_to_rows, autocasts, dense_factor, effective_weight
 
 __all__ = [
     "Dense",

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .costs import forms_weight_again, takes_dense_gradient
 from .separate import separate_linear
-from .updates import (
+from .terms import (
     Dense,
     Form,
     Pair,

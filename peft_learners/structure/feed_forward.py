@@ -5,13 +5,13 @@ Looks through adapters that are already there, as `discovery` does.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
-from .discovery import attention_names, base_of, is_linear, is_norm, linear_names, walk
+from .attention import attention_names
+from .modules import is_linear, is_norm, linear_names, walk
+from .weights import sizes
 
 
 @dataclass(frozen=True)
@@ -32,13 +32,6 @@ class FeedForward:
     @property
     def names(self) -> tuple[str, ...]:
         return (*self.first, self.last)
-
-
-def sizes(module: nn.Module) -> tuple[int, int]:
-    """`(in_features, out_features)` of a linear layer."""
-    base = base_of(module)
-    into, out = _get_in_out_features(base)
-    return int(into or 0), int(out or 0)
 
 
 def feed_forwards(model: nn.Module) -> list[FeedForward]:
@@ -93,57 +86,3 @@ def _with_late_gates(found: list[FeedForward], modules: dict[str, nn.Module], li
 
 def _parent(name: str) -> str:
     return name.rpartition(".")[0]
-
-
-def named_feed_forwards(model: nn.Module, patterns: Sequence[Sequence[str]]) -> list[FeedForward]:
-    """The pairs that a user names: endings of module names, the last being the linear layer that leads out.
-
-    `["intermediate.dense", "output.dense"]` matches every P with linear layers `P.intermediate.dense` and
-    `P.output.dense`.
-
-    Raises:
-        ValueError: a pattern that matches nothing, or layers whose sizes don't fit.
-    """
-    modules = dict(walk(model))
-    found: dict[str, FeedForward] = {}
-    for pattern in patterns:
-        *first, last = pattern
-        before = len(found)
-        for name in modules:
-            if name != last and not name.endswith(f".{last}"):
-                continue
-            prefix = name[: len(name) - len(last)]
-            names = [f"{prefix}{part}" for part in first]
-            if not all(n in modules and is_linear(modules[n]) for n in (*names, name)):
-                continue
-            width = sizes(modules[name])[0]
-            for n in names:
-                if sizes(modules[n])[1] not in (width, 2 * width):
-                    raise ValueError(
-                        f"FARConfig: `ffn_modules` names {n} ({sizes(modules[n])[1]} outputs) before {name} "
-                        f"({width} inputs): the first linear layers must have as many outputs as the last has inputs, "
-                        "or, gated and fused, twice as many."
-                    )
-            found[name] = FeedForward(tuple(names), name, width)
-        if len(found) == before:
-            linears = sorted({n.rpartition(".")[2] for n, m in modules.items() if n and is_linear(m)})
-            raise ValueError(
-                f"FARConfig: `ffn_modules` must hold endings of names of linear layers with one prefix in common, the "
-                f"last being the one that leads out, got {list(pattern)}, which matches nothing. The model's linear "
-                f"layers are named {', '.join(linears)}. For example: ffn_modules=[['fc_in', 'fc_out']]."
-            )
-    return list(found.values())
-
-
-def patterns_of(pairs: Sequence[FeedForward]) -> list[list[str]]:
-    """Endings of names, as `named_feed_forwards` takes them, one list for all blocks that are built alike."""
-    patterns = []
-    for pair in pairs:
-        split = [name.split(".") for name in pair.names]
-        shared = 0
-        while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
-            shared += 1
-        pattern = [".".join(parts[shared:]) for parts in split]
-        if pattern not in patterns:
-            patterns.append(pattern)
-    return patterns

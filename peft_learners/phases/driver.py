@@ -21,16 +21,10 @@ from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .boundary import (
-    StepObservers,
-    ddp_wrappers,
-    free_optimizer_state,
-    live_optimizers,
-    rebuild_reducer,
-    unwrapped,
-)
-from .config import PhasedConfig
-from .layer import DeltaLayer
+from ..config import PhasedConfig
+from ..layers.base import DeltaLayer
+from .ddp import ddp_wrappers, rebuild_reducer, unwrapped
+from .optimizer import StepObservers, free_optimizer_state, live_optimizers
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")

@@ -12,11 +12,10 @@ from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modu
 from torch import Tensor, nn
 
 from .config import is_number, is_positive_int
-from .factors import Factored, joined, nearest, total, without_idle
-from .functional import sum_of
-from .layer import DeltaLayer, refuse_merged
-from .linear import DeltaLinear
-from .names import check_adapter_name
+from .layers.base import DeltaLayer, check_adapter_name, refuse_merged
+from .layers.linear import DeltaLinear
+from .ops import sum_of
+from .ops.low_rank import Factored, joined, nearest, total, without_idle
 
 TYPES = ("cat", "svd")
 

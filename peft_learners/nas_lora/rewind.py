@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 
 def rewind_saved_modules(
@@ -30,3 +31,27 @@ def rewind_saved_modules(
         with torch.no_grad():
             for key, value in module.modules_to_save[adapter].state_dict().items():
                 value.copy_(first[key])
+
+
+def generator_of(seed: int, name: str) -> torch.Generator:
+    """A generator on the CPU whose numbers depend on the arguments alone."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def initial_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
+    """Normal values of mean 0, float32 on the CPU, that depend on the arguments alone.
+
+    Args:
+        std: standard deviation.
+        seed: the adapter's seed.
+        name: of the module and its part, e.g. "encoder.layer.0.query/U".
+    """
+    return torch.randn(shape, generator=generator_of(seed, name)) * std
+
+
+def shuffled(value: Tensor, seed: int, name: str) -> Tensor:
+    """The entries of `value` in an order that depends on `seed` and `name` alone: for independent and identically
+    distributed entries as good as another draw of them."""
+    order = torch.randperm(value.numel(), generator=generator_of(seed, name)).to(value.device)
+    return value.flatten()[order].view_as(value)

@@ -1,0 +1,1 @@
+"""Tuner layers: modules plus the deltas of their adapters."""

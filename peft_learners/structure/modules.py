@@ -1,0 +1,165 @@
+"""What a model is made of, found from its structure: backbone, new head, blocks, linear layers, norms, attention.
+
+All functions look through adapters that are already there: a module wrapped by a tuner layer counts as what it wraps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .weights import base_of, is_plain_float
+
+#: Of these models some layers' weights are read by kernels, and the layers are not called.
+_STATE_SPACE_MODELS = {"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"}
+_READ_NOT_CALLED = {"conv1d", "dt_proj", "out_proj"}
+
+
+def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`(name, module)` of every module of the original model, without the insides of adapters and saved copies."""
+    skipped: set[str] = set()
+    for name, module in model.named_modules():
+        parent = name.rpartition(".")[0]
+        if parent in skipped:
+            skipped.add(name)
+            continue
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+            skipped.add(name)
+        yield name, module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """A linear layer `(..., in) -> (..., out)`: `nn.Linear`, transformers' `Conv1D`, or a quantised one."""
+    base = base_of(module)
+    if isinstance(base, (nn.Linear, Conv1D)):
+        return True
+    named_linear = "Linear" in type(base).__name__ and not any(base.children())
+    sizes = (("in_features", "out_features"), ("infeatures", "outfeatures"))  # the latter: GPTQ
+    return named_linear and any(hasattr(base, into) and hasattr(base, out) for into, out in sizes)
+
+
+def is_norm(module: nn.Module) -> bool:
+    """A norm with a trainable weight vector (LayerNorm, any RMSNorm, MobileBERT's NoNorm), but no batch norm."""
+    base = base_of(module)
+    if "norm" not in type(base).__name__.lower() or any(base.children()) or any(True for _ in base.buffers()):
+        return False
+    parameters = dict(base.named_parameters())
+    return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in parameters.values())
+
+
+def backbone_prefix(model: nn.Module) -> str:
+    """Name of the pretrained backbone inside a task model, with a trailing dot; '' if the model is the backbone."""
+    name = getattr(model, "base_model_prefix", "")
+    inner = getattr(model, name, None) if isinstance(name, str) and name else None
+    return f"{name}." if isinstance(inner, nn.Module) and inner is not model else ""
+
+
+def output_embeddings(model: nn.Module) -> nn.Module | None:
+    """The pretrained LM head, or None."""
+    get = getattr(model, "get_output_embeddings", None)
+    if get is None:
+        return None
+    try:
+        return get()
+    except (NotImplementedError, AttributeError):
+        return None
+
+
+def new_head(model: nn.Module) -> list[str]:
+    """Names of the freshly initialised head: what has parameters and lies outside the pretrained backbone.
+
+    A model with output embeddings has a pretrained LM head, and what lies around it is pretrained too: []. A task
+    model ("...For...") that holds its backbone's parts directly has the linear layers beside them for a head.
+    """
+    if output_embeddings(model) is not None:
+        return []
+    prefix = backbone_prefix(model)
+    if prefix:
+        children = [(name, child) for name, child in model.named_children() if f"{name}." != prefix]
+        return [name for name, child in children if any(True for _ in child.parameters())]
+    if not re.search(r"For[A-Z]", type(model).__name__):
+        return []
+    return [name for name, child in model.named_children() if is_linear(original_of(child))]
+
+
+def original_of(module: nn.Module) -> nn.Module:
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def _in_backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules of the backbone that a tuner may stand in for, as far as their place goes.
+
+    Left out: the head and the LM head; the inside of `nn.MultiheadAttention`, which reads its weights without calling
+    it; and a pooler where there is no head, since nothing may read it (a task model is built with a pooler only if
+    its head does).
+    """
+    prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
+    outside = [f"{name}." for name in head]
+    if getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE_MODELS:
+        outside += [f"{name}." for name, _ in walk(model) if name.rpartition(".")[2] in _READ_NOT_CALLED]
+    outside += [f"{name}." for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
+    for name, module in walk(model):
+        if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head:
+            continue
+        if any(f"{name}.".startswith(outer) for outer in outside) or (not head and "pooler" in name.split(".")):
+            continue
+        yield name, module
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Linear layers of the backbone that a tuner can stand in for (see `_in_backbone` for what is left out)."""
+    return [name for name, module in _in_backbone(model) if is_linear(module)]
+
+
+def bias_of(module: nn.Module) -> torch.Tensor | None:
+    """The bias vector of a linear layer, a norm, a convolution, ...; None for modules without, for those that hold
+    others, and for batch norms, whose running statistics would change beside it."""
+    base = base_of(module)
+    bias = getattr(base, "bias", None)
+    # HQQ's linear layers keep theirs as a bare tensor.
+    own = isinstance(bias, torch.Tensor) and (isinstance(bias, nn.Parameter) or is_linear(base))
+    plain = own and bias is not None and bias.dim() == 1 and is_plain_float(bias)
+    alone = not any(True for _ in base.children()) and not hasattr(base, "running_mean")
+    return bias if plain and alone else None
+
+
+def bias_names(model: nn.Module) -> list[str]:
+    """Modules of the backbone with a bias vector of their own. A bias that several modules share is left out."""
+    found = {name: bias for name, module in _in_backbone(model) if name and (bias := bias_of(module)) is not None}
+    times = Counter(id(bias) for bias in found.values())
+    return [name for name, bias in found.items() if times[id(bias)] == 1]
+
+
+def block_names(model: nn.Module) -> list[str]:
+    """Names of the backbone's blocks: the children of its module lists."""
+    prefix = backbone_prefix(model)
+    return [
+        f"{name}.{child}"
+        for name, module in walk(model)
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and name.startswith(prefix)
+        for child, _ in module.named_children()
+    ]
+
+
+def norm_names(model: nn.Module) -> list[str]:
+    """Norms inside the backbone's blocks (not the embeddings' norm, nor a final one)."""
+    blocks = set(block_names(model))
+    return [name for name, module in walk(model) if is_norm(module) and _ancestor_in(name, blocks)]
+
+
+def block_linear_names(model: nn.Module) -> list[str]:
+    """Linear layers inside the backbone's blocks."""
+    blocks = set(block_names(model))
+    return [name for name in linear_names(model) if _ancestor_in(name, blocks)]
+
+
+def _ancestor_in(name: str, names: set[str]) -> bool:
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
