@@ -153,7 +153,7 @@ class Collector:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            test = f"{item.path.name}::{getattr(item, 'originalname', None) or item.name}"
+            test = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{getattr(item, 'originalname', None) or item.name}"
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             for mark in item.iter_markers("verb"):
                 self.marks += marks_of(test, parameters, mark.args, mark.kwargs)
@@ -165,7 +165,7 @@ def collect() -> list[Mark]:
     Raises:
         RuntimeError: a test file can't be collected.
     """
-    files = [str(path) for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.verb(" in path.read_text()]
+    files = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.verb(" in path.read_text()]
     collector, out = Collector(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         options = ["--collect-only", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", f"--rootdir={ROOT}"]

@@ -9,8 +9,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
-sys.path.insert(0, str(ROOT / "scripts"))
+TESTS = ROOT / "tests"
+sys.path[:0] = [str(TESTS), str(ROOT / "scripts"), *(str(f) for f in sorted(TESTS.iterdir()) if f.is_dir())]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

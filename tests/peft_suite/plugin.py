@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-import peft_cases
 import pytest
 import torch
 import transformers as tf
 
-from peft_suite import models
+from peft_suite import models, peft_cases
 from peft_suite.skips import with_lift
 
 if importlib.util.find_spec("diffusers") is None:

@@ -52,7 +52,7 @@ def arguments(suite: Path, report: Path, modules: Sequence[str] = MODULES) -> li
 
 
 def environment() -> dict[str, str]:
-    path = [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
+    path = [str(TESTS), str(TESTS / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Only what the suite needs: a plugin that some environment has must not change what it does.
     own = {"PYTHONPATH": os.pathsep.join(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}

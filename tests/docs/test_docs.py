@@ -27,7 +27,7 @@ from training import Around, Rows, arguments, far, learner, nas, trainer
 
 from peft_learners import BottleneckConfig, LearnerConfig
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 TROUBLES = (ROOT / "docs" / "troubleshooting.md").read_text()
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
@@ -233,7 +233,7 @@ def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_c
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         folders.append(str(tmp_path / make.__name__))
         model.save_pretrained(folders[-1])
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
     command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -10,7 +10,7 @@ import bench_rows
 import bench_tables
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 METRICS = {"mrpc": ("eval_accuracy", "eval_f1"), "cola": ("eval_matthews_correlation",),
            "stsb": ("eval_pearson", "eval_spearmanr")}  # fmt: skip
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+
 from peft_suite import runner, source
 from peft_suite.skips import RUNS
 

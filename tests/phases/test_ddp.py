@@ -12,7 +12,7 @@ import pytest
 import torch
 import zoo
 
-SCRIPT = Path(__file__).parent / "runs" / "ddp_tiny.py"
+SCRIPT = Path(__file__).resolve().parents[1] / "runs" / "ddp_tiny.py"
 CASES = (
     "far",
     "far-output-node",

@@ -16,7 +16,7 @@ from training import Rows, adapter_values, dense_parameters, learner
 
 from peft_learners import ScheduleError
 
-SCRIPT = Path(__file__).resolve().parents[1] / "scripts" / "accelerate_loop.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "accelerate_loop.py"
 
 
 def run_script(out: Path, *prefix: str) -> str:

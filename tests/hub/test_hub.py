@@ -21,7 +21,7 @@ from hub_server import DROP, DROP_AFTER, HANG, HubServer, Repo
 from huggingface_hub import HfApi, ModelCard
 from training import learner
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "runs" / "hub_run.py"
 FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
 OWN_README = b"---\nlicense: mit\ntags:\n- by-hand\n---\n\n# Mine\n\nWords of my own.\n"

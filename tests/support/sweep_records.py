@@ -8,7 +8,7 @@ from typing import Any
 from report_runs import Papers, Results
 from sweep_plan import VARIANTS, Run, settings
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAPERS = Papers.read(ROOT / "results/papers.json")
 METRICS = {"rte": ("accuracy",), "mrpc": ("accuracy", "f1"), "cola": ("matthews_correlation",),
            "stsb": ("pearson", "spearmanr")}  # fmt: skip

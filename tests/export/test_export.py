@@ -177,7 +177,7 @@ def test_exports_load_and_merge_in_a_process_without_this_package(tmp_path: Path
         expected[str(folder)] = run.logits
     script = tmp_path / "load.py"
     script.write_text(LOADER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
     command = [sys.executable, str(script), json.dumps(jobs), str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

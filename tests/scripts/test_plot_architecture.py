@@ -15,7 +15,7 @@ from training import adapted, arguments, trainer
 
 from peft_learners import Architecture, FARConfig, NASLoRAConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import plot_architecture
 from plot_architecture import OUTSIDE, Column
 

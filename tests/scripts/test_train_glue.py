@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import glue_data
 import glue_methods
 import run_record
@@ -19,7 +19,7 @@ import train_glue
 from tiny_glue import same_numbers
 
 SCRIPTS = Path(train_glue.__file__).parent
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+SHARED = Path(__file__).resolve().parents[3] / "shared"
 
 #: For slow tests: the phased methods, an adapter of PEFT's, and none (BitFit trains as full fine-tuning does).
 MAIN = ("learner", "far", "nas_lora", "lora", "full")

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import glue_metrics
 
 # true positives 4 (rows 0, 1, 2, 8), false negatives 1 (row 3), false positives 2 (rows 6, 7), true negatives 3

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+
 from peft_suite import forks, runner, source
 from peft_suite.forks import Job
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_learners"
 PEFTS = "test_custom_models.py::TestPeftCustomModel::"
-CONTRACT = "test_contract.py::"
+CONTRACT = "contract/test_contract.py::"
 
 pytestmark = [
     pytest.mark.slow,

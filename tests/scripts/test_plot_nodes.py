@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from peft_learners import FARConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import plot_nodes
 
 OUTPUTS = [f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)]

@@ -14,11 +14,11 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 import model_card
 from glue_methods import METHODS as METHOD_ARGUMENTS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
     "far": lambda **more: FARConfig(**{"priming_steps": 1, "retention_ratio": 0.25, "task_type": "SEQ_CLS", **more}),
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_steps": 1, "task_type": "SEQ_CLS", **more}),
