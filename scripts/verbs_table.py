@@ -153,7 +153,8 @@ class Collector:
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         for item in items:
-            test = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{getattr(item, 'originalname', None) or item.name}"
+            file = item.path.relative_to(ROOT / "tests").as_posix()
+            test = f"{file}::{getattr(item, 'originalname', None) or item.name}"
             parameters = item.callspec.params if hasattr(item, "callspec") else {}
             for mark in item.iter_markers("verb"):
                 self.marks += marks_of(test, parameters, mark.args, mark.kwargs)

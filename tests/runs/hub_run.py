@@ -16,7 +16,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-sys.path[:0] = [str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir()]
+sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
 
 import model_card

@@ -13,7 +13,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path[:0] = [str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir()]
+sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
 
 import torch
 from training import adapted, adapter_values, arguments, far, learner, nas, trainer
