@@ -20,7 +20,7 @@ class FARLinear(FARLayer, DeltaLinear):
     """`y = x (W + D)^T + b + db`; `x: (..., in_features)`, `D: (out_features, in_features)`, `db: (out_features,)`.
 
     Once nodes are selected, a layer of an FFN trains `D[kept]` and `db[kept]` (axis 0) or `D[:, kept]` and all of db
-    (axis 1); the rest of D and db is frozen, or gone. See `peft_learners.functional.cut` for the arithmetic.
+    (axis 1); the rest of D and db is frozen, or gone. See `peft_learners.ops.cut` for the arithmetic.
 
     Source: arXiv 2205.01541.
     """

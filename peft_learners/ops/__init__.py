@@ -1,19 +1,22 @@
 """The arithmetic of the layers, apart from modules and adapters: shapes, flops and stored bytes are stated.
 
-- `costs`: which path pays, from shapes alone;
-- `updates`: what adds to a weight, and shared pieces;
-- `effective`, `separate`: the two paths of a linear layer with updates; `linear`: the choice between them;
+- `delta_linear`: a linear layer with updates: two paths, and which of them pays;
 - `cut`: a linear layer of which some rows or columns train;
-- `norm`: norms at other values; `call`: modules of any kind at other values.
+- `norm`: norms, and modules of any other kind, at other values of their parameters;
+- `terms`: what adds to a weight, and the pieces that all of them share;
+- `low_rank`: updates as pairs of factors, joined and truncated.
 """
 
-from .call import call_with
-from .costs import forms_weight_again, wants_effective_weight, wants_summed_weight
 from .cut import cut_linear, order_of, others_of, uncut
-from .effective import effective_linear
-from .linear import linear_with_updates
-from .norm import norm_with, sum_of
-from .separate import separate_linear
+from .delta_linear import (
+    effective_linear,
+    forms_weight_again,
+    linear_with_updates,
+    separate_linear,
+    wants_effective_weight,
+    wants_summed_weight,
+)
+from .norm import call_with, norm_with, sum_of
 from .terms import Dense, Entries, Factor, LowRank, Pair, apply_to_rows, autocasts, dense_factor, effective_weight
 
 __all__ = [

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .terms import applied, apply_to_rows, is_plain_torch, wide_type, without_autocast
+from .terms import apply_to_rows, is_plain_torch, wide_type, without_autocast
 
 
 def order_of(kept: Tensor, nodes: int) -> Tensor:
@@ -66,7 +66,7 @@ def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axi
 class _CutLinear(torch.autograd.Function):
     """`x (W + D)^T + b + db` with D cut along `axis`; x is (T, d).
 
-    Computed in the type `wide`, in which W + D loses nothing of D (see `updates.wide_type`).
+    Computed in the type `wide`, in which W + D loses nothing of D (see `terms.wide_type`).
 
     `stored` is what the gradient of `values` needs: None for x itself (axis 0), or its kept columns (axis 1). With
     axis 0 the bias delta is cut as D is, with axis 1 `bias_values` is all of it.
@@ -149,6 +149,6 @@ def cut_linear(
         # With its history, for second derivatives; the first backward sends no gradient through it.
         stored = None if axis == 0 else rows.index_select(1, kept)
         deltas = (values, rest, bias_values, bias_rest, kept, axis)
-        return applied(_CutLinear, rows, stored, weight, bias, *deltas, wide or rows.dtype)
+        return _CutLinear.apply(rows, stored, weight, bias, *deltas, wide or rows.dtype)
 
     return apply_to_rows(run, x, weight)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from . import Dense, LowRank
+from .terms import Dense, LowRank
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .costs import NARROW
+#: Below this rank a matrix product of which one side is that narrow is bound by memory, and it matters which way the
+#: tall operand is read: `(B^T g^T)` and `(g^T m)^T = m^T g` read g row by row.
+NARROW = 16
 
 
 @dataclass(frozen=True)
@@ -157,13 +159,6 @@ def without_autocast(backward: Callable[..., Any]) -> Callable[..., Any]:
             return backward(ctx, g, *others)
 
     return run
-
-
-def applied(function: type[torch.autograd.Function], *args: Any) -> Any:
-    """`function.apply(*args)`, without binding default arguments, which takes longer than all else that it does."""
-    if not is_plain_torch():
-        return function.apply(*args)
-    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
 
 
 # -- products --------------------------------------------------------------------------------------------------------

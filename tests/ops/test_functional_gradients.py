@@ -23,8 +23,7 @@ from torch import Tensor
 from torch.autograd import gradgradcheck
 
 from peft_learners.ops import Entries, effective_linear, linear_with_updates, separate_linear
-from peft_learners.ops.effective import _EffectiveLinear
-from peft_learners.ops.separate import _SeparateLinear
+from peft_learners.ops.delta_linear import _EffectiveLinear, _SeparateLinear
 
 PATHS = (separate_linear, effective_linear)
 #: Roundings of the wide type in sums, and of a half-precision type elsewhere.
