@@ -12,7 +12,7 @@ from transformers.activations import ACT2FN
 
 from ..layers.base import DeltaLayer
 from ..layers.linear import call_base
-from ..layers.module import DeltaNorm
+from ..layers.module import DeltaModule
 from ..structure.weights import sizes
 from .config import ADAPTER_PARTS, NORM_PARTS, BottleneckConfig
 from .passing import FeedForwardInput
@@ -153,7 +153,7 @@ class BottleneckLinear(BottleneckLayer):
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 
 
-class BottleneckNorm(BottleneckLayer, DeltaNorm):
+class BottleneckNorm(BottleneckLayer, DeltaModule):
     """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
 
     adapter_layer_names = NORM_PARTS
@@ -170,8 +170,6 @@ class BottleneckNorm(BottleneckLayer, DeltaNorm):
             self._add("bottleneck_bias_delta", adapter, config, self.out_features)
         self._finish_update(adapter, config)
 
-    def weight_delta(self, adapter: str) -> Tensor:
-        return self.bottleneck_layernorm_delta[adapter]
-
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        return self.bottleneck_bias_delta[adapter] if adapter in self.bottleneck_bias_delta else None
+    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
+        containers = {"weight": self.bottleneck_layernorm_delta, "bias": self.bottleneck_bias_delta}
+        return {name: values[adapter] for name, values in containers.items() if adapter in values}

@@ -139,12 +139,12 @@ def to_lora(
     modules = dict(root.named_modules(remove_duplicate=False))  # T5's embeddings have three names
     layers = {n: m for n, m in modules.items() if isinstance(m, DeltaLayer) and m.has_adapter(adapter_name)}
     refuse_unreadable(modules, layers)
-    linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.acts(adapter_name)}
+    linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.is_active(adapter_name)}
     pairs, biases = factors_of(linear, adapter_name, config, rank)
     whole = {
         name: whole_module(layer, adapter_name)
         for name, layer in layers.items()
-        if name not in linear and layer.acts(adapter_name)
+        if name not in linear and layer.is_active(adapter_name)
     }
     whole = {name: own for name, own in whole.items() if own.changes}
     whole |= {

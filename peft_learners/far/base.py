@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -171,17 +171,23 @@ class FARLayer(DeltaLayer):
                 other.unmerge()
 
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        return self._deltas(adapter, [p for p in self.far_names[adapter] if p not in self.far_source[adapter]])
+        own = [part for part in self.far_names[adapter] if part not in self.far_source[adapter]]
+        return {name: delta.detach() for name, delta in self.parameter_deltas(adapter, own).items()}
 
     def effective_deltas(self, adapter: str) -> dict[str, Tensor]:
-        return self._deltas(adapter, list(self.far_names[adapter]))
+        return {name: delta.detach() for name, delta in self.parameter_deltas(adapter).items()}
 
-    def _deltas(self, adapter: str, parts: list[str]) -> dict[str, Tensor]:
+    def parameter_deltas(self, adapter: str, parts: Iterable[str] | None = None) -> dict[str, Tensor]:
+        """`{name of the module's parameter: its delta}`, differentiable.
+
+        Args:
+            parts: containers; None: all, those that lie in layers that share a parameter with this one too.
+        """
         deltas: dict[str, Tensor] = {}
-        for part in parts:
+        for part in self.far_names[adapter] if parts is None else parts:
             value = self.full_delta(part, adapter)
             assert value is not None
-            deltas.update(self._by_parameter(part, adapter, value.detach()))
+            deltas.update(self._by_parameter(part, adapter, value))
         return deltas
 
     def _by_parameter(self, part: str, adapter: str, value: Tensor) -> dict[str, Tensor]:

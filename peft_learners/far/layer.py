@@ -5,13 +5,13 @@ from __future__ import annotations
 import inspect
 from typing import Any, Optional
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..layers.base import TransparentLayer, parameter_at
 from ..layers.linear import DeltaLinear
-from ..ops import Dense, LowRank, call_with, cut_linear, effective_linear, separate_linear, sum_of, wants_summed_weight
+from ..layers.module import DeltaModule
+from ..ops import Dense, call_with, cut_linear
 from ..structure.weights import base_of, readable_weight
 from .base import BATCHLESS, FARLayer
 
@@ -33,40 +33,20 @@ class FARLinear(FARLayer, DeltaLinear):
             value = value.t()
         return super()._by_parameter(part, adapter, value)
 
-    def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
+    def dense(self, adapter: str) -> Dense | None:
         delta = self.full_delta("far_delta", adapter)
-        return [], [(delta.detach(), 1.0)] if delta is not None else []
+        return None if delta is None else (delta, 1.0)
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         return self.full_delta("far_bias_delta", adapter)
 
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """D in the layout of the base layer's weight, without gradients."""
-        delta = self.full_delta("far_delta", adapter)
-        if delta is None:
-            delta = torch.zeros(
-                self.out_features, self.in_features, dtype=self.weight.dtype, device=self.weight.device
-            )
-        return delta.detach().t() if self.fan_in_fan_out else delta.detach()
-
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
         weight = readable_weight(self.base_layer)
-        if weight is None or args or kwargs or x.is_nested:
-            return self._forward_plain(x, adapters, *args, **kwargs)
-        frozen = not weight.requires_grad and (base.bias is None or not base.bias.requires_grad)
-        if frozen and self._takes_cut(adapters):
-            return self._forward_cut(x, weight, base.bias, adapters[0])
-        dense, biases = self._full_deltas("far_delta", adapters), self._full_deltas("far_bias_delta", adapters)
-        summed = wants_summed_weight(x.numel() // max(1, self.in_features))
-        if not summed and any(delta.dtype != weight.dtype for delta in dense):
-            return self._forward_plain(x, adapters)
-        path = effective_linear if summed else separate_linear
-        return path(x, weight, sum_of(base.bias, biases), (), [(delta, 1.0) for delta in dense])
-
-    def _full_deltas(self, part: str, adapters: list[str]) -> list[Tensor]:
-        found = (self.full_delta(part, name) for name in adapters)
-        return [delta for delta in found if delta is not None]
+        if weight is not None and not (args or kwargs or x.is_nested) and self._takes_cut(adapters):
+            if not weight.requires_grad and (base.bias is None or not base.bias.requires_grad):
+                return self._forward_cut(x, weight, base.bias, adapters[0])
+        return super().forward_with(x, adapters, *args, **kwargs)
 
     def _takes_cut(self, adapters: list[str]) -> bool:
         name = adapters[0]
@@ -85,18 +65,6 @@ class FARLinear(FARLayer, DeltaLinear):
         bias_rest = self.far_bias_rest[adapter] if adapter in self.far_bias_rest else None
         values, kept = holder.far_delta[adapter], holder.far_kept[adapter]
         return cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
-
-    def _forward_plain(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        """The same sum through `base_layer(x)`: for weights that are hooked, wrapped, or of another type."""
-        out = self.base_layer(x, *args, **kwargs)
-        dtype = out.dtype
-        for name in adapters:
-            delta, bias = self.full_delta("far_delta", name), self.full_delta("far_bias_delta", name)
-            if delta is not None:
-                out = out + F.linear(self._cast_input_dtype(x, delta.dtype), delta)
-            if bias is not None:
-                out = out + bias
-        return out.to(dtype)
 
 
 class _Transparent(FARLayer, TransparentLayer):
@@ -144,17 +112,12 @@ class FAREmbedding(_Transparent):
         return super()._forward_mixed(x, adapter_names, *args, **kwargs)
 
 
-class FARModule(_Transparent):
+class FARModule(_Transparent, DeltaModule):
     """Any module at its parameters plus their deltas: norms, convolutions, embeddings of other kinds, composites.
 
     A container holds one delta for all parameters of its kind: in the shape of the one, or flat for several,
     (sum of their sizes,).
     """
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        first = next(p for p in base_of(base_layer).parameters())
-        self.in_features, self.out_features = int(first[0].numel()), int(first.shape[0])
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         base, names = base_of(self), self.far_names[adapter][part]
@@ -184,20 +147,5 @@ class FARModule(_Transparent):
         if self.disable_adapters and self.merged:
             self.unmerge()
         active = [] if self.disable_adapters or self.merged else self.active_adapters
-        values = self._values_with([name for name in active if self.has_adapter(name)])
+        values = self.values_with([name for name in active if self.has_adapter(name)])
         return call_with(self.base_layer, values)
-
-    def _values_with(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Values of the base module's trained parameters with these adapters added."""
-        base = self.get_base_layer()
-        values: dict[str, Tensor] = {}
-        for adapter in adapters:
-            for part in self.far_names[adapter]:
-                delta = self.full_delta(part, adapter)
-                assert delta is not None
-                for name, piece in self._by_parameter(part, adapter, delta).items():
-                    values[name] = (values[name] if name in values else parameter_at(base, name)) + piece
-        return values
-
-    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        return self.call_at(self._values_with(adapters), x, *args, **kwargs)

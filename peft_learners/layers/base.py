@@ -23,11 +23,8 @@ from peft.tuners.tuners_utils import (
 )
 from torch import Tensor, nn
 
-from ..ops import call_with, norm_with
-from ..structure.modules import is_norm
 from ..structure.weights import is_offloaded, is_plain_float, stored_as
 
-_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 BASE_ADAPTER = "__base__"
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
@@ -63,7 +60,7 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bo
                 if layer.has_adapter(name):
                     layer.check_mergeable(name)
                     sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-                    if len(sharing) > 1 and layer.acts(name) and not shared_weights:
+                    if len(sharing) > 1 and layer.is_active(name) and not shared_weights:
                         raise ValueError(cannot_merge_shared(name, place, sharing))
 
 
@@ -123,26 +120,6 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
 
-    def call_at(self, values: dict[str, Tensor], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Output of the module at other values of some of its parameters, for modules of any kind.
-
-        Args:
-            values: by the (dotted) names of the parameters.
-        """
-        base: Any = self.get_base_layer()
-        if is_norm(base):
-            bias = values.get("bias", getattr(base, "bias", None))
-            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
-        cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
-        if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
-            return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
-        if not all(isinstance(parameter_at(base, name), nn.Parameter) for name in cast):
-            raise NotImplementedError(
-                f"FSDP hides the parameters of a {type(base).__name__} from the call that adds deltas to them. Leave "
-                "it out: exclude_modules, with the module's name."
-            )
-        return call_with(self.base_layer, cast, x, *args, **kwargs)
-
     def is_pruned_away(self, adapter: str, part: str) -> bool:
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
         return False
@@ -158,7 +135,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(value, std=TEST_STD)
         getattr(self, part)[adapter] = nn.Parameter(value)
 
-    def acts(self, adapter: str) -> bool:
+    def is_active(self, adapter: str) -> bool:
         """Whether the adapter changes what this layer computes."""
         return self.has_adapter(adapter)
 
@@ -178,7 +155,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             return self.base_layer(x, *args, **kwargs)
         if adapter_names is not None:
             return self._forward_mixed(x, adapter_names, *args, **kwargs)
-        adapters = [] if self.merged else [name for name in self.active_adapters if self.acts(name)]
+        adapters = [] if self.merged else [name for name in self.active_adapters if self.is_active(name)]
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         return self._forward_at_hand(x, adapters, *args, **kwargs)
@@ -188,7 +165,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         parts = self._modules.values()
         if not any("_hf_hook" in part.__dict__ and is_offloaded(part) for part in parts if part is not None):
             return self.forward_with(x, adapters, *args, **kwargs)
-        # Their own forward would fetch them again, over values that `call_at` has put in their place.
+        # Their own forward would fetch them again, over values that `forward_with` has put in their place.
         fetched: list[tuple[Any, Any]] = []
         out: Any = None
         try:

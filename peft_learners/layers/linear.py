@@ -1,4 +1,4 @@
-"""What the linear layers of all tuners share: sizes, layout, and what an adapter adds to weight and bias."""
+"""A linear layer with low-rank and dense updates and a bias delta: forward, merging, deltas. All tuners share it."""
 
 from __future__ import annotations
 
@@ -9,9 +9,35 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import Dense, LowRank, Pair, autocasts, dense_factor, effective_weight, linear_with_updates, sum_of
+from ..ops import (
+    Dense,
+    LowRank,
+    Pair,
+    autocasts,
+    dense_factor,
+    effective_weight,
+    linear_with_updates,
+    sum_of,
+    wants_summed_weight,
+)
 from ..structure.weights import float_weight, is_computed, readable_weight, sizes
 from .base import DeltaLayer, cannot_merge_into
+
+
+def call_base(layer: DeltaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """`base_layer(x)`, for weights of any kind; `x: (..., in_features)`.
+
+    Raises:
+        RuntimeError: gradients are wanted, and the base layer passes none on.
+    """
+    out = layer.base_layer(x, *args, **kwargs)
+    if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
+        raise RuntimeError(
+            f"The {type(layer.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
+            "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "
+            "called in eval mode: load the base model again and train before you evaluate.)"
+        )
+    return out
 
 
 def _leads_back(out: Tensor, x: Tensor) -> bool:
@@ -31,27 +57,11 @@ def _leads_back(out: Tensor, x: Tensor) -> bool:
     return True
 
 
-def call_base(layer: DeltaLayer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """`base_layer(x)`, for weights of any kind; `x: (..., in_features)`.
-
-    Raises:
-        RuntimeError: gradients are wanted, and the base layer passes none on.
-    """
-    out = layer.base_layer(x, *args, **kwargs)
-    if x.requires_grad and torch.is_grad_enabled() and not _leads_back(out, x):
-        raise RuntimeError(
-            f"The {type(layer.get_base_layer()).__name__} passes no gradient on to its input, so that adapters in "
-            "front of it would not train. (On a CPU, bitsandbytes' 4-bit layers are like that once they were "
-            "called in eval mode: load the base model again and train before you evaluate.)"
-        )
-    return out
-
-
 class DeltaLinear(DeltaLayer):
-    """A linear layer plus the deltas of its adapters: `y = x (W + sum_k s_k B_k A_k + sum_j c_j D_j)^T + b + db`.
+    """A linear layer plus updates: `y = x (W + s B A + c D)^T + b + db`, summed over the active adapters.
 
     Shapes: `x: (..., in_features)`, `A: (r, in_features)`, `B: (out_features, r)`, `D: (out_features, in_features)`,
-    `db: (out_features,)`.
+    `db: (out_features,)`. A subclass gives those of the terms that its method has.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -62,145 +72,95 @@ class DeltaLinear(DeltaLayer):
         # transformers' Conv1D stores its weight as (in_features, out_features)
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
 
-    def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
-        """What an adapter adds to the weight, as `(A, B, s)` and `(D, c)`, without gradients."""
-        raise NotImplementedError
-
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        """db, differentiable; None if the adapter has none here."""
-        raise NotImplementedError
-
-    def check_mergeable(self, adapter: str) -> None:
-        if not any(self.matrices(adapter)):
-            return
-        base = self.get_base_layer()
-        if float_weight(self.base_layer) is None:
-            raise ValueError(cannot_merge_into(base))
-        if is_computed(base, "weight"):
-            raise ValueError(
-                f"The weight of a {type(base).__name__} is computed from other parameters (weight norm, a "
-                "parametrization), so that nothing can be merged into it. Remove that from the base model before you "
-                "adapt it, or keep the adapter unmerged."
-            )
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """PEFT's conversion keeps weight updates alone."""
-        if self.has_adapter(adapter_name) and self.bias_delta(adapter_name) is None:
-            return True
-        return super().supports_lora_conversion(adapter_name)
-
-
-def _dense_pair(pair: Pair) -> LowRank:
-    a, b, factor = pair
-    return dense_factor(a), dense_factor(b), factor
-
-
-class LowRankLinear(DeltaLinear):
-    """`y = x (W + s B A + c D)^T + b + db`, summed over the active adapters; any of the terms may be missing.
-
-    Shapes: `x: (..., in_features)`, `A: (r, in_features)`, `B: (out_features, r)`, `D: (out_features, in_features)`,
-    `db: (out_features,)`. A subclass says where they come from.
-    """
-
     # -- for the subclass -------------------------------------------------------------------------------------------
 
-    def low_rank(self, adapter: str) -> LowRank | None:
-        """`(A, B, s)`, differentiable."""
-        raise NotImplementedError
-
-    def factors(self, adapter: str) -> Pair | None:
-        """The same for the forward pass, where factors of which little is left may be given by their entries."""
-        return self.low_rank(adapter)
-
-    def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
-        """A bias (or None) with db added."""
-        delta = self.bias_delta(adapter)
-        return bias if delta is None else sum_of(bias, [delta])
+    def low_rank(self, adapter: str) -> Pair | None:
+        """`(A, B, s)`, differentiable; factors of which little is left may be given by their entries."""
+        return None
 
     def dense(self, adapter: str) -> Dense | None:
         """`(D, c)`, differentiable."""
         return None
 
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        """db, differentiable."""
+        return None
+
     def dropout(self, adapter: str) -> float:
-        """Probability with which entries of the low-rank terms' input are dropped now."""
+        """Probability with which entries of the low-rank term's input are dropped now."""
         return 0.0
 
     # -- forward ----------------------------------------------------------------------------------------------------
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        pairs, dense = self._updates(adapters)
+        # No walrus in here: torch.compile can't follow one in a comprehension.
+        pairs = [(self.low_rank(name), self.dropout(name)) for name in adapters]
+        low_rank = [(pair, dropout) for pair, dropout in pairs if pair is not None]
+        dense = [update for update in map(self.dense, adapters) if update is not None]
+        deltas = [delta for delta in map(self.bias_delta, adapters) if delta is not None]
         weight = readable_weight(self.base_layer)
-        if weight is None or args or kwargs or x.is_nested or not self._may_mix(x, weight, pairs, dense):
-            return self._forward_plain(x, adapters, pairs, dense, *args, **kwargs)
-        own = getattr(self.get_base_layer(), "bias", None)
-        total = own
-        for name in adapters:
-            total = self.bias_with(total, name)
-        if not (pairs or dense) and total is own:
+        if weight is None or args or kwargs or x.is_nested or not self._may_mix(x, weight, low_rank, dense):
+            return self._forward_plain(x, low_rank, dense, deltas, *args, **kwargs)
+        if not (low_rank or dense or deltas):
             return self.base_layer(x, *args, **kwargs)
-        dropped = [name for name in pairs if self.dropout(name)]
-        if len(dropped) == 1 == len(pairs):
-            return linear_with_updates(
-                x, weight, total, [*pairs.values()], [*dense.values()], self.dropout(dropped[0])
-            )
-        kept = [pair for name, pair in pairs.items() if name not in dropped]
-        if kept or dense or (total is not None and total.dtype != weight.dtype):
-            out = linear_with_updates(x, weight, total, kept, [*dense.values()])
+        bias = sum_of(getattr(self.get_base_layer(), "bias", None), deltas)
+        if len(low_rank) == 1:
+            pair, dropout = low_rank[0]
+            return linear_with_updates(x, weight, bias, [pair], dense, dropout)
+        kept = [pair for pair, dropout in low_rank if not dropout]
+        if kept or dense or (bias is not None and bias.dtype != weight.dtype):
+            out = linear_with_updates(x, weight, bias, kept, dense)
         else:
-            out = F.linear(x, weight, total)
-        for name in dropped:
-            a, b, factor = _dense_pair(pairs[name])
-            cast = F.dropout(self._cast_input_dtype(x, a.dtype), self.dropout(name))
-            out = (out + F.linear(F.linear(cast, a), b) * factor).to(out.dtype)
+            out = F.linear(x, weight, bias)
+        for pair, dropout in low_rank:
+            if dropout:
+                out = (out + self._term(x, pair, dropout)).to(out.dtype)
         return out
 
-    def _may_mix(self, x: Tensor, weight: Tensor, pairs: dict[str, Pair], dense: dict[str, Dense]) -> bool:
+    def _may_mix(self, x: Tensor, weight: Tensor, low_rank: list[tuple[Pair, float]], dense: list[Dense]) -> bool:
         """Whether the updates are of the weight's type, or x may be cast to theirs."""
-        if self.cast_input_dtype_enabled or autocasts(x):
+        parts = [part for (a, b, _), _ in low_rank for part in (a, b)] + [delta for delta, _ in dense]
+        if all(part.dtype == weight.dtype for part in parts):
             return True
-        parts = [part for a, b, _ in pairs.values() for part in (a, b)] + [delta for delta, _ in dense.values()]
-        return all(part.dtype == weight.dtype for part in parts)
+        if not low_rank and not wants_summed_weight(x.numel() // max(1, self.in_features)):
+            return False  # W + D is not formed: the base layer's own product is as good, and rounds as it does
+        return self.cast_input_dtype_enabled or autocasts(x)
 
-    def _updates(self, adapters: list[str]) -> tuple[dict[str, Pair], dict[str, Dense]]:
-        pairs: dict[str, Pair] = {}
-        dense: dict[str, Dense] = {}
-        for name in adapters:
-            pair, delta = self.factors(name), self.dense(name)
-            if pair is not None:
-                pairs[name] = pair
-            if delta is not None:
-                dense[name] = delta
-        return pairs, dense
+    def _term(self, x: Tensor, pair: Pair, dropout: float) -> Tensor:
+        """`s (x A^T) B^T`, with dropout on x."""
+        a, b, factor = pair
+        a, b = dense_factor(a), dense_factor(b)
+        return F.linear(F.linear(F.dropout(self._cast_input_dtype(x, a.dtype), dropout), a), b) * factor
 
     def _forward_plain(
         self,
         x: Tensor,
-        adapters: list[str],
-        pairs: dict[str, Pair],
-        dense: dict[str, Dense],
+        low_rank: list[tuple[Pair, float]],
+        dense: list[Dense],
+        biases: list[Tensor],
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
         """The same sum through `base_layer(x)`: for weights that are quantised, hooked or wrapped."""
         out = call_base(self, x, *args, **kwargs)
         dtype = out.dtype
-        for name, pair in pairs.items():
-            a, b, factor = _dense_pair(pair)
-            cast = F.dropout(self._cast_input_dtype(x, a.dtype), self.dropout(name))
-            out = out + F.linear(F.linear(cast, a), b) * factor
-        for delta, factor in dense.values():
+        for pair, dropout in low_rank:
+            out = out + self._term(x, pair, dropout)
+        for delta, factor in dense:
             out = out + F.linear(self._cast_input_dtype(x, delta.dtype), delta) * factor
-        for name in adapters:
-            bias = self.bias_delta(name)
-            out = out if bias is None else out + bias
+        for bias in biases:
+            out = out + bias
         return out.to(dtype)
 
     # -- deltas and merging -----------------------------------------------------------------------------------------
 
     def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
+        """What an adapter adds to the weight, as `(A, B, s)` and `(D, c)`, without gradients."""
         low_rank, dense = self.low_rank(adapter), self.dense(adapter)
         return (
-            [(low_rank[0].detach(), low_rank[1].detach(), low_rank[2])] if low_rank is not None else [],
+            [(dense_factor(low_rank[0]).detach(), dense_factor(low_rank[1]).detach(), low_rank[2])]
+            if low_rank
+            else [],
             [(dense[0].detach(), dense[1])] if dense is not None else [],
         )
 
@@ -223,24 +183,42 @@ class LowRankLinear(DeltaLinear):
         delta = delta.to(dtype)
         return delta.t() if self.fan_in_fan_out else delta
 
-    def merged_values(self, adapter: str) -> dict[str, Tensor]:
-        base: Any = self.get_base_layer()
-        low_rank, dense = self.matrices(adapter)
-        if any(m.dtype != base.weight.dtype for m in [a for a, _, _ in low_rank] + [delta for delta, _ in dense]):
-            return super().merged_values(adapter)
-        values: dict[str, Tensor] = {}
-        if low_rank or dense:
-            # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
-            weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
-            full = effective_weight(weight, low_rank, dense)
-            values["weight"] = full.t().contiguous() if self.fan_in_fan_out else full
-        bias = self.bias_delta(adapter)
-        if bias is not None:
-            values["bias"] = self.sum_with(base, "bias", bias.detach(), 1)
-        return values
-
     def get_deltas(self, adapter: str) -> dict[str, Tensor]:
         low_rank, dense = self.matrices(adapter)
         deltas = {"weight": self.get_delta_weight(adapter)} if low_rank or dense else {}
         bias = self.bias_delta(adapter)
         return deltas if bias is None else {**deltas, "bias": bias.detach()}
+
+    def merged_values(self, adapter: str) -> dict[str, Tensor]:
+        base: Any = self.get_base_layer()
+        low_rank, dense = self.matrices(adapter)
+        matrices = [a for a, _, _ in low_rank] + [delta for delta, _ in dense]
+        if not low_rank or any(matrix.dtype != base.weight.dtype for matrix in matrices):
+            return super().merged_values(adapter)
+        # Summed in the order of the forward pass, so that the merged layer rounds as the unmerged one does.
+        weight = base.weight.detach().t() if self.fan_in_fan_out else base.weight.detach()
+        full = effective_weight(weight, low_rank, dense)
+        values = {"weight": full.t().contiguous() if self.fan_in_fan_out else full}
+        bias = self.bias_delta(adapter)
+        if bias is not None:
+            values["bias"] = self.sum_with(base, "bias", bias.detach(), 1)
+        return values
+
+    def check_mergeable(self, adapter: str) -> None:
+        if not any(self.matrices(adapter)):
+            return
+        base = self.get_base_layer()
+        if float_weight(self.base_layer) is None:
+            raise ValueError(cannot_merge_into(base))
+        if is_computed(base, "weight"):
+            raise ValueError(
+                f"The weight of a {type(base).__name__} is computed from other parameters (weight norm, a "
+                "parametrization), so that nothing can be merged into it. Remove that from the base model before you "
+                "adapt it, or keep the adapter unmerged."
+            )
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """PEFT's conversion keeps weight updates alone."""
+        if self.has_adapter(adapter_name) and self.bias_delta(adapter_name) is None:
+            return True
+        return super().supports_lora_conversion(adapter_name)

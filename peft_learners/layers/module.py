@@ -1,4 +1,4 @@
-"""What the norms of tuners share that put deltas on a norm's weight and bias."""
+"""A module of any kind but linear with deltas on its parameters: norms, convolutions, biases, composites."""
 
 from __future__ import annotations
 
@@ -6,38 +6,57 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..ops import norm_with, sum_of
+from ..ops import call_with, norm_with
+from ..structure.modules import is_norm
 from ..structure.weights import base_of
-from .base import TransparentLayer
+from .base import TransparentLayer, parameter_at
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
-class DeltaNorm(TransparentLayer):
-    """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
+class DeltaModule(TransparentLayer):
+    """A module at its parameters plus their deltas, summed over the active adapters.
+
+    Shapes: `x` and what comes out are the module's own, and a delta has the shape of its parameter. A subclass gives
+    the deltas.
+    """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        weight: Any = base_of(base_layer).weight
-        self.in_features = self.out_features = int(weight.shape[0])
+        first = next(base_of(base_layer).parameters())
+        self.out_features = int(first.shape[0])
+        self.in_features = int(first[0].numel()) if first.dim() > 1 else self.out_features
 
-    def weight_delta(self, adapter: str) -> Tensor:
-        """dw, differentiable."""
+    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
+        """`{(dotted) name of the module's parameter: its delta}`, differentiable."""
         raise NotImplementedError
 
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        """db, differentiable; None if the norm has no bias."""
-        raise NotImplementedError
+    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+        return {name: delta.detach() for name, delta in self.parameter_deltas(adapter).items()}
+
+    def values_with(self, adapters: list[str]) -> dict[str, Tensor]:
+        """`{name of the module's parameter: its value plus the adapters' deltas}`, of those that have any."""
+        base = self.get_base_layer()
+        values: dict[str, Tensor] = {}
+        for adapter in adapters:
+            for name, delta in self.parameter_deltas(adapter).items():
+                values[name] = (values[name] if name in values else parameter_at(base, name)) + delta
+        return values
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         base: Any = self.get_base_layer()
-        weight = sum_of(base.weight, [self.weight_delta(name) for name in adapters])
-        assert weight is not None
-        biases = [self.bias_delta(name) for name in adapters]
-        bias = sum_of(getattr(base, "bias", None), [delta for delta in biases if delta is not None])
-        return norm_with(base, x, weight, bias, *args, **kwargs)
-
-    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
-        deltas = {"weight": self.weight_delta(adapter).detach()}
-        bias = self.bias_delta(adapter)
-        if bias is not None:
-            deltas["bias"] = bias.detach()
-        return deltas
+        values = self.values_with(adapters)
+        if not values:
+            return self.base_layer(x, *args, **kwargs)
+        if is_norm(base):
+            bias = values.get("bias", getattr(base, "bias", None))
+            return norm_with(base, x, values.get("weight", base.weight), bias, *args, **kwargs)
+        cast = {name: value.to(parameter_at(base, name).dtype) for name, value in values.items()}
+        if type(base) in _CONVOLUTIONS:  # as under FSDP functional_call reads the original parameters
+            return base._conv_forward(x, cast.get("weight", base.weight), cast.get("bias", base.bias))
+        if not all(isinstance(parameter_at(base, name), nn.Parameter) for name in cast):
+            raise NotImplementedError(
+                f"FSDP hides the parameters of a {type(base).__name__} from the call that adds deltas to them. Leave "
+                "it out: exclude_modules, with the module's name."
+            )
+        return call_with(self.base_layer, cast, x, *args, **kwargs)

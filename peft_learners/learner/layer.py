@@ -6,8 +6,8 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..layers.base import DeltaLayer
-from ..layers.linear import LowRankLinear
-from ..layers.module import DeltaNorm
+from ..layers.linear import DeltaLinear
+from ..layers.module import DeltaModule
 from ..ops import Dense, LowRank
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
@@ -29,7 +29,7 @@ class LearnerLayer(DeltaLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
 
-class LearnerLinear(LearnerLayer, LowRankLinear):
+class LearnerLinear(LearnerLayer, DeltaLinear):
     """`y = x (W + scaling * P2 P1 + priming_lr_scale * theta)^T + b + db`.
 
     Shapes: `x: (..., in_features)`, `P1: (r, in_features)`, `P2: (out_features, r)`,
@@ -92,7 +92,7 @@ class LearnerLinear(LearnerLayer, LowRankLinear):
         return "learner." + super().__repr__()
 
 
-class LearnerNorm(LearnerLayer, DeltaNorm):
+class LearnerNorm(LearnerLayer, DeltaModule):
     """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
 
     adapter_layer_names = ("learner_layernorm_delta", "learner_bias_delta")
@@ -108,8 +108,10 @@ class LearnerNorm(LearnerLayer, DeltaNorm):
             self._add("learner_bias_delta", adapter, config, self.out_features)
         self._finish_update(adapter, config)
 
-    def weight_delta(self, adapter: str) -> Tensor:
-        return self.learner_layernorm_delta[adapter]
+    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
+        bias = self.bias_delta(adapter)
+        deltas = {"weight": self.learner_layernorm_delta[adapter]}
+        return deltas if bias is None else {**deltas, "bias": bias}
 
     def __repr__(self) -> str:
         return "learner." + super().__repr__()

@@ -5,17 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from ..layers.base import TEST_STD, DeltaLayer, TransparentLayer
-from ..layers.linear import LowRankLinear
-from ..ops import Entries, Factor, LowRank, Pair, dense_factor, sum_of
+from ..layers.base import TEST_STD, DeltaLayer
+from ..layers.linear import DeltaLinear
+from ..layers.module import DeltaModule
+from ..ops import Entries, Factor, Pair
 from ..phases.optimizer import Resized, for_float64, resize
-from ..structure.weights import base_of
 from .config import CONTAINERS, NASLoRAConfig
 from .rewind import generator_of, initial_normal
 
@@ -97,7 +96,7 @@ class NASLoRALayer(DeltaLayer):
         "nas_lora_V_positions",
         "nas_lora_bias_positions",
         "nas_lora_space",
-        "nas_lora_acts",
+        "nas_lora_active",
         "nas_lora_scores",
     )
 
@@ -109,7 +108,7 @@ class NASLoRALayer(DeltaLayer):
             setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
         self.nas_lora_space: dict[str, Space] = {}
         #: Whether anything of the adapter is kept here; layers without are passed by at no cost.
-        self.nas_lora_acts: dict[str, bool] = {}
+        self.nas_lora_active: dict[str, bool] = {}
         #: By adapter and part, during a search, of parts that had a gradient; no buffers, which DDP would exchange in
         #: each step.
         self.nas_lora_scores: dict[str, dict[str, Tensor]] = {}
@@ -117,8 +116,8 @@ class NASLoRALayer(DeltaLayer):
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.nas_lora_space
 
-    def acts(self, adapter: str) -> bool:
-        return self.nas_lora_acts.get(adapter, False)
+    def is_active(self, adapter: str) -> bool:
+        return self.nas_lora_active.get(adapter, False)
 
     def values(self, part: str) -> nn.ParameterDict:
         """The container of a part's values, by adapter."""
@@ -143,7 +142,7 @@ class NASLoRALayer(DeltaLayer):
         if config.architecture is None:
             for part in space.shapes:
                 self.values(part)[adapter] = nn.Parameter(space.initial(part))
-            self.nas_lora_acts[adapter] = True
+            self.nas_lora_active[adapter] = True
         else:
             resize(self.take_form(adapter, self._given_positions(space, config)))
         if not config.init_weights:
@@ -216,7 +215,7 @@ class NASLoRALayer(DeltaLayer):
             because an optimizer may hold them; new ones are made where something is kept.
         """
         space, changes = self.nas_lora_space[adapter], []
-        self.nas_lora_acts[adapter] = positions is None or any(len(own) for own in positions.values())
+        self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
         for part in space.shapes:
             values, held = self.values(part), self.positions(part)
             own = None if positions is None else positions["U" if space.structured and part == "V" else part]
@@ -313,16 +312,6 @@ class NASLoRALayer(DeltaLayer):
             return values[adapter]
         return values[adapter].new_zeros(space.size("bias")).index_add(0, positions[adapter], values[adapter])
 
-    def bias_with(self, bias: Tensor | None, adapter: str) -> Tensor | None:
-        """The bias with the adapter's delta added; entries go in one by one, without a delta in full."""
-        positions = self.positions("bias")
-        if adapter in positions and not self.nas_lora_space[adapter].structured and bias is not None:
-            values = self.values("bias")[adapter]
-            dtype = torch.promote_types(bias.dtype, values.dtype)
-            return bias.to(dtype).index_add(0, positions[adapter], values.to(dtype))
-        delta = self.bias_delta(adapter)
-        return bias if delta is None else sum_of(bias, [delta])
-
     def __repr__(self) -> str:
         return "nas_lora." + super().__repr__()
 
@@ -343,17 +332,13 @@ def kept_of(layers: Mapping[str, NASLoRALayer], adapter: str) -> int:
     return sum(kept for layer in layers.values() for kept, _ in layer.counts(adapter).values())
 
 
-class NASLoRALinear(NASLoRALayer, LowRankLinear):
+class NASLoRALinear(NASLoRALayer, DeltaLinear):
     """`y = x (W + U V^T)^T + b + db`; `x: (..., in_features)`, `U: (out_features, r)`, `V: (in_features, r)`.
 
     Source: arXiv 2305.16597, section 3 (the search space) and 3.2 (initial values).
     """
 
-    def low_rank(self, adapter: str) -> LowRank | None:
-        pair = self.factors(adapter)
-        return None if pair is None else (dense_factor(pair[0]), dense_factor(pair[1]), pair[2])
-
-    def factors(self, adapter: str) -> Pair | None:
+    def low_rank(self, adapter: str) -> Pair | None:
         # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
         space = self.nas_lora_space[adapter]
         parts = {part: self._factor(part, adapter) for part in ("U", "V") if part in space.shapes}
@@ -381,23 +366,9 @@ class NASLoRALinear(NASLoRALayer, LowRankLinear):
         return Entries(values[adapter], self.positions(part)[adapter], rank, features, turned=part == "U")
 
 
-class NASLoRABias(NASLoRALayer, TransparentLayer):
+class NASLoRABias(NASLoRALayer, DeltaModule):
     """Any other module with a bias (a norm, a convolution), at `bias + db`; `db: (features,)`."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        base: Any = base_of(base_layer)
-        self.in_features = self.out_features = int(base.bias.shape[0])
-
-    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        base: Any = self.get_base_layer()
-        bias = base.bias
-        for name in adapters:
-            bias = self.bias_with(bias, name)
-        if bias is base.bias:
-            return self.base_layer(x, *args, **kwargs)
-        return self.call_at({"bias": bias}, x, *args, **kwargs)
-
-    def get_deltas(self, adapter: str) -> dict[str, Tensor]:
+    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         bias = self.bias_delta(adapter)
-        return {} if bias is None else {"bias": bias.detach()}
+        return {} if bias is None else {"bias": bias}
