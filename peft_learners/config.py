@@ -7,6 +7,7 @@ import difflib
 import functools
 import math
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Optional, TypeVar, Union
 
@@ -38,11 +39,33 @@ def names_unknown_fields(cls: C) -> C:
     return cls
 
 
-def require(ok: bool, config: object, name: str, right: str, corrected: str = "") -> None:
-    """Raise ValueError with the field, the value it got and what would be right."""
-    if not ok:
-        call = f" For example: {type(config).__name__}({corrected})." if corrected else ""
-        raise ValueError(f"{type(config).__name__}: `{name}` must be {right}, got {getattr(config, name)!r}.{call}")
+@dataclass(frozen=True)
+class Check:
+    """What the value of a config's field must be.
+
+    Attributes:
+        ok: whether a value is right.
+        right: what would be, in words.
+        example: a corrected argument, e.g. "r=64".
+    """
+
+    ok: Callable[[Any], bool]
+    right: str
+    example: str = ""
+
+    def __call__(self, config: object, name: str) -> None:
+        """Raise ValueError with the field, the value it got and what would be right."""
+        value = getattr(config, name)
+        if not self.ok(value):
+            kind = type(config).__name__
+            call = f" For example: {kind}({self.example})." if self.example else ""
+            raise ValueError(f"{kind}: `{name}` must be {self.right}, got {value!r}.{call}")
+
+
+def option(default: Any, help: str, check: Check | None = None) -> Any:
+    """A field of a config: its default (or what makes one), its help text, and its check."""
+    metadata = {"help": help} if check is None else {"help": help, "check": check}
+    return field(**{"default_factory" if callable(default) else "default": default}, metadata=metadata)
 
 
 def is_number(value: object) -> bool:
@@ -50,8 +73,35 @@ def is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def is_whole(value: object, least: int = 0) -> bool:
+    """An int of at least `least`, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
 def is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_whole(value, 1)
+
+
+def is_names(value: object) -> bool:
+    """Several names, in any order."""
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
+
+
+def is_names_or_regex(value: object) -> bool:
+    return value is None or isinstance(value, str) or is_names(value)
+
+
+def one_of(values: tuple[str, ...], example: str = "") -> Check:
+    return Check(lambda value: value in values, f"one of {values}", example)
+
+
+FLAG = Check(lambda value: isinstance(value, bool), "True or False")
+SEED = Check(lambda value: is_whole(value) and value < 2**63, "a whole number from 0 to 2**63 - 1")
+
+
+def _is_blocks(value: object) -> bool:
+    blocks = [value] if isinstance(value, int) else value
+    return isinstance(blocks, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in blocks)
 
 
 @dataclass
@@ -62,80 +112,66 @@ class PhasedConfig(PeftConfig):
     its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
     """
 
+    #: Name under which the method is registered with PEFT, in lower case: parameters' names begin with it.
+    method: ClassVar[str]
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
-    target_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None,
-        metadata={
-            "help": "Names (or a regex) of the modules to adapt. None: found from the model's structure; Learners "
-            "take every linear layer of the backbone (a pooler only if the model has a head that uses it) and, with "
-            "train_norms, the norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value "
-            "projections; FAR all that has parameters; bottleneck adapters the layers that they follow (in parallel "
-            "mode the FFNs' last ones). 'all-linear': every linear layer of the backbone."
-        },
+    target_modules: Optional[Union[list[str], set[str], str]] = option(
+        None,
+        "Names (or a regex) of the modules to adapt. None: found from the model's structure; Learners take every "
+        "linear layer of the backbone (a pooler only if the model has a head that uses it) and, with train_norms, the "
+        "norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value projections; FAR all "
+        "that has parameters; bottleneck adapters the layers that they follow (in parallel mode the FFNs' last ones). "
+        "'all-linear': every linear layer of the backbone.",
+        Check(is_names_or_regex, "None, a regex or a list of names"),
     )
-    exclude_modules: Optional[Union[list[str], set[str], str]] = field(
-        default=None, metadata={"help": "Names (or a regex) of modules to leave alone; wins over target_modules."}
+    exclude_modules: Optional[Union[list[str], set[str], str]] = option(
+        None,
+        "Names (or a regex) of modules to leave alone; wins over target_modules.",
+        Check(is_names_or_regex, "None, a regex or a list of names"),
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
-        default=None, metadata={"help": "Indices of the blocks to adapt. None: all. Not with a regex target_modules."}
+    layers_to_transform: Optional[Union[list[int], int]] = option(
+        None,
+        "Indices of the blocks to adapt. None: all. Not with a regex target_modules.",
+        Check(lambda value: value is None or _is_blocks(value), "an index or a list of indices of blocks"),
     )
-    layers_pattern: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={"help": "Name of the list that holds the blocks (e.g. 'layer'), for layers_to_transform."},
+    layers_pattern: Optional[Union[list[str], str]] = option(
+        None, "Name of the list that holds the blocks (e.g. 'layer'), for layers_to_transform."
     )
-    modules_to_save: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "Modules trained whole and saved with the adapter, beside the new head, which is found by itself."
-        },
+    modules_to_save: Optional[list[str]] = option(
+        None, "Modules trained whole and saved with the adapter, beside the new head, which is found by itself."
     )
-    init_weights: bool = field(
-        default=True,
-        metadata={"help": "False: random non-zero values (std 0.05) everywhere. For tests; don't train from it."},
+    init_weights: bool = option(
+        True, "False: random non-zero values (std 0.05) everywhere. For tests; don't train from it.", FLAG
     )
-    save_dtype: Optional[str] = field(
-        default=None,
-        metadata={
-            "help": "'bfloat16' or 'float16': save the adapter's floating-point values in that type (half the file). "
-            "None: as they are. Checkpoints written while a schedule runs (PhaseCallback's, or that of set_schedule "
-            "until its total_steps or finish_phases()) keep full precision, so that a resumed run is exact."
-        },
+    save_dtype: Optional[str] = option(
+        None,
+        "'bfloat16' or 'float16': save the adapter's floating-point values in that type (half the file). None: as "
+        "they are. Checkpoints written while a schedule runs (PhaseCallback's, or that of set_schedule until its "
+        "total_steps or finish_phases()) keep full precision, so that a resumed run is exact.",
+        Check(lambda value: value in (None, *SAVE_DTYPES), f"None or one of {SAVE_DTYPES}"),
     )
-    completed_phases: list[str] = field(
-        default_factory=list, metadata={"help": "Phases that are over. Written by training; not for the user."}
-    )
-    phase_first_steps: Optional[dict[str, int]] = field(
-        default=None,
-        metadata={"help": "First optimizer step of each phase. Written when training starts; not for the user."},
+    completed_phases: list[str] = option(list, "Phases that are over. Written by training; not for the user.")
+    phase_first_steps: Optional[dict[str, int]] = option(
+        None, "First optimizer step of each phase. Written when training starts; not for the user."
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        self.peft_type = PeftType(self.method.upper())
+        for f in fields(self):
+            if "check" in f.metadata:
+                f.metadata["check"](self, f.name)
         for name in ("target_modules", "exclude_modules"):
-            value = getattr(self, name)
-            names = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value)
-            require(value is None or isinstance(value, str) or names, self, name, "None, a regex or a list of names")
-            if names:
-                setattr(self, name, set(value))
-        if self.layers_to_transform is not None:
-            layers = self.layers_to_transform
-            layers = [layers] if isinstance(layers, int) else layers
-            ok = isinstance(layers, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in layers)
-            require(ok, self, "layers_to_transform", "an index or a list of indices of blocks")
-            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-                raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a str.")
-        if self.layers_pattern is not None:
-            if isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear":
-                raise ValueError("`layers_pattern` cannot be used when `target_modules` is a str.")
-            if not self.layers_to_transform and self.layers_to_transform != 0:
-                raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
-        require(isinstance(self.init_weights, bool), self, "init_weights", "True or False")
-        require(self.save_dtype in (None, *SAVE_DTYPES), self, "save_dtype", f"None or one of {SAVE_DTYPES}")
-
-    def _set_peft_type(self, name: str) -> None:
-        self.peft_type = PeftType(name)
+            if is_names(getattr(self, name)):
+                setattr(self, name, set(getattr(self, name)))
+        by_regex = isinstance(self.target_modules, str) and self.target_modules.lower() != "all-linear"
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(self, name) is not None and by_regex:
+                raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
+        if self.layers_pattern is not None and not self.layers_to_transform and self.layers_to_transform != 0:
+            raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
     # -- one object, several models ---------------------------------------------------------------------------------
 

@@ -1,12 +1,12 @@
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
 from transformers.activations import ACT2FN
 
-from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..config import FLAG, Check, PhasedConfig, is_number, is_positive_int, names_unknown_fields, one_of, option
 from ..phases.schedule import Schedule, lay_out
 
 TRAINING = "training"
@@ -42,55 +42,48 @@ class BottleneckConfig(PhasedConfig):
         TypeError: an unknown field.
     """
 
+    method: ClassVar[str] = "bottleneck"
     unmergeable: ClassVar[str] = (
         "A bottleneck adapter is not linear, so that no weight of the base model can hold it. Keep it beside the "
         "model; model.unload() takes it off, and `with model.disable_adapter():` calls the base model without it."
     )
 
-    mode: Literal["sequential", "parallel"] = field(
-        default="sequential",
-        metadata={
-            "help": "'sequential': one adapter after the attention and one after the FFN of each block (Houlsby). "
-            "'parallel': one beside each FFN (He)."
-        },
+    mode: Literal["sequential", "parallel"] = option(
+        "sequential",
+        "'sequential': one adapter after the attention and one after the FFN of each block (Houlsby). 'parallel': one "
+        "beside each FFN (He).",
+        one_of(MODES, "mode='parallel'"),
     )
-    bottleneck_dim: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "Hidden size of the adapters. None: 256 in sequential mode, 512 in parallel mode; replaced when "
-            "the config is made, so that a later change of `mode` leaves it."
-        },
+    bottleneck_dim: Optional[int] = option(
+        None,
+        "Hidden size of the adapters. None: 256 in sequential mode, 512 in parallel mode; replaced when the config is "
+        "made, so that a later change of `mode` leaves it.",
+        Check(lambda v: v is None or is_positive_int(v), "None or a whole number of at least 1", "bottleneck_dim=256"),
     )
-    non_linearity: str = field(
-        default="relu",
-        metadata={"help": "Activation f of the adapters, by its name in transformers' ACT2FN ('gelu', 'silu', ...)."},
+    non_linearity: str = option(
+        "relu", "Activation f of the adapters, by its name in transformers' ACT2FN ('gelu', 'silu', ...)."
     )
-    scaling: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode; replaced when "
-            "the config is made, so that a later change of `mode` leaves it."
-        },
+    scaling: Optional[float] = option(
+        None,
+        "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode; replaced when the config is "
+        "made, so that a later change of `mode` leaves it.",
+        Check(lambda v: v is None or (is_number(v) and v != 0), "None or a number other than 0", "scaling=4.0"),
     )
-    dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' hidden units."})
-    train_norms: bool = field(default=True, metadata={"help": "Train deltas on the norms inside the blocks."})
+    dropout: float = option(
+        0.0,
+        "Dropout on the adapters' hidden units.",
+        Check(lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)", "dropout=0.1"),
+    )
+    train_norms: bool = option(True, "Train deltas on the norms inside the blocks.", FLAG)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_peft_type("BOTTLENECK")
-        require(self.mode in MODES, self, "mode", f"one of {MODES}", "mode='parallel'")
         if self.bottleneck_dim is None:
             self.bottleneck_dim = _DIMS[self.mode]
         if self.scaling is None:
             self.scaling = _SCALINGS[self.mode]
-        ok = is_positive_int(self.bottleneck_dim)
-        require(ok, self, "bottleneck_dim", "None or a whole number of at least 1", "bottleneck_dim=256")
-        ok = is_number(self.scaling) and self.scaling != 0
-        require(ok, self, "scaling", "None or a number other than 0", "scaling=4.0")
-        require(_is_activation(self.non_linearity), self, "non_linearity", _ACTIVATION, self._nearest_activation())
-        ok = is_number(self.dropout) and 0 <= self.dropout < 1
-        require(ok, self, "dropout", "a probability in [0, 1)", "dropout=0.1")
-        require(isinstance(self.train_norms, bool), self, "train_norms", "True or False")
+        # Its example is the nearest name.
+        Check(_is_activation, _ACTIVATION, self._nearest_activation())(self, "non_linearity")
 
     def _nearest_activation(self) -> str:
         near = difflib.get_close_matches(str(self.non_linearity), [name for name in ACT2FN if _is_activation(name)], 1)

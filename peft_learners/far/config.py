@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Optional
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Optional
 
-from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..config import FLAG, SEED, Check, PhasedConfig, is_number, is_whole, names_unknown_fields, one_of, option
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
 
 PRIMING, RECONFIGURED = "priming", "reconfigured"
@@ -11,6 +11,18 @@ GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random
 #: Containers of trained values of a FAR layer; both phases train all of them, only their sizes change. The names of
 #: those of biases and norms hold what Trainer exempts from weight decay.
 PARTS = ("far_delta", "far_layernorm_delta", "far_bias_delta")
+
+
+def _is_share(value: object) -> bool:
+    return isinstance(value, (int, float)) and is_number(value) and 0 <= value <= 1
+
+
+def _is_patterns(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 0 and all(map(_is_pattern, value))
+
+
+def _is_pattern(value: object) -> bool:
+    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(name, str) for name in value)
 
 
 @names_unknown_fields
@@ -35,66 +47,70 @@ class FARConfig(PhasedConfig):
         TypeError: an unknown field.
     """
 
-    retention_ratio: float = field(
-        default=0.10,
-        metadata={"help": "Share of the nodes of each FFN layer that go on training, rounded to nearest."},
+    method: ClassVar[str] = "far"
+
+    retention_ratio: float = option(
+        0.10,
+        "Share of the nodes of each FFN layer that go on training, rounded to nearest.",
+        Check(_is_share, "a number from 0 to 1", "retention_ratio=0.1"),
     )
-    priming_ratio: float = field(default=0.01, metadata={"help": "Share of all optimizer steps that prime."})
-    priming_steps: Optional[int] = field(
-        default=None, metadata={"help": "Optimizer steps of priming, in place of priming_ratio."}
+    priming_ratio: float = option(
+        0.01,
+        "Share of all optimizer steps that prime.",
+        Check(_is_share, "a number from 0 to 1", "priming_ratio=0.01"),
     )
-    priming_epochs: Optional[float] = field(
-        default=None, metadata={"help": "Epochs of priming (fractions allowed), in place of priming_ratio."}
+    priming_steps: Optional[int] = option(
+        None,
+        "Optimizer steps of priming, in place of priming_ratio.",
+        Check(lambda v: v is None or is_whole(v), "None or a whole number of at least 0", "priming_steps=50"),
     )
-    granularity: str = field(
-        default="hidden_unit",
-        metadata={"help": "What a node is: 'hidden_unit' of an FFN, or 'output_node' of each of its linear layers."},
+    priming_epochs: Optional[float] = option(
+        None,
+        "Epochs of priming (fractions allowed), in place of priming_ratio.",
+        Check(
+            lambda v: v is None or (is_number(v) and v >= 0), "None or a number of at least 0", "priming_epochs=0.5"
+        ),
     )
-    selection: str = field(
-        default="l1",
-        metadata={"help": "How nodes are ranked: by the 'l1' or 'l2' norm of their weights' change, or 'random'."},
+    granularity: str = option(
+        "hidden_unit",
+        "What a node is: 'hidden_unit' of an FFN, or 'output_node' of each of its linear layers.",
+        one_of(GRANULARITIES),
     )
-    seed: int = field(default=0, metadata={"help": "Seed of selection='random'."})
-    discard_unkept: bool = field(
-        default=False,
-        metadata={
-            "help": "Return the nodes that are not kept to their pretrained values: a small adapter. False, as in the "
-            "paper: they keep, frozen, what they learned in priming, and the adapter holds it."
-        },
+    selection: str = option(
+        "l1",
+        "How nodes are ranked: by the 'l1' or 'l2' norm of their weights' change, or 'random'.",
+        one_of(SELECTIONS),
     )
-    train_attention: bool = field(default=True, metadata={"help": "Train the attention."})
-    train_embeddings: bool = field(
-        default=True,
-        metadata={
-            "help": "Train the embeddings: tables, what else lies beside them (their norm, ViT's patches and class "
-            "token), and an LM head, tied or not. False: FAR's small variant."
-        },
+    seed: int = option(0, "Seed of selection='random'.", replace(SEED, example="seed=0"))
+    discard_unkept: bool = option(
+        False,
+        "Return the nodes that are not kept to their pretrained values: a small adapter. False, as in the paper: they "
+        "keep, frozen, what they learned in priming, and the adapter holds it.",
+        FLAG,
     )
-    train_norms: bool = field(default=True, metadata={"help": "Train the norms."})
-    train_biases: bool = field(default=True, metadata={"help": "Train the biases of linear layers."})
-    ffn_modules: Optional[list[list[str]]] = field(
-        default=None,
-        metadata={
-            "help": "Endings of the names of the FFNs' linear layers, the last being the one that leads out, e.g. "
-            "[['fc_in', 'fc_out']]. None: found from the model's structure."
-        },
+    train_attention: bool = option(True, "Train the attention.", FLAG)
+    train_embeddings: bool = option(
+        True,
+        "Train the embeddings: tables, what else lies beside them (their norm, ViT's patches and class token), and an "
+        "LM head, tied or not. False: FAR's small variant.",
+        FLAG,
     )
-    reconfigured: bool = field(
-        default=False, metadata={"help": "Whether nodes were selected. Written by training; not for the user."}
+    train_norms: bool = option(True, "Train the norms.", FLAG)
+    train_biases: bool = option(True, "Train the biases of linear layers.", FLAG)
+    ffn_modules: Optional[list[list[str]]] = option(
+        None,
+        "Endings of the names of the FFNs' linear layers, the last being the one that leads out, e.g. "
+        "[['fc_in', 'fc_out']]. None: found from the model's structure.",
+        Check(
+            lambda v: v is None or _is_patterns(v),
+            "None or a list of lists of at least two names",
+            "ffn_modules=[['fc_in', 'fc_out']]",
+        ),
     )
+    reconfigured: bool = option(False, "Whether nodes were selected. Written by training; not for the user.", FLAG)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_peft_type("FAR")
-        for name, example in (("retention_ratio", "0.1"), ("priming_ratio", "0.01")):
-            value = getattr(self, name)
-            require(is_number(value) and 0 <= value <= 1, self, name, "a number from 0 to 1", f"{name}={example}")
-        require(self.granularity in GRANULARITIES, self, "granularity", f"one of {GRANULARITIES}")
-        require(self.selection in SELECTIONS, self, "selection", f"one of {SELECTIONS}")
-        ok = self.priming_steps is None or self.priming_steps == 0 or is_positive_int(self.priming_steps)
-        require(ok, self, "priming_steps", "None or a whole number of at least 0", "priming_steps=50")
-        ok = self.priming_epochs is None or (is_number(self.priming_epochs) and self.priming_epochs >= 0)
-        require(ok, self, "priming_epochs", "None or a number of at least 0", "priming_epochs=0.5")
         if self.priming_steps is not None and self.priming_epochs is not None:
             raise ValueError(
                 f"FARConfig: give priming in one unit, got priming_steps={self.priming_steps} and "
@@ -109,27 +125,8 @@ class FARConfig(PhasedConfig):
                 f"what priming moved, got 0. Nodes can do without only with FARConfig({unprimed[0]}=0, "
                 "selection='random')."
             )
-        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and 0 <= self.seed < 2**63
-        require(ok, self, "seed", "a whole number from 0 to 2**63 - 1", "seed=0")
-        for name in ("discard_unkept", "train_attention", "train_embeddings", "train_norms", "train_biases"):
-            require(isinstance(getattr(self, name), bool), self, name, "True or False")
-        require(isinstance(self.reconfigured, bool), self, "reconfigured", "True or False")
-        self._check_ffn_modules()
-
-    def _check_ffn_modules(self) -> None:
-        value = self.ffn_modules
-        ok = value is None or (
-            isinstance(value, (list, tuple))
-            and len(value) > 0
-            and all(
-                isinstance(pattern, (list, tuple)) and len(pattern) > 1 and all(isinstance(n, str) for n in pattern)
-                for pattern in value
-            )
-        )
-        right = "None or a list of lists of at least two names"
-        require(ok, self, "ffn_modules", right, "ffn_modules=[['fc_in', 'fc_out']]")
-        if value is not None:
-            self.ffn_modules = [list(pattern) for pattern in value]
+        if self.ffn_modules is not None:
+            self.ffn_modules = [list(pattern) for pattern in self.ffn_modules]
 
     def fixed_in_training(self) -> dict[str, Any]:
         names = ("retention_ratio", "granularity", "selection", "seed", "discard_unkept")

@@ -1,9 +1,20 @@
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from dataclasses import dataclass
+from typing import Any, ClassVar, Optional, Union
 
-from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..config import (
+    FLAG,
+    Check,
+    PhasedConfig,
+    is_names,
+    is_names_or_regex,
+    is_number,
+    is_positive_int,
+    is_whole,
+    names_unknown_fields,
+    option,
+)
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
@@ -34,63 +45,62 @@ class LearnerConfig(PhasedConfig):
         TypeError: an unknown field.
     """
 
-    r: int = field(default=64, metadata={"help": "Rank of the Learner modules (the paper's hidden size l)."})
-    priming_epochs: float = field(
-        default=2,
-        metadata={
-            "help": "Epochs (fractions allowed) during which the attention's dense deltas train too. 0: no priming, "
-            "which is LoRA with a scaling of 1, plus biases and norms."
-        },
+    method: ClassVar[str] = "learner"
+
+    r: int = option(
+        64,
+        "Rank of the Learner modules (the paper's hidden size l).",
+        Check(is_positive_int, "a whole number of at least 1", "r=64"),
     )
-    priming_steps: Optional[int] = field(
-        default=None,
-        metadata={"help": "Optimizer steps of priming, in place of priming_epochs, for data of unknown length."},
+    priming_epochs: float = option(
+        2,
+        "Epochs (fractions allowed) during which the attention's dense deltas train too. 0: no priming, which is LoRA "
+        "with a scaling of 1, plus biases and norms.",
+        Check(lambda v: is_number(v) and v >= 0, "a number of at least 0 (0: no priming)", "priming_epochs=2"),
     )
-    priming_lr_scale: float = field(
-        default=1.0,
-        metadata={
-            "help": "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
-            "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups."
-        },
+    priming_steps: Optional[int] = option(
+        None,
+        "Optimizer steps of priming, in place of priming_epochs, for data of unknown length.",
+        Check(lambda v: v is None or is_whole(v), "None or a whole number of at least 0", "priming_steps=500"),
     )
-    priming_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={
-            "help": "Names (or a regex) of the linear layers to prime, among the targets. None: the attention's, "
-            "found by structure."
-        },
+    priming_lr_scale: float = option(
+        1.0,
+        "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
+        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups.",
+        Check(lambda v: is_number(v) and v > 0, "a number above 0", "priming_lr_scale=0.1"),
     )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Ranks that differ from r: {module name or regex: rank}."}
+    priming_modules: Optional[Union[list[str], str]] = option(
+        None,
+        "Names (or a regex) of the linear layers to prime, among the targets. None: the attention's, found by "
+        "structure.",
+        Check(is_names_or_regex, "None, a regex or names"),
     )
-    learner_dropout: float = field(default=0.0, metadata={"help": "Dropout on the input of the low-rank path."})
-    scaling: float = field(default=1.0, metadata={"help": "Factor of P2 P1; the paper's is 1."})
-    train_biases: bool = field(default=True, metadata={"help": "Train a delta on the bias of each adapted linear."})
-    train_norms: bool = field(default=True, metadata={"help": "Train deltas on the norms inside the blocks."})
+    rank_pattern: dict[str, int] = option(
+        dict,
+        "Ranks that differ from r: {module name or regex: rank}.",
+        Check(
+            lambda v: isinstance(v, dict) and all(map(is_positive_int, v.values())),
+            "a dict of ranks of at least 1",
+            "rank_pattern={'q_lin': 8}",
+        ),
+    )
+    learner_dropout: float = option(
+        0.0,
+        "Dropout on the input of the low-rank path.",
+        Check(lambda v: is_number(v) and 0 <= v < 1, "a probability in [0, 1)", "learner_dropout=0.1"),
+    )
+    scaling: float = option(
+        1.0,
+        "Factor of P2 P1; the paper's is 1.",
+        Check(lambda v: is_number(v) and v != 0, "a number other than 0", "scaling=1.0"),
+    )
+    train_biases: bool = option(True, "Train a delta on the bias of each adapted linear.", FLAG)
+    train_norms: bool = option(True, "Train deltas on the norms inside the blocks.", FLAG)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_peft_type("LEARNER")
-        require(is_positive_int(self.r), self, "r", "a whole number of at least 1", "r=64")
-        ok = is_number(self.priming_epochs) and self.priming_epochs >= 0
-        require(ok, self, "priming_epochs", "a number of at least 0 (0: no priming)", "priming_epochs=2")
-        ok = self.priming_steps is None or self.priming_steps == 0 or is_positive_int(self.priming_steps)
-        require(ok, self, "priming_steps", "None or a whole number of at least 0", "priming_steps=500")
-        ok = is_number(self.priming_lr_scale) and self.priming_lr_scale > 0
-        require(ok, self, "priming_lr_scale", "a number above 0", "priming_lr_scale=0.1")
-        value = self.priming_modules
-        names = isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(v, str) for v in value)
-        require(value is None or isinstance(value, str) or names, self, "priming_modules", "None, a regex or names")
-        if names:
-            assert not isinstance(value, str) and value is not None
-            self.priming_modules = sorted(value)
-        ok = isinstance(self.rank_pattern, dict) and all(is_positive_int(rank) for rank in self.rank_pattern.values())
-        require(ok, self, "rank_pattern", "a dict of ranks of at least 1", "rank_pattern={'q_lin': 8}")
-        ok = is_number(self.learner_dropout) and 0 <= self.learner_dropout < 1
-        require(ok, self, "learner_dropout", "a probability in [0, 1)", "learner_dropout=0.1")
-        require(is_number(self.scaling) and self.scaling != 0, self, "scaling", "a number other than 0", "scaling=1.0")
-        for name in ("train_biases", "train_norms"):
-            require(isinstance(getattr(self, name), bool), self, name, "True or False")
+        if is_names(self.priming_modules):
+            self.priming_modules = sorted(self.priming_modules or ())
 
     @property
     def primes(self) -> bool:

@@ -1,13 +1,26 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 from torch import nn
 
-from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
+from ..config import (
+    FLAG,
+    SEED,
+    Check,
+    PhasedConfig,
+    is_names,
+    is_names_or_regex,
+    is_number,
+    is_positive_int,
+    is_whole,
+    names_unknown_fields,
+    one_of,
+    option,
+)
 from ..phases.driver import injected_model
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 from .architecture import Architecture, Positions
@@ -47,108 +60,87 @@ class NASLoRAConfig(PhasedConfig):
         TypeError: an unknown field.
     """
 
-    r: int = field(default=16, metadata={"help": "Rank of the low-rank updates in the search; 0: biases alone."})
-    parameter_budget: Union[int, float] = field(
-        default=0.5,
-        metadata={
-            "help": "What is kept: a whole number of parameters, or a fraction (0, 1] of the search space. The head "
-            "is not counted."
-        },
+    method: ClassVar[str] = "nas_lora"
+
+    r: int = option(
+        16,
+        "Rank of the low-rank updates in the search; 0: biases alone.",
+        Check(is_whole, "a whole number of at least 0 (0: biases alone)", "r=16"),
     )
-    granularity: str = field(
-        default="unstructured",
-        metadata={"help": "'unstructured': entries are pruned; 'structured': columns of U and V, whole bias vectors."},
+    parameter_budget: Union[int, float] = option(
+        0.5,
+        "What is kept: a whole number of parameters, or a fraction (0, 1] of the search space. The head is not "
+        "counted.",
+        Check(
+            lambda v: is_positive_int(v) or (isinstance(v, float) and is_number(v) and 0 < v <= 1),
+            "a whole number of parameters of at least 1, or a fraction above 0 and at most 1",
+            "parameter_budget=25_000",
+        ),
     )
-    search_epochs: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "Epochs of one round of search. None: all phases, the retraining too, are equally long (half of "
-            "all epochs with one round)."
-        },
+    granularity: str = option(
+        "unstructured",
+        "'unstructured': entries are pruned; 'structured': columns of U and V, whole bias vectors.",
+        one_of(GRANULARITIES),
     )
-    search_steps: Optional[int] = field(
-        default=None, metadata={"help": "The same in optimizer steps, in place of search_epochs."}
+    search_epochs: Optional[float] = option(
+        None,
+        "Epochs of one round of search. None: all phases, the retraining too, are equally long (half of all epochs "
+        "with one round).",
+        Check(lambda v: v is None or (is_number(v) and v > 0), "None or a number above 0", "search_epochs=5"),
     )
-    rounds: int = field(
-        default=1,
-        metadata={"help": "1: one-shot. More: that many searches, which prune on a geometric path to the budget."},
+    search_steps: Optional[int] = option(
+        None,
+        "The same in optimizer steps, in place of search_epochs.",
+        Check(lambda v: v is None or is_positive_int(v), "None or a whole number of at least 1", "search_steps=500"),
     )
-    init: str = field(
-        default="kaiming",
-        metadata={"help": "'kaiming': U ~ N(0, 1/sqrt(m)), V ~ N(0, 1/sqrt(n)); 'lora': U zero (the ablation)."},
+    rounds: int = option(
+        1,
+        "1: one-shot. More: that many searches, which prune on a geometric path to the budget.",
+        Check(is_positive_int, "a whole number of at least 1", "rounds=1"),
     )
-    init_seed: int = field(default=0, metadata={"help": "Initial values follow this and the module's name alone."})
-    criterion: str = field(
-        default="importance", metadata={"help": "'importance' (signed -theta * gradient), 'magnitude' or 'random'."}
+    init: str = option(
+        "kaiming", "'kaiming': U ~ N(0, 1/sqrt(m)), V ~ N(0, 1/sqrt(n)); 'lora': U zero (the ablation).", one_of(INITS)
     )
-    averaging: str = field(
-        default="mean", metadata={"help": "Importance averaged over the search ('mean'), or of its 'last' step."}
+    init_seed: int = option(
+        0, "Initial values follow this and the module's name alone.", replace(SEED, example="init_seed=0")
     )
-    rewind: str = field(
-        default="initial", metadata={"help": "Values to retrain from: the 'initial' ones, or 'fresh' ones."}
+    criterion: str = option(
+        "importance", "'importance' (signed -theta * gradient), 'magnitude' or 'random'.", one_of(CRITERIA)
     )
-    train_biases: bool = field(default=True, metadata={"help": "Whether biases belong to the search space."})
-    bias_modules: Optional[Union[list[str], str]] = field(
-        default=None,
-        metadata={
-            "help": "Names (or a regex) of the modules whose biases are searched; 'all': every bias of the backbone, "
-            "norms' included. None: those of target_modules, and all where target_modules is None too."
-        },
+    averaging: str = option(
+        "mean", "Importance averaged over the search ('mean'), or of its 'last' step.", one_of(AVERAGINGS)
     )
-    architecture: Optional[dict[str, dict[str, Any]]] = field(
-        default=None,
-        metadata={
-            "help": "Parameters kept of those in the search space, by module and part. Written by training; to use an "
-            "architecture again, NASLoRAConfig.from_architecture(...)."
-        },
+    rewind: str = option("initial", "Values to retrain from: the 'initial' ones, or 'fresh' ones.", one_of(REWINDS))
+    train_biases: bool = option(True, "Whether biases belong to the search space.", FLAG)
+    bias_modules: Optional[Union[list[str], str]] = option(
+        None,
+        "Names (or a regex) of the modules whose biases are searched; 'all': every bias of the backbone, norms' "
+        "included. None: those of target_modules, and all where target_modules is None too.",
+        Check(is_names_or_regex, "None, 'all', a regex or a list of names"),
     )
-    pruned_rounds: int = field(
-        default=0, metadata={"help": "Rounds of search that are over. Written by training; not for the user."}
+    architecture: Optional[dict[str, dict[str, Any]]] = option(
+        None,
+        "Parameters kept of those in the search space, by module and part. Written by training; to use an "
+        "architecture again, NASLoRAConfig.from_architecture(...).",
+        Check(lambda v: v is None or (isinstance(v, dict) and len(v) > 0), "None, or what training has written there"),
+    )
+    pruned_rounds: int = option(
+        0,
+        "Rounds of search that are over. Written by training; not for the user.",
+        Check(is_whole, "0, or what training has written there"),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._set_peft_type("NAS_LORA")
-        ok = isinstance(self.r, int) and not isinstance(self.r, bool) and self.r >= 0
-        require(ok, self, "r", "a whole number of at least 0 (0: biases alone)", "r=16")
         if self.r == 0 and not self.train_biases:
             raise ValueError("NASLoRAConfig: r=0 and train_biases=False leave nothing to search. Set one of them.")
-        budget = self.parameter_budget
-        whole = is_positive_int(budget)
-        share = isinstance(budget, float) and is_number(budget) and 0 < budget <= 1
-        right = "a whole number of parameters of at least 1, or a fraction above 0 and at most 1"
-        require(whole or share, self, "parameter_budget", right, "parameter_budget=25_000")
-        for name, known in (
-            ("granularity", GRANULARITIES),
-            ("criterion", CRITERIA),
-            ("averaging", AVERAGINGS),
-            ("rewind", REWINDS),
-            ("init", INITS),
-        ):
-            require(getattr(self, name) in known, self, name, f"one of {known}")
-        ok = self.search_epochs is None or (is_number(self.search_epochs) and self.search_epochs > 0)
-        require(ok, self, "search_epochs", "None or a number above 0", "search_epochs=5")
-        require(self.search_steps is None or is_positive_int(self.search_steps), self, "search_steps",
-                "None or a whole number of at least 1", "search_steps=500")  # fmt: skip
         if self.search_epochs is not None and self.search_steps is not None:
             raise ValueError(
                 f"NASLoRAConfig: give the search in one unit, got search_epochs={self.search_epochs} and "
                 f"search_steps={self.search_steps}."
             )
-        require(is_positive_int(self.rounds), self, "rounds", "a whole number of at least 1", "rounds=1")
-        ok = isinstance(self.init_seed, int) and not isinstance(self.init_seed, bool) and 0 <= self.init_seed < 2**63
-        require(ok, self, "init_seed", "a whole number from 0 to 2**63 - 1", "init_seed=0")
-        require(isinstance(self.train_biases, bool), self, "train_biases", "True or False")
-        value = self.bias_modules
-        names = isinstance(value, (list, tuple, set)) and all(isinstance(name, str) for name in value)
-        ok = value is None or isinstance(value, str) or names
-        require(ok, self, "bias_modules", "None, 'all', a regex or a list of names")
-        if names:
-            self.bias_modules = sorted(value or ())
-        ok = self.architecture is None or (isinstance(self.architecture, dict) and len(self.architecture) > 0)
-        require(ok, self, "architecture", "None, or what training has written there")
-        ok = self.pruned_rounds == 0 or is_positive_int(self.pruned_rounds)
-        require(ok, self, "pruned_rounds", "0, or what training has written there")
+        if is_names(self.bias_modules):
+            self.bias_modules = sorted(self.bias_modules or ())
         #: Of an architecture that is used again; a saved adapter has them in its file.
         self.kept_positions: Positions = {}
 
