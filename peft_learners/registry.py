@@ -14,6 +14,9 @@ from typing import Any
 import peft.mapping as tables
 from peft.utils import PeftType, register_peft_method
 
+#: Config classes by the names of their methods.
+_METHODS: dict[str, type] = {}
+
 
 def _restore(name: str) -> PeftType:
     """What a pickled member is rebuilt by: importing this module imports the plugin, and with it the member."""
@@ -75,17 +78,18 @@ def _add_by_tables(cls: Any, name: str) -> None:
     cls._value2member_map_[name] = member
 
 
-def register(name: str, config_cls: type, model_cls: type) -> None:
-    """Register a tuner with PEFT as `PeftType.<NAME>`. Idempotent; fails loudly.
+def register(config_cls: type, model_cls: type) -> None:
+    """Register a method with PEFT as `PeftType.<METHOD>`. Idempotent; fails loudly.
 
     Args:
-        name: lower-case name; the parameter prefix is `<name>_`, as transformers derives it.
-        config_cls: the tuner's `PeftConfig`.
-        model_cls: the tuner's `BaseTuner`.
+        config_cls: the method's `PhasedConfig`. Its `method` is the name, in lower case; parameters' names begin with
+            `<method>_`, as transformers derives it.
+        model_cls: the method's `PhasedModel`.
 
     Raises:
         RuntimeError: another package holds the name, or PEFT's tables have changed shape.
     """
+    name: str = config_cls.method  # type: ignore[attr-defined]
     peft_type = ensure_peft_type(name.upper())
     known = tables.PEFT_TYPE_TO_TUNER_MAPPING.get(peft_type)
     if known is None:
@@ -101,6 +105,12 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     expected = (config_cls, model_cls, f"{name}_")
     if registered != expected:
         raise RuntimeError(_shape_error(f"PEFT's tables hold {registered} for {name!r}, expected {expected}"))
+    _METHODS[name] = config_cls
+
+
+def methods() -> dict[str, type]:
+    """The config classes of all methods that are registered, by name: what tools iterate over."""
+    return dict(_METHODS)
 
 
 def _shape_error(what: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Optional
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -34,7 +34,7 @@ def _no_change(module: nn.Module, args: Any) -> None:
 class PhasedModel(TargetChoice):
     """Base class of this package's tuners.
 
-    A subclass sets `prefix` and `tuner_layer_cls` and defines `_resolve_targets` and `_create_and_replace`.
+    A subclass sets `prefix` and `tuner_layer_cls` and defines `_found_targets`, `_new_layer` and `_update_layer`.
     """
 
     #: Whether it merges deltas into a weight that several modules use as what they all compute with.
@@ -149,15 +149,40 @@ class PhasedModel(TargetChoice):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
 
-    def _place(
-        self, new_module: DeltaLayer, adapter_name: str, parent: nn.Module, name: str, target: nn.Module
+    def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
+        """A tuner layer, still without adapters, to stand in for a module of the model."""
+        raise NotImplementedError
+
+    def _update_layer(self, layer: Any, adapter: str, config: Any, name: str) -> None:
+        """Create what a new adapter has in one of the tuner's layers."""
+        raise NotImplementedError
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: Optional[str] = None,
+        **kwargs: Any,
     ) -> None:
+        layer: Any = target
+        if not isinstance(target, self.tuner_layer_cls):
+            layer = self._new_layer(target, current_key)
+            layer._active_adapter = adapter_name
+        self._update_layer(layer, adapter_name, peft_config, current_key)
+        layer._move_adapter_to_device_of_base_layer(adapter_name)
+        layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
+        if layer is target:
+            return
         if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
+            layer.requires_grad_(False)
         if isinstance(parent, nn.TransformerEncoderLayer):
             # Its fast path in eval reads weights without calling their layers, but not where a hook is to be called.
-            new_module.register_forward_pre_hook(_no_change)
-        self._replace_module(parent, name, new_module, target)
+            layer.register_forward_pre_hook(_no_change)
+        self._replace_module(parent, target_name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` onto what it unwraps, and fails on heads made of several linear layers.

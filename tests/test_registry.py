@@ -49,17 +49,17 @@ def test_both_ways_to_add_a_member(add):
 
 def test_registering_again_changes_nothing():
     before = list(PeftType)
-    registry.register("learner", LearnerConfig, peft_learners.LearnerModel)
+    registry.register(LearnerConfig, peft_learners.LearnerModel)
     importlib.reload(peft_learners)
     assert list(PeftType) == before
 
 
 def test_another_owner_of_the_name_is_refused():
     class Other(PeftConfig):
-        pass
+        method = "learner"
 
     with pytest.raises(RuntimeError, match="PEFT's tables hold .*expected.*peft>=0.21,<0.22"):
-        registry.register("learner", Other, peft_learners.LearnerModel)
+        registry.register(Other, peft_learners.LearnerModel)
 
 
 def test_tables_of_another_shape_are_refused_loudly():

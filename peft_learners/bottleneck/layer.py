@@ -21,10 +21,6 @@ from .passing import FeedForwardInput
 class BottleneckLayer(DeltaLayer):
     """Common to the layers of bottleneck adapters."""
 
-    def _finish_update(self, adapter: str, config: BottleneckConfig) -> None:
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
-
     def check_mergeable(self, adapter: str) -> None:
         """Refuse to merge.
 
@@ -89,7 +85,6 @@ class BottleneckLinear(BottleneckLayer):
         self._add("bottleneck_down_bias", adapter, config, width)
         self._add("bottleneck_up", adapter, config, self.out_features, width)
         self._add("bottleneck_up_bias", adapter, config, self.out_features)
-        self._finish_update(adapter, config)
 
     def is_parallel(self, adapter: str) -> bool:
         """Whether the adapter is here, and gets the feed-forward network's input."""
@@ -168,7 +163,6 @@ class BottleneckNorm(BottleneckLayer, DeltaModule):
         self._add("bottleneck_layernorm_delta", adapter, config, self.out_features)
         if getattr(self.get_base_layer(), "bias", None) is not None:
             self._add("bottleneck_bias_delta", adapter, config, self.out_features)
-        self._finish_update(adapter, config)
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         containers = {"weight": self.bottleneck_layernorm_delta, "bias": self.bottleneck_bias_delta}

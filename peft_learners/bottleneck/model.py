@@ -4,16 +4,15 @@ import re
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile
-from typing import Any, Optional
+from typing import Any
 
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..structure.attention import attention_output_names
 from ..structure.feed_forward import FeedForward, feed_forwards
 from ..structure.modules import is_linear, is_norm, linear_names, new_head, norm_names, walk
-from ..structure.targets import refuse_unfit_head
+from ..structure.targets import is_all_linear, names_modules
 from ..structure.weights import base_of, sizes
 from ..tuner import PhasedModel
 from .config import BottleneckConfig
@@ -54,26 +53,24 @@ class BottleneckModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: BottleneckConfig, model: nn.Module) -> set[str]:
-        refuse_unfit_head(model, config.modules_to_save or ())
         self._pairs = {pair.last: pair for pair in feed_forwards(model)}
-        given = config.target_modules
-        every = isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-        explicit = given is not None and not every
-        if explicit:
-            chosen = self._named_targets(config, model)
-        else:
-            places = linear_names(model) if every else self._places(config, model)
-            chosen = self._names_among(config, places)
+        return super()._resolve_targets(config, model)
+
+    def _found_targets(self, config: BottleneckConfig, model: nn.Module) -> list[str]:
+        return linear_names(model) if is_all_linear(config.target_modules) else self._places(config, model)
+
+    def _complete_targets(self, config: BottleneckConfig, model: nn.Module, chosen: set[str]) -> set[str]:
+        explicit = names_modules(config.target_modules)
         if not chosen:
             if not explicit:
-                raise NoMatchingPeftModuleError(self._nothing_left(config, places))
+                raise NoMatchingPeftModuleError(self._nothing_left(config, self._found_targets(config, model)))
             return set()  # PEFT says that all was excluded
         if config.mode == "parallel":
             self._refuse_elsewhere(model, chosen)
-        norms = self._names_among(config, norm_names(model)) if config.train_norms else set()
+        targets = chosen | (self._names_among(config, norm_names(model)) if config.train_norms else set())
         if not explicit:
-            self._write_targets(config, chosen | norms)
-        return chosen | norms
+            self._write_targets(config, targets)
+        return targets
 
     def _places(self, config: BottleneckConfig, model: nn.Module) -> list[str]:
         """The layers behind which adapters go by default."""
@@ -129,31 +126,18 @@ class BottleneckModel(PhasedModel):
 
     # -- injection --------------------------------------------------------------------------------------------------
 
-    def _create_and_replace(
-        self,
-        peft_config: BottleneckConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-        **kwargs: Any,
-    ) -> None:
-        layer: Any = target
-        if not isinstance(target, BottleneckLayer):
-            layer = BottleneckNorm(target) if is_norm(target) else BottleneckLinear(target)
-            layer._active_adapter = adapter_name
+    def _new_layer(self, module: nn.Module, name: str) -> BottleneckLayer:
+        return BottleneckNorm(module) if is_norm(module) else BottleneckLinear(module)
+
+    def _update_layer(self, layer: Any, adapter: str, config: BottleneckConfig, name: str) -> None:
         if isinstance(layer, BottleneckNorm):
-            layer.update_layer(adapter_name, peft_config)
-        elif peft_config.mode == "parallel":
-            pair = self._pairs[current_key]
-            layer.update_layer(adapter_name, peft_config, sizes(self.model.get_submodule(pair.first[0]))[0])
+            layer.update_layer(adapter, config)
+        elif config.mode == "parallel":
+            pair = self._pairs[name]
+            layer.update_layer(adapter, config, sizes(self.model.get_submodule(pair.first[0]))[0])
             self._connect(layer, pair)
         else:
-            layer.update_layer(adapter_name, peft_config, layer.out_features)
-        if layer is not target:
-            self._place(layer, adapter_name, parent, target_name, target)
+            layer.update_layer(adapter, config, layer.out_features)
 
     def _connect(self, layer: BottleneckLinear, pair: FeedForward) -> None:
         if layer.bottleneck_input is not None:

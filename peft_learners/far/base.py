@@ -14,7 +14,7 @@ from ..ops import others_of, uncut
 from ..phases.optimizer import Resized, for_float64, resize
 from ..structure.weights import base_of
 from .config import PARTS, FARConfig
-from .plan import Home, Nodes
+from .plan import Nodes, Target
 from .selection import kept_count
 
 BATCHLESS = (
@@ -58,18 +58,18 @@ class FARLayer(DeltaLayer):
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.far_names
 
-    def update_layer(self, adapter: str, config: FARConfig, home: Home, owners: dict[int, FARLayer]) -> None:
+    def update_layer(self, adapter: str, config: FARConfig, target: Target, owners: dict[int, FARLayer]) -> None:
         """Create the parameters of a new adapter.
 
         Args:
-            home: what of the module is trained.
+            target: what of the module is trained.
             owners: layers that hold the delta of a base parameter, by the parameter's id; completed here.
         """
         base = base_of(self)
-        self.far_names[adapter], self.far_source[adapter] = dict(home.parameters), {}
-        if home.nodes is not None and "far_delta" in home.parameters:
-            self.far_nodes[adapter] = home.nodes
-        for part, names in home.parameters.items():
+        self.far_names[adapter], self.far_source[adapter] = dict(target.parameters), {}
+        if target.nodes is not None and "far_delta" in target.parameters:
+            self.far_nodes[adapter] = target.nodes
+        for part, names in target.parameters.items():
             holders = [owners.setdefault(id(parameter_at(base, name)), self) for name in names]
             if all(holder is self for holder in holders):
                 self._create(part, adapter, config)
@@ -87,8 +87,6 @@ class FARLayer(DeltaLayer):
                 count, total = len(kept), self._length(adapter)
                 kept = torch.randperm(total)[:count].sort().values
             resize(self.cut(adapter, kept, config.discard_unkept))
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _create(self, part: str, adapter: str, config: FARConfig) -> None:
         value = torch.zeros(self._shape(part, adapter))

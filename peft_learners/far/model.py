@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from torch import Tensor, nn
 
 from ..checkpoint import Shapes
@@ -15,13 +14,12 @@ from ..phases.optimizer import live_optimizers, resize
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
-from ..structure.targets import refuse_unfit_head
 from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_float, stored_as
 from ..tuner import PhasedModel
 from .base import FARLayer
 from .config import RECONFIGURED, FARConfig
 from .layer import FAREmbedding, FARLinear, FARModule
-from .plan import Home, frozen_on_purpose, homes, kind_of, lay_out_homes, named_feed_forwards, patterns_of
+from .plan import Target, adaptable, frozen_on_purpose, kind_of, lay_out_targets, named_feed_forwards, patterns_of
 from .selection import drawn, highest, kept_count
 
 _CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
@@ -58,16 +56,16 @@ class FARModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: FARConfig, model: nn.Module) -> set[str]:
-        found, lost = homes(model)
-        given = config.target_modules
-        everything = given is None
-        if given is None:
-            chosen = self._names_among(config, list(found))
-        elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-            chosen = self._names_among(config, [name for name in found if is_linear(found[name])])
-        else:
-            chosen = self._named_targets(config, model)
-        chosen = self._with_sharers(config, found, chosen, everything)
+        self._found, self._lost = adaptable(model)
+        return super()._resolve_targets(config, model)
+
+    def _found_targets(self, config: FARConfig, model: nn.Module) -> list[str]:
+        every = config.target_modules is None
+        return [name for name, module in self._found.items() if every or is_linear(module)]
+
+    def _complete_targets(self, config: FARConfig, model: nn.Module, chosen: set[str]) -> set[str]:
+        everything = config.target_modules is None
+        chosen = self._with_sharers(config, self._found, chosen, everything)
         modules = {name: module for name, module in walk(model) if name in chosen}
         pairs = feed_forwards(model)
         if config.ffn_modules is not None:
@@ -75,24 +73,23 @@ class FARModel(PhasedModel):
         elif pairs:
             config.write("ffn_modules", patterns_of(pairs))
         self._check_modules(modules, {name for pair in pairs for name in pair.names})
-        refuse_unfit_head(model, config.modules_to_save or ())
-        self._homes = lay_out_homes(model, config, modules, pairs)
+        self._far_targets = lay_out_targets(model, config, modules, pairs)
         self._owners: dict[int, FARLayer] = {}
         if everything:
-            if not any(home.nodes for home in self._homes.values()):
+            if not any(target.nodes for target in self._far_targets.values()):
                 raise ValueError(_no_pair(model, config))
             if not config.inference_mode:
                 self._warn_of_frozen(model)
-            if lost and not config.inference_mode:
+            if self._lost and not config.inference_mode:
                 warnings.warn(
-                    f"FAR can't give deltas to {len(lost)} parameters of the {type(model).__name__}, which stay "
-                    f"frozen: {', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}.",
+                    f"FAR can't give deltas to {len(self._lost)} parameters of the {type(model).__name__}, which stay "
+                    f"frozen: {', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}.",
                     stacklevel=2,
                 )
-        return set(self._homes)
+        return set(self._far_targets)
 
     def _warn_of_frozen(self, model: nn.Module) -> None:
-        frozen = [name for name in frozen_on_purpose(model) if name.rpartition(".")[0] in self._homes]
+        frozen = [name for name in frozen_on_purpose(model) if name.rpartition(".")[0] in self._far_targets]
         if frozen:
             warnings.warn(
                 f"{len(frozen)} parameters (first: {frozen[0]}) were frozen before FAR was added. FAR gives them "
@@ -174,27 +171,17 @@ class FARModel(PhasedModel):
             kwargs["state_dict"] = {**given, **dict.fromkeys(f"{name}.{self.prefix}shared" for name in sharers)}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
-    def _create_and_replace(
-        self,
-        peft_config: FARConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-        **kwargs: Any,
-    ) -> None:
-        home = self._homes.get(current_key) or Home(kind_of(target))
-        layer: Any = target
-        if not isinstance(target, FARLayer):
-            layer = _CLASSES[home.kind](target)
-            layer._active_adapter = adapter_name
-            if isinstance(layer, FAREmbedding):
-                layer.batchless = home.batchless
-        layer.update_layer(adapter_name, peft_config, home, self._owners)
-        if layer is not target:
-            self._place(layer, adapter_name, parent, target_name, target)
+    def _new_layer(self, module: nn.Module, name: str) -> FARLayer:
+        layer = _CLASSES[self._target(module, name).kind](module)
+        if isinstance(layer, FAREmbedding):
+            layer.batchless = self._target(module, name).batchless
+        return layer
+
+    def _update_layer(self, layer: Any, adapter: str, config: FARConfig, name: str) -> None:
+        layer.update_layer(adapter, config, self._target(layer, name), self._owners)
+
+    def _target(self, module: nn.Module, name: str) -> Target:
+        return self._far_targets.get(name) or Target(kind_of(module))
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT warns of tied weights; here they share one delta

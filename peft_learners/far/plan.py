@@ -40,7 +40,7 @@ class Nodes:
 
 
 @dataclass(frozen=True)
-class Home:
+class Target:
     """A module that gets deltas.
 
     Attributes:
@@ -56,7 +56,7 @@ class Home:
     batchless: bool = False
 
 
-def homes(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
+def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     """All modules that FAR can stand in for, outside the new head, and the names of parameters that none holds.
 
     These are linear layers, embeddings, and modules with parameters of their own: norms, convolutions, and composites
@@ -113,9 +113,9 @@ def kind_of(module: nn.Module) -> Kind:
     return "embedding" if type(base) is nn.Embedding else "module"
 
 
-def lay_out_homes(
+def lay_out_targets(
     model: nn.Module, config: FARConfig, chosen: dict[str, nn.Module], pairs: list[FeedForward]
-) -> dict[str, Home]:
+) -> dict[str, Target]:
     """What FAR trains of each chosen module. Modules of which nothing trains are left out."""
     tables = [name for name, module in chosen.items() if isinstance(base_of(module), nn.Embedding)]
     linears = [name for name, module in chosen.items() if is_linear(module)]
@@ -124,7 +124,7 @@ def lay_out_homes(
     lm_head = output_embeddings(model)
     shared = {id(p) for name in tables if name not in attention for p in base_of(chosen[name]).parameters()}
     nodes = _nodes(config, chosen, pairs)
-    result: dict[str, Home] = {}
+    result: dict[str, Target] = {}
     for name, module in chosen.items():
         base = base_of(module)
         kind = kind_of(module)
@@ -149,7 +149,7 @@ def lay_out_homes(
             if train and parameter.is_floating_point():
                 parameters[part] = (*parameters.get(part, ()), parameter_name)
         if parameters:
-            result[name] = Home(
+            result[name] = Target(
                 kind, parameters, nodes.get(name), name in attention and isinstance(base, nn.Embedding)
             )
     return result

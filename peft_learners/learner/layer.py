@@ -13,7 +13,7 @@ from .config import DENSE_PART, PRIMING, LearnerConfig
 
 
 class LearnerLayer(DeltaLayer):
-    """Common to Learner layers: creation of parameters, and the freeze of a primed adapter."""
+    """Common to Learner layers: deltas on biases."""
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -21,12 +21,6 @@ class LearnerLayer(DeltaLayer):
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
-
-    def _finish_update(self, adapter: str, config: LearnerConfig) -> None:
-        self._move_adapter_to_device_of_base_layer(adapter)
-        if PRIMING in config.completed_phases and DENSE_PART in self.adapter_layer_names:
-            self.frozen_peft_weight_names[adapter] = (DENSE_PART,)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
 
 class LearnerLinear(LearnerLayer, DeltaLinear):
@@ -71,7 +65,8 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
             self._add("learner_bias_delta", adapter, config, self.out_features)
         if primed:
             self._add("learner_dense_delta", adapter, config, self.out_features, self.in_features)
-        self._finish_update(adapter, config)
+        if PRIMING in config.completed_phases:
+            self.frozen_peft_weight_names[adapter] = (DENSE_PART,)
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.learner_r
@@ -106,7 +101,6 @@ class LearnerNorm(LearnerLayer, DeltaModule):
         self._add("learner_layernorm_delta", adapter, config, self.out_features)
         if getattr(self.get_base_layer(), "bias", None) is not None:
             self._add("learner_bias_delta", adapter, config, self.out_features)
-        self._finish_update(adapter, config)
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         bias = self.bias_delta(adapter)

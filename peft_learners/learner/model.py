@@ -4,9 +4,8 @@ import re
 import warnings
 from collections import Counter
 from dataclasses import replace
-from typing import Any, Optional
+from typing import Any
 
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
@@ -14,7 +13,7 @@ from ..phases.driver import tuner_layers
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, norm_names, walk
-from ..structure.targets import is_named, rank_patterns, refuse_unfit_head
+from ..structure.targets import is_named, names_modules, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
@@ -51,35 +50,28 @@ class LearnerModel(PhasedModel):
 
     # -- choice of modules ------------------------------------------------------------------------------------------
 
-    def _resolve_targets(self, config: LearnerConfig, model: nn.Module) -> set[str]:
-        refuse_unfit_head(model, config.modules_to_save or ())
-        given = config.target_modules
-        explicit = given is not None and not (
-            isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
-        )
-        chosen = self._named_targets(config, model) if explicit else self._names_among(config, linear_names(model))
+    def _found_targets(self, config: LearnerConfig, model: nn.Module) -> list[str]:
+        return linear_names(model)
+
+    def _complete_targets(self, config: LearnerConfig, model: nn.Module, chosen: set[str]) -> set[str]:
+        explicit = names_modules(config.target_modules)
         if not chosen:
-            self._refuse_empty(config, explicit)
+            if not explicit:
+                raise NoMatchingPeftModuleError(self._nothing_left(config))
             return set()  # PEFT says that all was excluded
-        norms = self._names_among(config, norm_names(model)) if config.train_norms else set()
-        targets = chosen | norms
+        targets = chosen | (self._names_among(config, norm_names(model)) if config.train_norms else set())
         if not explicit:
             self._write_targets(config, targets)
         self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
         return targets
 
     @staticmethod
-    def _refuse_empty(config: LearnerConfig, explicit: bool) -> None:
-        if not explicit:
-            narrowed = {
-                name: getattr(config, name)
-                for name in ("exclude_modules", "layers_to_transform", "layers_pattern")
-                if getattr(config, name) is not None
-            }
-            raise NoMatchingPeftModuleError(
-                "No linear layer of the backbone is left to adapt"
-                + (f" with {narrowed}." if narrowed else ": the model has none that a Learner can stand in for.")
-            )
+    def _nothing_left(config: LearnerConfig) -> str:
+        narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
+        narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
+        return "No linear layer of the backbone is left to adapt" + (
+            f" with {narrowed}." if narrowed else ": the model has none that a Learner can stand in for."
+        )
 
     def _resolve_priming(self, config: LearnerConfig, model: nn.Module, targets: set[str]) -> set[str]:
         modules = {name: module for name, module in walk(model) if name in targets}
@@ -134,27 +126,14 @@ class LearnerModel(PhasedModel):
 
     # -- injection --------------------------------------------------------------------------------------------------
 
-    def _create_and_replace(
-        self,
-        peft_config: LearnerConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-        **kwargs: Any,
-    ) -> None:
-        layer: Any = target
-        if not isinstance(target, LearnerLayer):
-            layer = LearnerNorm(target) if is_norm(target) else LearnerLinear(target)
-            layer._active_adapter = adapter_name
+    def _new_layer(self, module: nn.Module, name: str) -> LearnerLayer:
+        return LearnerNorm(module) if is_norm(module) else LearnerLinear(module)
+
+    def _update_layer(self, layer: Any, adapter: str, config: LearnerConfig, name: str) -> None:
         if isinstance(layer, LearnerLinear):
-            layer.update_layer(adapter_name, peft_config, current_key, primed=current_key in self._primed)
+            layer.update_layer(adapter, config, name, primed=name in self._primed)
         else:
-            layer.update_layer(adapter_name, peft_config)
-        if layer is not target:
-            self._place(layer, adapter_name, parent, target_name, target)
+            layer.update_layer(adapter, config)
 
     # -- weighted sums ----------------------------------------------------------------------------------------------
 

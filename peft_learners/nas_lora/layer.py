@@ -149,8 +149,6 @@ class NASLoRALayer(DeltaLayer):
             for part in space.shapes:
                 if adapter in self.values(part):
                     nn.init.normal_(self.values(part)[adapter], std=TEST_STD)
-        self._move_adapter_to_device_of_base_layer(adapter)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -5,7 +5,6 @@ import warnings
 from typing import Any, Optional
 
 import torch
-from peft.utils.constants import INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
@@ -15,7 +14,7 @@ from ..phases.optimizer import Observer, live_optimizers, resize
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
-from ..structure.targets import is_named, refuse_unfit_head
+from ..structure.targets import is_named
 from ..structure.weights import sizes
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
@@ -74,28 +73,30 @@ class NASLoRAModel(PhasedModel):
     # -- choice of modules ------------------------------------------------------------------------------------------
 
     def _resolve_targets(self, config: NASLoRAConfig, model: nn.Module) -> set[str]:
-        refuse_unfit_head(model, config.modules_to_save or ())
-        given = config.target_modules
         self._biases_alone = config.r == 0  # then target_modules says whose
-        low_rank: set[str] = set()
-        if config.r:
-            names = linear_names(model)
-            if given is None:
-                blocks = block_linear_names(model) or names
-                values = set(value_names(model, blocks))
-                low_rank = self._names_among(config, [name for name in blocks if name not in values])
-                self._write_targets(config, low_rank)
-            elif isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND:
-                low_rank = self._names_among(config, names)
-            else:
-                low_rank = self._named_targets(config, model)
-        biases = self._resolve_biases(config, model, given, low_rank) if config.train_biases else set()
-        modules = {name: module for name, module in walk(model) if name in low_rank | biases}
-        self._homes = {name: (config.r if name in low_rank else 0, name in biases) for name in modules}
-        self._check_space(config, model, modules, bool(low_rank))
-        return set(self._homes)
+        return super()._resolve_targets(config, model)
 
-    def _resolve_biases(self, config: NASLoRAConfig, model: nn.Module, given: Any, low_rank: set[str]) -> set[str]:
+    def _found_targets(self, config: NASLoRAConfig, model: nn.Module) -> list[str]:
+        names = linear_names(model)
+        if config.target_modules is not None:
+            return names
+        if config.r == 0:
+            return []
+        blocks = block_linear_names(model) or names
+        values = set(value_names(model, blocks))
+        return [name for name in blocks if name not in values]
+
+    def _complete_targets(self, config: NASLoRAConfig, model: nn.Module, chosen: set[str]) -> set[str]:
+        given, low_rank = config.target_modules, chosen if config.r else set()
+        if given is None and config.r:
+            self._write_targets(config, chosen)
+        biases = self._resolve_biases(config, model, given, chosen) if config.train_biases else set()
+        modules = {name: module for name, module in walk(model) if name in low_rank | biases}
+        self._parts = {name: (config.r if name in low_rank else 0, name in biases) for name in modules}
+        self._check_space(config, model, modules, bool(low_rank))
+        return set(self._parts)
+
+    def _resolve_biases(self, config: NASLoRAConfig, model: nn.Module, given: Any, chosen: set[str]) -> set[str]:
         every = self._names_among(config, bias_names(model))
         asked = config.bias_modules
         if asked is None and given is None:
@@ -104,17 +105,17 @@ class NASLoRAModel(PhasedModel):
         if asked == "all":
             return every
         if asked is None:
-            return every & (low_rank or self._named_targets(config, model))
+            return every & chosen
         if isinstance(asked, str):
-            chosen = {name for name in every if re.fullmatch(asked, name)}
+            biases = {name for name in every if re.fullmatch(asked, name)}
         else:
-            chosen = {name for name in every if any(is_named(name, one) for one in asked)}
-        if not chosen:
+            biases = {name for name in every if any(is_named(name, one) for one in asked)}
+        if not biases:
             raise ValueError(
                 f"NASLoRAConfig: `bias_modules` must name modules of the backbone with a bias, got {asked!r}, which "
                 f"matches none of {len(every)}."
             )
-        return chosen
+        return biases
 
     def _is_supported(self, module: nn.Module) -> bool:
         return is_linear(module) or (self._biases_alone and bias_of(module) is not None)
@@ -134,14 +135,14 @@ class NASLoRAModel(PhasedModel):
                 "low-rank updates: NASLoRAConfig(r=16)."
             )
         space = 0
-        for name, (rank, bias) in self._homes.items():
+        for name, (rank, bias) in self._parts.items():
             own = bias_of(modules[name])
             space += rank * sum(sizes(modules[name])) if rank else 0
             space += own.numel() if bias and own is not None else 0
         if config.architecture is None:
             config.budget_in(space)
         else:
-            unknown = [name for name in config.architecture if name not in self._homes]
+            unknown = [name for name in config.architecture if name not in self._parts]
             if len(unknown) == len(config.architecture):
                 raise ValueError(
                     f"The architecture names {unknown[0]}, which is not in the search space of this {kind}, and none "
@@ -154,29 +155,15 @@ class NASLoRAModel(PhasedModel):
                     "leaves out.",
                     stacklevel=2,
                 )
-            config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._homes})
+            config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._parts})
 
     # -- injection --------------------------------------------------------------------------------------------------
 
-    def _create_and_replace(
-        self,
-        peft_config: NASLoRAConfig,
-        adapter_name: str,
-        target: nn.Module,
-        target_name: str,
-        parent: nn.Module,
-        current_key: str,
-        parameter_name: Optional[str] = None,
-        **kwargs: Any,
-    ) -> None:
-        rank, bias = self._homes.get(current_key, (0, False))
-        layer: Any = target
-        if not isinstance(target, NASLoRALayer):
-            layer = NASLoRALinear(target) if is_linear(target) else NASLoRABias(target)
-            layer._active_adapter = adapter_name
-        layer.update_layer(adapter_name, peft_config, current_key, rank, bias)
-        if layer is not target:
-            self._place(layer, adapter_name, parent, target_name, target)
+    def _new_layer(self, module: nn.Module, name: str) -> NASLoRALayer:
+        return NASLoRALinear(module) if is_linear(module) else NASLoRABias(module)
+
+    def _update_layer(self, layer: Any, adapter: str, config: NASLoRAConfig, name: str) -> None:
+        layer.update_layer(adapter, config, name, *self._parts.get(name, (0, False)))
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

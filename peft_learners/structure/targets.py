@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import (
     _find_minimal_target_modules,
     check_target_module_exists,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
 from peft.utils.error import NoMatchingPeftModuleError
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -26,15 +26,28 @@ from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
 class TargetChoice(BaseTuner):
-    """The part of a tuner that chooses modules. A subclass defines `_resolve_targets`."""
+    """The part of a tuner that chooses modules: by structure, or by names. A subclass defines `_found_targets`."""
 
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}  # type: ignore[misc]
     #: Sentence of an error: what `_is_supported` takes.
     supported: ClassVar[str] = ""
 
-    def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
-        """Names of all modules to adapt; may complete the config."""
+    def _found_targets(self, config: Any, model: nn.Module) -> list[str]:
+        """The modules to adapt as the model's structure tells them: where `target_modules` is None or 'all-linear'."""
         raise NotImplementedError
+
+    def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
+        """All modules to adapt, with what goes with the chosen ones (norms, biases); may complete the config."""
+        return chosen
+
+    def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
+        """Names of all modules to adapt."""
+        refuse_unfit_head(model, config.modules_to_save or ())
+        if names_modules(config.target_modules):
+            chosen = self._named_targets(config, model)
+        else:
+            chosen = self._names_among(config, self._found_targets(config, model))
+        return self._complete_targets(config, model, chosen)
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, PhasedConfig)
@@ -134,6 +147,16 @@ class TargetChoice(BaseTuner):
             config.write("layers_to_transform", None)
             config.write("layers_pattern", None)
         config.write("target_modules", found if isinstance(found, str) else set(found) or None)
+
+
+def is_all_linear(given: object) -> bool:
+    """Whether `target_modules` asks for every linear layer."""
+    return isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND
+
+
+def names_modules(given: object) -> bool:
+    """Whether `target_modules` names modules, so that structure has no say."""
+    return given is not None and not is_all_linear(given)
 
 
 def is_named(module_name: str, name: str) -> bool:
