@@ -36,7 +36,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
 @pytest.mark.parametrize("name,config", field_tables.PAGES.items())
-def test_the_table_of_fields_is_the_configs(name, config):
+def test_fields_table(name, config):
+    """The table of fields is that of the configs."""
     text = (field_tables.DOCS / name).read_text()
     assert field_tables.with_tables(text, config) == text, "run: python scripts/field_tables.py"
     table = text.partition(field_tables.BEGIN)[2].partition(field_tables.END)[0]
@@ -48,7 +49,8 @@ def test_the_table_of_fields_is_the_configs(name, config):
         assert found[name] == repr(getattr(made, name))
 
 
-def test_a_page_that_is_not_up_to_date_is_told_and_mended(tmp_path: Path):
+def test_fields_table_mended(tmp_path: Path):
+    """A page that isn't up to date is told, and mended."""
     for name in field_tables.PAGES:
         shutil.copy(field_tables.DOCS / name, tmp_path)
     page = tmp_path / "far.md"
@@ -177,19 +179,22 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("quote", dict.fromkeys([*quotes(TROUBLES), *quotes((ROOT / "README.md").read_text())]))
-def test_a_quoted_message_is_the_packages_or_was_provoked(quote):
+def test_quoted_messages(quote):
+    """A quoted message is the package's own, or was provoked."""
     assert len(quote.replace("...", "").strip()) >= 12 or quote in PLUGIN_MISSING, "a quote that matches anything"
     assert quote in PLUGIN_MISSING or quote in FOREIGN or in_source(quote)
 
 
-def test_words_that_no_message_has_are_found_out():
+def test_invented_messages():
+    """Words that no message has are found out."""
     assert in_source("is merged and can't train: call ...() first.")
     for wrong in ("is merged and can not train", "first ... is merged and can't train", "Fields that every tuner of"):
         assert not in_source(wrong)
 
 
 @pytest.mark.parametrize("quote", FOREIGN)
-def test_what_peft_and_transformers_say_is_what_the_page_says(quote, tmp_path: Path):
+def test_foreign_messages(quote, tmp_path: Path):
+    """What PEFT and transformers say is what the page says."""
     assert quote in quotes(TROUBLES)
     with pytest.raises(Exception) as error:
         FOREIGN[quote](tmp_path)
@@ -225,7 +230,8 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_cures_it(tmp_path: Path):
+def test_missing_import(tmp_path: Path):
+    """Without the import everything that loads says KeyError, and the import cures it."""
     zoo.build("bert").save_pretrained(tmp_path / "base")
     folders = []
     for make in (learner, far, nas, bottleneck):
@@ -241,7 +247,8 @@ def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_c
     assert set(PLUGIN_MISSING) <= set(quotes(TROUBLES))
 
 
-def test_a_head_that_transformers_left_disabled_is_switched_on_as_the_page_says():
+def test_disabled_head():
+    """A head that transformers left disabled is switched on as the page says."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     model = zoo.build("bert")
@@ -271,7 +278,8 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 @every_page
-def test_every_python_snippet_is_marked(page):
+def test_snippets_marked(page):
+    """Every Python snippet is marked."""
     assert len(list(blocks(page))) == page.read_text().count("```python")
     assert all(mark for mark, _ in blocks(page)), "put <!-- run --> or <!-- not run: why --> above it"
 
@@ -289,7 +297,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "<!-- run -->" in p.read_text()], ids=lambda path: path.name)
-def test_snippets_run_one_after_the_other(page, hub: Path, tmp_path: Path, monkeypatch):
+def test_snippets_run(page, hub: Path, tmp_path: Path, monkeypatch):
+    """Snippets run, one after the other."""
     shutil.copytree(hub, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     settings = {"warmup_steps": 0, "num_train_epochs": 4}
@@ -316,7 +325,8 @@ def links(page: Path) -> list[str]:
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links(page):
+    """Links lead somewhere."""
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -324,6 +334,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_can_be_reached_from_the_readme():
+def test_pages_linked():
+    """Every page can be reached from the README."""
     reached = {(ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])}
     assert not set(PAGES[1:]) - reached

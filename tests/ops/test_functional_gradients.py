@@ -193,7 +193,8 @@ names = st.sampled_from(("x", "weight", "bias", "a0", "b0", "a1", "b1", "D0", "D
     dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)),
 )
 @example(339, [], 5, 1, [], 0, False, set(), None, torch.float16)  # a gradient below float16's normal numbers
-def test_values_and_gradients_agree_whatever_trains(seed, lead, d, h, ranks, dense, bias, entries, trains, dtype):
+def test_random_problems(seed, lead, d, h, ranks, dense, bias, entries, trains, dtype):
+    """Values and gradients agree with the reference, whatever trains."""
     problem = make(seed, lead, d, h, ranks, dense, bias, entries, dtype, trains)
     check(problem, separate_linear, effective_linear, linear_with_updates)
 
@@ -228,7 +229,8 @@ CORNERS = {
 
 
 @pytest.mark.parametrize("name", CORNERS)
-def test_corners_agree_too(name):
+def test_corners(name):
+    """Corner cases agree too."""
     check(CORNERS[name], *PATHS)
 
 
@@ -251,7 +253,8 @@ def executed(codes: set[Any], run: Callable[[], object]) -> set[tuple[Any, int]]
     return seen
 
 
-def test_the_corners_reach_every_line_of_both_passes():
+def test_corner_coverage():
+    """The corners reach every line of both passes."""
     functions = (f for c in (_EffectiveLinear, _SeparateLinear) for f in (c.forward, c.setup_context, c.backward))
     codes = {inspect.unwrap(function).__code__ for function in functions}
     mixed = make(0, (4,), 6, 7, (2,), 1)
@@ -292,7 +295,8 @@ TWICE = {
     [(name, path, 0.0) for name in TWICE for path in PATHS]
     + [(name, separate_linear, 0.4) for name, problem in TWICE.items() if problem.ranks],
 )
-def test_second_derivatives_agree_with_finite_differences(name, path, dropout):
+def test_gradgradcheck(name, path, dropout):
+    """Second derivatives agree with finite differences."""
     problem = TWICE[name]
     options = {"dropout": dropout} if dropout else {}
 
@@ -305,8 +309,9 @@ def test_second_derivatives_agree_with_finite_differences(name, path, dropout):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", TWICE)
-def test_gradient_penalties_go_through_a_second_backward(name, path):
-    """A step on the size of the first gradients, in place of another product of the loss."""
+def test_gradient_penalty(name, path):
+    """Gradient penalties go through a second backward. A step on the size of the first gradients, in place of another
+    product of the loss."""
     problem, steps = TWICE[name], []
     for function in (lambda t: call(path, problem, t), lambda t: reference(problem, t)):
         tensors = {n: t.detach().clone().requires_grad_(t.requires_grad) for n, t in problem.tensors.items()}

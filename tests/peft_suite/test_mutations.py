@@ -126,7 +126,7 @@ MUTANTS = [
             "layers/base.py",
             "self.frozen_peft_weight_names[adapter] = parts",
             "pass",
-            CONTRACT + f"test_what_is_frozen_stays_frozen[{case}]",
+            CONTRACT + f"test_stays_frozen[{case}]",
         )
         for tuner, case in (("Learner", "learner-distilbert"), ("NAS-LoRA", "nas-structured-distilbert"))
     ),
@@ -135,7 +135,7 @@ MUTANTS = [
         "learner/layer.py",
         "self.frozen_peft_weight_names[adapter] = (DENSE_PART,)",
         "pass",
-        CONTRACT + "test_adapter_loaded_for_training_goes_on_in_its_last_phase[learner-distilbert]",
+        CONTRACT + "test_reload_trainable[learner-distilbert]",
     ),
 ]
 CONTROL = "control"
@@ -191,14 +191,16 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[runner.R
     return reports
 
 
-def test_unchanged_copy_passes_the_tests_that_mutants_fail(reports: dict[str, list[runner.Report]]):
+def test_control(reports: dict[str, list[runner.Report]]):
+    """The unchanged copy passes the tests that mutants fail."""
     for report in reports[CONTROL]:
         assert report.status == 0, report.output[-3000:]
     assert sum(report.total("passed") for report in reports[CONTROL]) == len(TESTS)
 
 
 @pytest.mark.parametrize("mutant", MUTANTS, ids=str)
-def test_mutant_makes_its_test_fail(mutant: Mutant, reports: dict[str, list[runner.Report]]):
+def test_mutant(mutant: Mutant, reports: dict[str, list[runner.Report]]):
+    """The mutant makes its test fail."""
     assert occurrences(mutant) == 1, f"{mutant.file} has changed: edit it as the mutant's name says"
     (report,) = reports[mutant.name]
     assert report.status == 1, report.output[-3000:]

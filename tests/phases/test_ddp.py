@@ -45,7 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_are_equal_after_every_step(runs, case):
+def test_ranks_equal(runs, case):
+    """Ranks are equal after every step."""
     _, two, _ = runs
     result = two["cases"][case]
     assert two["world"] == 2 and result["steps"] == 9
@@ -54,7 +55,8 @@ def test_ranks_are_equal_after_every_step(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
+def test_same_as_one_process(runs, case):
+    """Two ranks do what one process does on the joined batch."""
     folder, two, one = runs
     assert one["world"] == 1
     first_steps = {
@@ -71,8 +73,9 @@ def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_no_buffers_are_sent_but_those_of_the_base_model(runs, case):
-    """DDP sends buffers before each forward; what a boundary makes of parameters is none of its business."""
+def test_buffers(runs, case):
+    """No buffers are sent but those of the base model. DDP sends buffers before each forward; what a boundary makes of
+    parameters is none of its business."""
     _, two, _ = runs
     own = sum(buffer.numel() for buffer in zoo.build("distilbert").buffers())
     assert own > 0 and len(two["cases"][case]["sent"]) >= 9 and set(two["cases"][case]["sent"]) == {own}
@@ -80,7 +83,8 @@ def test_no_buffers_are_sent_but_those_of_the_base_model(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_only_gradients_that_still_train_are_reduced(runs, case):
+def test_reduced_bytes(runs, case):
+    """Only gradients of what still trains are reduced."""
     _, two, _ = runs
     result = two["cases"][case]
     assert result["reduced"] == result["trained"]

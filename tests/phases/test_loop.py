@@ -30,7 +30,8 @@ def run_script(out: Path, *prefix: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("processes", [1, 2])
-def test_the_accelerate_example_goes_through_its_phases(tmp_path: Path, processes):
+def test_accelerate_example(tmp_path: Path, processes):
+    """The Accelerate example goes through its phases."""
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
     out = run_script(tmp_path / "adapter", sys.executable, *(torchrun if processes == 2 else ()))
     trained = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters trained", out)]
@@ -41,7 +42,8 @@ def test_the_accelerate_example_goes_through_its_phases(tmp_path: Path, processe
     assert PeftConfig.from_pretrained(tmp_path / "adapter").completed_phases == ["priming"]
 
 
-def test_the_example_marks_at_most_three_lines():
+def test_example_lines():
+    """The example marks at most three lines."""
     assert len(re.findall(r"  # \d: ", SCRIPT.read_text())) == 3
 
 
@@ -58,8 +60,9 @@ def by_hand(model, steps):
     return optimizer
 
 
-def test_a_hand_written_loop_resumed_from_a_saved_adapter_keeps_its_boundary(tmp_path: Path):
-    """The steps per epoch have changed, but the boundary recorded in the adapter's config stays."""
+def test_resumed_loop(tmp_path: Path):
+    """A hand-written loop that is resumed from a saved adapter keeps its boundary. The steps per epoch have changed,
+    but the boundary recorded in the adapter's config stays."""
     model = learner(priming_epochs=2)  # 2 steps per epoch: the boundary is step 4
     model.base_model.set_schedule(8, 2)
     model.save_pretrained(tmp_path)
@@ -70,8 +73,9 @@ def test_a_hand_written_loop_resumed_from_a_saved_adapter_keeps_its_boundary(tmp
     assert (start.phase, start.first_step) == ("learning", 4)
 
 
-def test_scaled_learning_rate_holds_by_hand_and_means_this_for_sgd():
-    """D = s theta: plain SGD moves D by s^2 lr g, as its gradient and its step are both scaled."""
+def test_priming_lr_scale():
+    """The scaled learning rate holds by hand, and means this for SGD. D = s theta: plain SGD moves D by s^2 lr g, as
+    its gradient and its step are both scaled."""
     scale, lr = 0.25, 0.1
     deltas = {}
     for s in (1.0, scale):
@@ -85,18 +89,21 @@ def test_scaled_learning_rate_holds_by_hand_and_means_this_for_sgd():
         torch.testing.assert_close(scaled, scale**2 * one)
 
 
-def test_update_without_a_schedule_says_what_to_call():
+def test_missing_schedule():
+    """An update without a schedule says what to call."""
     with pytest.raises(ScheduleError, match=r"before the adapter 'default' had a schedule.*set_schedule\(total_steps"):
         learner().base_model.update_and_allocate(1)
 
 
-def test_update_without_a_schedule_works_where_priming_is_given_in_steps():
+def test_priming_steps():
+    """An update without a schedule works where priming is given in steps."""
     model = learner(priming_steps=3)
     assert not [s for step in (1, 2) for s in model.base_model.update_and_allocate(step) if s.phase == "learning"]
     assert [s.phase for s in model.base_model.update_and_allocate(3)] == ["learning"]
 
 
-def test_updates_are_idempotent_and_may_skip_steps():
+def test_skipped_steps():
+    """Updates are idempotent, and may skip steps."""
     model = learner(priming_epochs=1)
     model.base_model.set_schedule(10, 4)
     assert model.base_model.update_and_allocate(3) == []
@@ -104,7 +111,8 @@ def test_updates_are_idempotent_and_may_skip_steps():
     assert model.base_model.update_and_allocate(9) == []
 
 
-def test_only_active_adapters_are_driven():
+def test_active_adapters():
+    """Only active adapters are driven."""
     model = learner(priming_epochs=1)
     other = learner(priming_epochs=2).peft_config["default"]
     model.add_adapter("other", other)
@@ -119,7 +127,8 @@ def test_only_active_adapters_are_driven():
     assert all(torch.equal(v, before[n]) for n, v in adapter_values(model).items())
 
 
-def test_optimizer_by_hand_keeps_state_for_what_trains_only():
+def test_optimizer_state():
+    """An optimizer by hand keeps state for what trains only."""
     model = learner(priming_epochs=1)
     optimizer = by_hand(model, 5)
     assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}

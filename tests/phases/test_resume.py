@@ -81,7 +81,8 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner,kill_after", CASES)
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tuner, kill_after):
+def test_killed(tmp_path: Path, uninterrupted, tuner, kill_after):
+    """A run that was killed and resumed ends with the same bits."""
     expected = uninterrupted(tuner)
     starts, let_go = TUNERS[tuner]
     assert run(tmp_path, "--tuner", tuner, "--kill_after", str(kill_after)) == -9
@@ -104,7 +105,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tune
     [["per_device_train_batch_size=4"], ["num_train_epochs=5"], ["ignore_data_skip=true"]],
     ids=lambda changed: changed[0].split("=")[0],
 )
-def test_a_resumed_run_keeps_its_boundary_whatever_else_was_changed(tmp_path: Path, changed):
+def test_changed_settings(tmp_path: Path, changed):
+    """A resumed run keeps its boundary, whatever else was changed."""
     assert run(tmp_path, "--kill_after", "2") == -9
     assert resume(tmp_path, "--set", *changed) == 0
     assert torch.load(tmp_path / "final.pt")["starts"] == {"priming": 0, "learning": 5}

@@ -60,11 +60,13 @@ def check(model, count: int, patterns: list, width: int) -> None:
 
 
 @pytest.mark.parametrize("arch", list(zoo.ZOO))
-def test_pairs_of_the_zoo(arch):
+def test_zoo(arch):
+    """Pairs of the zoo's models are found."""
     check(zoo.build(arch), *ZOO[arch])
 
 
 @pytest.mark.parametrize("arch", list(OTHERS))
-def test_pairs_of_other_architectures(arch):
+def test_other_architectures(arch):
+    """Pairs of other architectures are found."""
     cls, config, *expected = OTHERS[arch]
     check(cls(config), *expected)
