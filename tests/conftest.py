@@ -1,23 +1,29 @@
 from __future__ import annotations
 
 import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests"
-sys.path[:0] = [str(TESTS), str(ROOT / "scripts"), *(str(f) for f in sorted(TESTS.iterdir()) if f.is_dir())]
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 torch.set_num_threads(1)  # the models are tiny: threads only cost
 
 pytest_plugins = ["tiny_glue"]
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """torch.compile's caches and counters are empty."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
 
 
 def pytest_collection_modifyitems(items: list) -> None:

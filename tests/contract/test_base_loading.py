@@ -12,8 +12,8 @@ import torch
 import transformers
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract import logits_of
 from transformers import AutoModelForSequenceClassification
+from zoo import logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export

@@ -11,11 +11,11 @@ import torch
 from bases import HEAD, KINDS, LINEARS, PackedLinear, base, float_base, inputs, skip_if_absent
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from test_contract import logits_of
 from torch import Tensor, nn
 from training import arguments, take_steps, trainer
 from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.layers.base import DeltaLayer
@@ -63,7 +63,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def updates(layer: Any, tuner: str) -> tuple[Tensor, Tensor, Tensor]:
     """`(A, B, db)` of a layer in float64, read from its parameters: the update is `B A`."""
     if tuner.startswith("learner"):
-        a, b = layer.learner_P1["default"], layer.learner_P2["default"] * 2.0  # the scaling in tests/tuners.py
+        a, b = layer.learner_P1["default"], layer.learner_P2["default"] * 2.0  # the scaling in tests/support/tuners.py
         bias = layer.learner_bias_delta["default"]
     else:
         a, b = layer.nas_lora_V["default"].t(), layer.nas_lora_U["default"]

@@ -7,7 +7,6 @@ AOTAutograd ("aot_eager"); one slow test runs what inductor makes of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of, train
 from torch._dynamo.utils import counters
+from trained import train
 from tuners import TUNERS
 from verb_cases import config_of, many, switched
+from zoo import logits_of
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 @pytest.fixture(autouse=True)

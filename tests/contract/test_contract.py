@@ -6,8 +6,6 @@ The promises are those of docs/design.md, "Contract".
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,75 +13,20 @@ import torch
 import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from trained import Trained, trained
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners.structure.attention import attention_names
 from peft_learners.structure.modules import linear_names, new_head, norm_names
 
-STEPS_PER_EPOCH, EPOCHS = 3, 2
 CASES = [(tuner, arch) for tuner in TUNERS for arch in zoo.ZOO]
 
 
-@dataclass
-class Trained:
-    tuner: str
-    arch: str
-    base: torch.nn.Module
-    inputs: dict[str, torch.Tensor]
-    model: PeftModel
-    base_logits: torch.Tensor
-    fresh_logits: torch.Tensor
-    logits: torch.Tensor
-    phases: list[str]
-    without_gradient: list[str]
-    frozen_moved: list[str]
-    state_matches: bool
-
-
-def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def train(tuner: str, arch: str) -> Trained:
-    base = zoo.build(arch)
-    inputs = zoo.inputs_of(arch, base)
-    base_logits = logits_of(base, inputs)
-    untouched = copy.deepcopy(base)
-    model = get_peft_model(base, TUNERS[tuner].config(task_type=zoo.ZOO[arch].task_type))
-    fresh_logits = logits_of(model, inputs)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    starts = model.base_model.set_schedule(
-        total_steps=EPOCHS * STEPS_PER_EPOCH, steps_per_epoch=STEPS_PER_EPOCH, optimizer=optimizer
-    )
-    phases, without, moved = [s.phase for s in starts], [], []
-    model.train()
-    for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-        model(**inputs).loss.backward()
-        without += [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        optimizer.step()
-        optimizer.zero_grad()
-        moved += [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]
-        phases += [s.phase for s in model.base_model.update_and_allocate(step)]
-    trained = {p for p in model.parameters() if p.requires_grad}
-    return Trained(
-        tuner, arch, untouched, inputs, model, base_logits, fresh_logits, logits_of(model, inputs), phases, without,
-        moved, set(optimizer.state) == trained,
-    )  # fmt: skip
-
-
-_TRAINED: dict[tuple[str, str], Trained] = {}
-
-
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
-def run(request: pytest.FixtureRequest) -> Iterator[Trained]:
+def run(request: pytest.FixtureRequest) -> Trained:
     """A trained model of its own for each test (training is done once per case)."""
-    case = request.param
-    if case not in _TRAINED:
-        _TRAINED[case] = train(*case)
-    yield copy.deepcopy(_TRAINED[case])
+    return trained(*request.param)
 
 
 def test_structure(run):

@@ -12,11 +12,11 @@ import zoo
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_contract import logits_of
 from torch import nn
 from training import take_steps
 from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners import FARConfig, LearnerConfig
 from peft_learners.structure.weights import base_of, is_offloaded

@@ -13,9 +13,9 @@ import transformers as tf
 import zoo
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from test_contract import logits_of
 from torch import nn
 from tuners import TUNERS
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 

@@ -10,9 +10,9 @@ import zoo
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
 from training import adapter_values, arguments, learner, trainer
 from tuners import TUNERS
+from zoo import logits_of
 
 FILE = "adapter_model.safetensors"
 

@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_contract import logits_of
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 

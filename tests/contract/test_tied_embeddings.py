@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 SMALL = {**zoo.SMALL, "num_hidden_layers": 1}
 EMBEDDINGS = {"gpt2": "wte", "llama": "embed_tokens", "t5": "shared"}

@@ -22,10 +22,10 @@ from peft import (
 )
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
-from test_contract import logits_of
 from training import adapted, adapter_values, arguments, trainer
 from tuners import TUNERS, refuses_to_merge
 from verb_cases import PHASES, config_of, gradients, in_phase, switched, trained
+from zoo import logits_of
 
 AUTO = {
     "bert": AutoPeftModelForSequenceClassification,

@@ -9,9 +9,9 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS
 from verb_cases import config_of, trained
+from zoo import logits_of
 
 all_tuners = pytest.mark.parametrize("tuner", list(TUNERS))
 one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])

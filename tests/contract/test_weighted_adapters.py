@@ -10,8 +10,8 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS
+from zoo import causal_lm, logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 
@@ -39,17 +39,6 @@ PAIRS = {
 }
 
 
-def lm(arch: str) -> torch.nn.Module:
-    """A causal model: one without a new head."""
-    if arch == "llama":
-        return zoo.build("llama")
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def sum_by_hand(base: torch.nn.Module, model: PeftModel) -> dict[str, torch.Tensor]:
     """`W + sum_i w_i (W_i - W)` in float64, with W_i from merging each adapter by itself."""
     total = {name: value.double().clone() for name, value in base.state_dict().items()}
@@ -72,7 +61,7 @@ def test_cat(pair, arch, tmp_path: Path):
     """`cat` is the exact sum, and survives its file."""
     if arch == "llama" and pair == "biases and ranks":
         arch = "gpt2"  # Llama has no biases
-    base = lm(arch)
+    base = causal_lm(arch)
     first, second = (copy.deepcopy(config) for config in PAIRS[pair])
     if arch == "gpt2" and second.target_modules:
         second.target_modules = {"c_attn"}
@@ -105,7 +94,7 @@ def test_cat(pair, arch, tmp_path: Path):
 @pytest.mark.parametrize("pair", ["learners", "structured"])
 def test_svd(pair):
     """`svd` is the nearest sum of its rank."""
-    base = lm("llama")
+    base = causal_lm("llama")
     torch.manual_seed(4)
     model = get_peft_model(copy.deepcopy(base), copy.deepcopy(PAIRS[pair][0]), "one")
     model.add_adapter("two", copy.deepcopy(PAIRS[pair][1]))
@@ -130,7 +119,7 @@ def test_svd(pair):
 )
 def test_sum_refused():
     """Sums that are no adapter of the kind are refused, with a way out."""
-    base = lm("gpt2")
+    base = causal_lm("gpt2")
     for tuner in ("far", "nas-unstructured"):
         config = TUNERS[tuner].config
         model = get_peft_model(copy.deepcopy(base), config(task_type="CAUSAL_LM"), "one")
@@ -168,7 +157,7 @@ def test_one_head():
 
 def test_svd_rank():
     """`svd_rank` holds where one adapter alone has a layer."""
-    model = get_peft_model(lm("llama"), learner_of(r=4, target_modules=["q_proj"], train_norms=False), "one")
+    model = get_peft_model(causal_lm("llama"), learner_of(r=4, target_modules=["q_proj"], train_norms=False), "one")
     model.add_adapter("two", learner_of(r=4, target_modules=["o_proj"], train_norms=False))
     model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", "svd", 2)
     attention = model.base_model.model.model.layers[0].self_attn
@@ -178,7 +167,7 @@ def test_svd_rank():
 def test_missing_parts():
     """Parts that one adapter lacks add nothing. The bias of c_attn belongs to the first, c_fc to the second, which has
     no biases."""
-    model = get_peft_model(lm("gpt2"), learner_of(r=2, target_modules=["c_attn"], train_norms=False), "one")
+    model = get_peft_model(causal_lm("gpt2"), learner_of(r=2, target_modules=["c_attn"], train_norms=False), "one")
     model.add_adapter("two", learner_of(r=2, target_modules=["c_fc"], train_biases=False, train_norms=False))
     inputs = zoo.inputs_of("llama", model)
     model.base_model.set_adapter(["one", "two"])
@@ -190,7 +179,7 @@ def test_missing_parts():
 
 def test_sum_named_as_module():
     """A sum that is called as a module freezes nothing else."""
-    model = get_peft_model(lm("llama"), learner_of(), "one")
+    model = get_peft_model(causal_lm("llama"), learner_of(), "one")
     model.add_adapter("two", learner_of())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "layers", "cat")
@@ -249,7 +238,7 @@ def test_similar_module_names(kind, targets, tmp_path: Path):
 )
 def test_wrong_arguments(arguments, message):
     """Wrong arguments are named."""
-    model = get_peft_model(lm("gpt2"), learner_of(), "one")
+    model = get_peft_model(causal_lm("gpt2"), learner_of(), "one")
     model.add_adapter("two", learner_of())
     call = {"adapters": ["one", "two"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
     with pytest.raises(ValueError, match=message):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
 import subprocess
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import field_tables
+import processes
 import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
-from test_weighted_adapters import lm
 from training import Around, Rows, arguments, far, learner, nas, trainer
+from zoo import causal_lm, logits_of
 
 from peft_learners import BottleneckConfig, LearnerConfig
 
@@ -239,7 +238,7 @@ def test_missing_import(tmp_path: Path):
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         folders.append(str(tmp_path / make.__name__))
         model.save_pretrained(folders[-1])
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
+    environment = processes.environment()
     command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -289,7 +288,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the snippets load by name: a base model, and a trained Learner for it."""
     out = tmp_path_factory.mktemp("hub")
     zoo.build("distilbert").save_pretrained(out / "distilbert-base-uncased")
-    lm("gpt2").save_pretrained(out / "gpt2")
+    causal_lm("gpt2").save_pretrained(out / "gpt2")
     model = learner()
     trainer(model, arguments(out / "run")).train()
     model.save_pretrained(out / "my-learner")

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import processes
 import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_model
-from test_contract import Trained, logits_of
+from trained import Trained
 from training import adapted, far, learner, nas
 from tuners import TUNERS
 from verb_cases import trained
+from zoo import logits_of
 
 from peft_learners import LearnerConfig
 from peft_learners.export import save_as_lora, to_lora
@@ -184,7 +185,7 @@ def test_without_package(tmp_path: Path):
         expected[str(folder)] = run.logits
     script = tmp_path / "load.py"
     script.write_text(LOADER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
+    environment = processes.environment()
     command = [sys.executable, str(script), json.dumps(jobs), str(tmp_path / "out.safetensors")]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_feed_forward
 import torch
 import zoo
+from architectures import OTHERS
+from bottlenecks import adapted
 from peft import convert_to_lora, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
-from test_bottleneck import adapted
-from test_contract import logits_of
 from torch import nn
 from training import arguments, trainer
 from transformers import ConvBertConfig, ConvBertModel
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig
 from peft_learners.export import to_lora
@@ -42,8 +42,7 @@ OUTPUTS = {
 def test_output_projections(arch):
     """The output projections of attentions are found."""
     count, ending = OUTPUTS[arch]
-    others = test_feed_forward.OTHERS
-    model = others[arch][0](others[arch][1]) if arch in others else zoo.build(arch)
+    model = OTHERS[arch][0](OTHERS[arch][1]) if arch in OTHERS else zoo.build(arch)
     found = attention_output_names(model, linear_names(model))
     assert len(found) == count and all(name.endswith(f".{ending}") for name in found), found
 

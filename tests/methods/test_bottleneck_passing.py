@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from bottlenecks import adapted, adapter, llama_network
 from peft import get_peft_model
-from test_bottleneck import adapted, adapter, llama_network
-from test_contract import logits_of
 from torch import Tensor, nn
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig
 

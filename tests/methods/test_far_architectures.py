@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from torch import nn
 from training import arguments, far, trainer
+from zoo import logits_of
 
 from peft_learners import FARConfig
 

@@ -13,9 +13,9 @@ import torch
 import zoo
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
 from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, far, trainer
 from transformers import Trainer
+from zoo import logits_of
 
 from peft_learners import FARConfig, PhaseCallback, ScheduleError
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
-from test_nas_lora import adam, search, searched, train
+from searches import adam, search, searched, train
 from torch import Tensor, nn
 from training import adapter_values, nas
+from zoo import logits_of
 
 from peft_learners import NASLoRAConfig, ScheduleError
 

@@ -14,11 +14,11 @@ import torch
 import zoo
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from test_contract import logits_of
-from test_nas_lora import adam, searched
+from searches import adam, searched
 from torch import Tensor, nn
 from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, nas, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from zoo import logits_of
 
 from peft_learners import PhaseCallback, ScheduleError, get_phased_scheduler
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_functional_gradients import bound_of, exact_results, near, results
+from problems import bound_of, exact_results, near, results
 
 from peft_learners.ops import cut_linear, order_of, others_of, uncut
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import nothing_compiled  # noqa: F401
-from test_functional_gradients import call, make
+from problems import call, make
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 AB = {"x", "a0", "b0"}
 
 

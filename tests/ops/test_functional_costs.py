@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 import training
 import zoo
-from test_functional_gradients import call, make
-from test_functional_types import stored_bytes
+from problems import call, make, stored_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 

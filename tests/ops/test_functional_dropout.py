@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_functional_gradients import call, make, near, reference, results, upstream
-from test_functional_types import lora, ours, parts_of, stored_bytes
+from problems import call, lora, make, near, ours, parts_of, reference, results, stored_bytes, upstream
 from torch import Tensor
 
 from peft_learners.ops import linear_with_updates, separate_linear

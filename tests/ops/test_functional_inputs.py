@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import training
 import zoo
-from test_functional_gradients import PATHS, call, make, near, reference, results, upstream
+from problems import PATHS, call, make, near, reference, results, upstream
 from torch import Tensor
 
 from peft_learners.ops import cut_linear, linear_with_updates

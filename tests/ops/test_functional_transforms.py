@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 import training
 import zoo
 from peft import PeftModel
-from test_functional_gradients import PATHS, call, make, reference
+from problems import PATHS, call, make, reference
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint

@@ -7,69 +7,31 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from test_functional_gradients import (
+from problems import (
     CORNERS,
+    D_IN,
+    D_OUT,
     PATHS,
+    RANK,
+    SCALE,
     bound_of,
     call,
     exact_results,
+    lora,
     make,
     near,
+    ours,
+    parts_of,
     reference,
     results,
+    stored_bytes,
     upstream,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
 BF16 = torch.bfloat16
-D_IN, D_OUT, RANK, SCALE = 64, 48, 4, 2.0
-
-
-def lora(dropout: float = 0.0, dtype: torch.dtype = BF16) -> nn.Module:
-    """PEFT's LoRA on a linear layer in half precision: A and B are float32."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(dtype)
-    config = LoraConfig(
-        target_modules=["0"], r=RANK, lora_alpha=SCALE * RANK, init_lora_weights=False, lora_dropout=dropout
-    )
-    layer = get_peft_model(base, config).base_model.model[0]
-    assert layer.lora_A["default"].weight.dtype == torch.float32
-    return layer
-
-
-def parts_of(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's parameters by our names, as leaves of their own."""
-    own = {
-        "weight": layer.base_layer.weight,
-        "bias": layer.base_layer.bias,
-        "a": layer.lora_A["default"].weight,
-        "b": layer.lora_B["default"].weight,
-    }
-    return {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own.items()}
-
-
-def ours(parts: dict[str, Tensor], x: Tensor, **options: float) -> Tensor:
-    return linear_with_updates(x, parts["weight"], parts["bias"], [(parts["a"], parts["b"], SCALE)], **options)
-
-
-def stored_bytes(run: Callable[[], Tensor], *known: Tensor) -> int:
-    """Bytes kept for backward, beside those of known tensors."""
-    addresses = {t.untyped_storage().data_ptr() for t in known}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in addresses:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()  # alive as long as its graph is counted
-    assert out is not None
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("rows", [5, 300])

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import zoo
@@ -30,7 +30,7 @@ CASES = (
 
 def launch(out: Path, *prefix: str) -> dict:
     out.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    environment = processes.environment(HF_HUB_OFFLINE="1")
     done = subprocess.run([*prefix, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return json.loads((out / "results.json").read_text())
@@ -94,7 +94,7 @@ def test_reduced_bytes(runs, case):
         "far": 2 * 24 * (16 + 16 + 1),
         # 24 of 32 rows of 16 and 12 of 16 rows of 32, with their bias entries
         "far-output-node": 2 * (24 * 17 + 12 * 33),
-        # of a space of 1,840 (tests/test_nas_lora.py) a fifth, 368, is kept
+        # of a space of 1,840 (tests/methods/test_nas_lora.py) a fifth, 368, is kept
         "nas": 1840 - 368,
         # one phase: all that trains is exchanged to the end
         "bottleneck": 0,

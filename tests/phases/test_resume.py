@@ -3,7 +3,7 @@
 Every run is a process of its own. Those that resume are fresh interpreters, as a user's are, with a hash seed of their
 own; the others are forked from a process that has done nothing but import, which takes most of such a run's time.
 
-Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/training.py).
+Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/support/training.py).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from runs import train_tiny
@@ -41,7 +42,7 @@ def run(out: Path, *options: str) -> int:
 def resume(out: Path, *options: str) -> int:
     """The exit status of a run that goes on in a fresh interpreter."""
     command = [sys.executable, train_tiny.__file__, str(out), "--resume", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
     assert done.returncode in (0, -9), done.stderr[-3000:]
     return done.returncode
 

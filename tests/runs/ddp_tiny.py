@@ -9,8 +9,6 @@ import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
-
 import torch
 import torch.distributed as dist
 from training import adapter_values, arguments, bottleneck, far, learner, nas, trainer

@@ -9,11 +9,8 @@ import argparse
 import json
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
-
-sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
 
 import torch
 from training import adapted, adapter_values, arguments, far, learner, nas, trainer
