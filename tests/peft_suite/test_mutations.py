@@ -1,6 +1,6 @@
 """Faults put into copies of the package, each of which has to make tests fail: those of PEFT's suite, or ours.
 
-PEFT's suite sees no phases, so what it can't see (a freeze that has to last) is left to tests/contract/test_contract.py.
+PEFT's suite sees no phases, so what it can't see (a freeze that has to last) is left to test_contract.py.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""PEFT's own, unedited test-suite on our tuners (tests/peft_suite/peft_cases.py says on which, tests/peft_suite/ how)."""
+"""PEFT's own, unedited test-suite on our tuners (peft_cases.py says on which)."""
 
 from __future__ import annotations
 
