@@ -10,10 +10,19 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 import pytest
 import torch
+from forks import Warm
 
 torch.set_num_threads(1)  # the models are tiny: threads only cost
 
 pytest_plugins = ["tiny_glue"]
+
+
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process to fork from that has not imported peft_learners."""
+    process = Warm("peft", "transformers.trainer")
+    yield process
+    process.close()
 
 
 @pytest.fixture

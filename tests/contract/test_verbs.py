@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
@@ -34,13 +33,6 @@ AUTO = {
 }
 all_tuners = pytest.mark.parametrize("tuner", list(TUNERS))
 one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
-
-
-def python(code: str) -> str:
-    """What a fresh process prints that has not imported the plugin."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
 
 
 # -- mixed batches ------------------------------------------------------------------------------------------------
@@ -220,7 +212,7 @@ def test_deepcopy(tuner, phase, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.verb("pickle of configs")
 @pytest.mark.verb("copy.deepcopy, torch.save")
-def test_pickle(tmp_path: Path):
+def test_pickle(warm: Warm, tmp_path: Path):
     """Configs and models are unpickled where the plugin wasn't imported."""
     configs = {name: tuner.config(target_modules=["query"]) for name, tuner in TUNERS.items()}
     chosen = ("learner", "far", "nas-structured", "bottleneck-parallel")
@@ -235,7 +227,7 @@ def test_pickle(tmp_path: Path):
         "out = {n: m.eval()(input_ids=ids).logits.tolist() for n, m in models.items()}\n"
         "print({n: repr(c) for n, c in configs.items()}, out, sep='\\n')\n"
     )
-    read, logits = (eval(line) for line in python(code).splitlines()[-2:])
+    read, logits = (eval(line) for line in warm.python(code, log=tmp_path / "log").splitlines()[-2:])
     assert read == {name: repr(config) for name, config in configs.items()}
     ids = torch.arange(3, 9).view(1, 6)
     for name, model in models.items():

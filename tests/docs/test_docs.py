@@ -5,8 +5,6 @@ from __future__ import annotations
 import ast
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import lru_cache
@@ -14,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import field_tables
-import processes
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
@@ -229,7 +227,7 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_missing_import(tmp_path: Path):
+def test_missing_import(warm: Warm, tmp_path: Path):
     """Without the import everything that loads says KeyError, and the import cures it."""
     zoo.build("bert").save_pretrained(tmp_path / "base")
     folders = []
@@ -238,11 +236,8 @@ def test_missing_import(tmp_path: Path):
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         folders.append(str(tmp_path / make.__name__))
         model.save_pretrained(folders[-1])
-    environment = processes.environment()
-    command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stdout.splitlines() if line] == [PLUGIN_MISSING[0]] * 5 + list(PLUGIN_MISSING)
+    out = warm.python(WITHOUT_THE_PLUGIN, *folders, log=tmp_path / "log")
+    assert [line for line in out.splitlines() if line] == [PLUGIN_MISSING[0]] * 5 + list(PLUGIN_MISSING)
     assert set(PLUGIN_MISSING) <= set(quotes(TROUBLES))
 
 

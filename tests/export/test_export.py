@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
-import processes
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_model
 from trained import Trained
@@ -167,7 +165,7 @@ save_file(out, sys.argv[2])
 
 
 @pytest.mark.slow
-def test_without_package(tmp_path: Path):
+def test_without_package(warm: Warm, tmp_path: Path):
     """Exports load and merge in a process without this package."""
     jobs, expected = [], {}
     for tuner, arch, rank in (
@@ -183,12 +181,7 @@ def test_without_package(tmp_path: Path):
         save_model(run.base, str(base))
         jobs.append((arch, str(folder), str(base)))
         expected[str(folder)] = run.logits
-    script = tmp_path / "load.py"
-    script.write_text(LOADER)
-    environment = processes.environment()
-    command = [sys.executable, str(script), json.dumps(jobs), str(tmp_path / "out.safetensors")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    warm.python(LOADER, json.dumps(jobs), str(tmp_path / "out.safetensors"), log=tmp_path / "log")
     found = load_file(tmp_path / "out.safetensors")
     for folder, logits in expected.items():
         torch.testing.assert_close(found[folder], logits, rtol=1e-5, atol=1e-5)
@@ -443,7 +436,7 @@ def test_target_names():
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path: Path):
+def test_command_line(warm: Warm, tmp_path: Path):
     """A saved adapter with three classes, its base model in a folder."""
     import transformers
 
@@ -462,9 +455,8 @@ def test_command_line(tmp_path: Path):
         main(call)
     with pytest.raises(SystemExit, match="would lose biases of linear layers"):
         main([*call, "--energy", "0.9", "--strict-serving"])
-    command = [sys.executable, "-m", "peft_learners.export", *call, "--rank", "16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "largest error" in done.stdout, done.stderr
+    run = "import runpy; runpy.run_module('peft_learners.export', run_name='__main__', alter_sys=True)"
+    assert "largest error" in warm.python(run, *call, "--rank", "16", log=tmp_path / "log")
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == str(tmp_path / "base")
     again = PeftModel.from_pretrained(base, tmp_path / "out")

@@ -1,18 +1,16 @@
-"""Two real gloo processes by torchrun, against one process on the joined batch."""
+"""Two real gloo processes, against one process on the joined batch. test_loop.py has two that torchrun starts."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
-import processes
 import pytest
 import torch
 import zoo
+from forks import Warm
 
-SCRIPT = Path(__file__).resolve().parents[1] / "runs" / "ddp_tiny.py"
 CASES = (
     "far",
     "far-output-node",
@@ -28,19 +26,24 @@ CASES = (
 )
 
 
-def launch(out: Path, *prefix: str) -> dict:
+def launch(warm: Warm, out: Path, ranks: int) -> dict:
     out.mkdir()
-    environment = processes.environment(HF_HUB_OFFLINE="1")
-    done = subprocess.run([*prefix, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    jobs = []
+    for rank in map(str, range(ranks)):
+        own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+        jobs.append(warm.start("runs.ddp_tiny:main", str(out), log=out / f"log-{rank}", **own))
+    assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
     return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+def runs(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     folder = tmp_path_factory.mktemp("ddp")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    return folder, launch(folder / "two", *torchrun), launch(folder / "one", sys.executable)
+    return folder, launch(warm, folder / "two", 2), launch(warm, folder / "one", 1)
 
 
 @pytest.mark.slow

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import PeftConfig, PeftModel
 from training import Rows, adapter_values, dense_parameters, learner
 
@@ -19,21 +20,24 @@ from peft_learners import ScheduleError
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "accelerate_loop.py"
 
 
-def run_script(out: Path, *prefix: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*prefix, str(SCRIPT), "--output_dir", str(out)], env=environment, capture_output=True, text=True
-    )
+def in_one_process(out: Path, warm: Warm) -> str:
+    run = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    return warm.python(run, "--output_dir", str(out), log=out.with_name("log"))
+
+
+def in_two_processes(out: Path, warm: Warm) -> str:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *torchrun, str(SCRIPT), "--output_dir", str(out)]
+    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_accelerate_example(tmp_path: Path, processes):
+@pytest.mark.parametrize("start", [in_one_process, in_two_processes])
+def test_accelerate_example(tmp_path: Path, warm: Warm, start):
     """The Accelerate example goes through its phases."""
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    out = run_script(tmp_path / "adapter", sys.executable, *(torchrun if processes == 2 else ()))
+    out = start(tmp_path / "adapter", warm)
     trained = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters trained", out)]
     # the boundary at the end of the second epoch takes the dense deltas of 8 layers of 32 x 32
     assert trained[0] - trained[1] == 8 * 32 * 32 and trained[1] == trained[2] == trained[3]

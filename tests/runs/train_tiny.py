@@ -65,12 +65,5 @@ def main(words: list[str] | None = None) -> None:
     torch.save({"adapter": adapter_values(model), "optimizer": state, "starts": starts}, args.out / "final.pt")
 
 
-def logged(words: list[str], log: Path) -> None:
-    """`main`, with stderr in a file."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    main(words)
-
-
 if __name__ == "__main__":
     main()
