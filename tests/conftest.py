@@ -1,29 +1,51 @@
 from __future__ import annotations
 
+import gc
 import os
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
-ROOT = Path(__file__).resolve().parents[1]
-TESTS = ROOT / "tests"
-sys.path[:0] = [str(TESTS), str(ROOT / "scripts"), *(str(f) for f in sorted(TESTS.iterdir()) if f.is_dir())]
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
+from forks import Warm
 
 torch.set_num_threads(1)  # the models are tiny: threads only cost
 
 pytest_plugins = ["tiny_glue"]
 
 
+@pytest.fixture(scope="session")
+def warm() -> Iterator[Warm]:
+    """A process to fork from that has not imported peft_learners."""
+    process = Warm("peft", "transformers.trainer")
+    yield process
+    process.close()
+
+
+@pytest.fixture
+def nothing_compiled() -> Iterator[None]:
+    """torch.compile's caches and counters are empty."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
 def pytest_collection_modifyitems(items: list) -> None:
     """Files with slow tests go first, so that two workers end at about the same time."""
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: item.path not in slow)
+
+
+def pytest_collection_finish() -> None:
+    """What was imported is no garbage, and Trainer looks for some in all there is, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

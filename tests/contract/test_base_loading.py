@@ -12,8 +12,8 @@ import torch
 import transformers
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract import logits_of
 from transformers import AutoModelForSequenceClassification
+from zoo import logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
@@ -77,7 +77,8 @@ def exported(kind: type, classes: int) -> PeftModel:
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("classes", [5, 16, 32])  # 16: as many as the head's inputs; 32: as the FFN's nodes
 @pytest.mark.parametrize("arch", ["distilbert", "bert", "roberta", "mobilebert", "albert", "gpt2", "vit", "bart"])
-def test_heads_of_any_form_and_size_are_loaded(arch, classes, method):
+def test_heads_load(arch, classes, method):
+    """Heads of any form and size are loaded."""
     kind, inputs, expected = saved(arch, classes, method)
     for card in cards():
         (code,) = re.findall(r"```python\n(.*?)```", card, re.S)
@@ -88,7 +89,8 @@ def test_heads_of_any_form_and_size_are_loaded(arch, classes, method):
     torch.testing.assert_close(logits_of(exported(kind, classes), inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_answers_to_questions_have_two_outputs_per_token_whatever_the_base_model_had():
+def test_question_answering_head():
+    """A head for question answering has two outputs per token, whatever the base model had."""
     config = transformers.BertConfig(**zoo.SMALL, max_position_embeddings=32, num_labels=9)
     transformers.BertForTokenClassification(config).save_pretrained("nine-tags")
     name = Path("nine-tags").resolve()
@@ -99,7 +101,8 @@ def test_answers_to_questions_have_two_outputs_per_token_whatever_the_base_model
     export(["my-adapter", "as-lora"])
 
 
-def test_other_modules_that_are_saved_whole_are_no_head():
+def test_modules_to_save_no_head():
+    """Modules in `modules_to_save` that are no head don't count as one."""
     saved("bert", 5, modules_to_save=["pooler", "word_embeddings"])
     assert all("num_labels=5, " in card for card in cards())
     llama = get_peft_model(zoo.build("llama"), CONFIGS["learner"](task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
@@ -108,7 +111,8 @@ def test_other_modules_that_are_saved_whole_are_no_head():
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
 
 
-def test_the_base_models_revision_is_in_the_cards():
+def test_card_revision():
+    """The base model's revision is in the cards."""
     zoo.build("bert").save_pretrained("base")
     base = AutoModelForSequenceClassification.from_pretrained(Path("base").resolve())
     get_peft_model(base, CONFIGS["learner"](task_type="SEQ_CLS"), revision="v9").save_pretrained("my-adapter")
@@ -119,8 +123,9 @@ def test_the_base_models_revision_is_in_the_cards():
 # -- the export command alone ----------------------------------------------------------------------------------------
 
 
-def test_the_command_compares_the_head_with_the_file_where_its_size_can_not_be_read_off():
-    """Named by their whole path, the embeddings look like a part of the head: 64 outputs, or 5?"""
+def test_command_finds_head():
+    """Where the head's size can't be read off the config, the command compares the head with the file. Named by their
+    whole path, the embeddings look like a part of the head: 64 outputs, or 5?"""
     kind, inputs, expected = saved("bert", 5, modules_to_save=["bert.embeddings.word_embeddings"])
     model_card.main(["my-adapter"])
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
@@ -128,7 +133,8 @@ def test_the_command_compares_the_head_with_the_file_where_its_size_can_not_be_r
     torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_command_takes_the_number_of_classes_and_says_if_it_is_wrong(capsys):
+def test_command_num_labels(capsys):
+    """The command takes the number of classes, and says if it is wrong."""
     kind, inputs, expected = saved("bert", 5)
     with pytest.raises(SystemExit, match=r"^error: The checkpoint does not fit .*\(5.*in the file, \(4"):
         export(["my-adapter", "as-lora", "--num_labels", "4"])
@@ -139,7 +145,8 @@ def test_the_command_takes_the_number_of_classes_and_says_if_it_is_wrong(capsys)
     assert "--num_labels must be at least 1, got 0" in capsys.readouterr().err
 
 
-def test_the_command_says_what_it_can_not_load_or_write():
+def test_command_errors():
+    """The command says what it can't load or write."""
     saved("bert", 2)
     config, own = Path("my-adapter/adapter_config.json"), Path("my-adapter/adapter_config.json").read_text()
     Path("a-file").write_text("mine")
@@ -164,7 +171,8 @@ def test_the_command_says_what_it_can_not_load_or_write():
         export(["my-adapter", "out"])
 
 
-def test_the_command_refuses_models_that_are_none_of_transformers():
+def test_command_foreign_model():
+    """The command refuses models that aren't transformers' own."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     get_peft_model(base, CONFIGS["learner"](target_modules=["0"])).save_pretrained("my-adapter")
     with pytest.raises(SystemExit, match=r"^error: The adapter was made for a Sequential, .*save_as_lora"):

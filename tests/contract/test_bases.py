@@ -11,11 +11,11 @@ import torch
 from bases import HEAD, KINDS, LINEARS, PackedLinear, base, float_base, inputs, skip_if_absent
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from safetensors.torch import load_file
-from test_contract import logits_of
 from torch import Tensor, nn
 from training import arguments, take_steps, trainer
 from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.layers.base import DeltaLayer
@@ -63,7 +63,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def updates(layer: Any, tuner: str) -> tuple[Tensor, Tensor, Tensor]:
     """`(A, B, db)` of a layer in float64, read from its parameters: the update is `B A`."""
     if tuner.startswith("learner"):
-        a, b = layer.learner_P1["default"], layer.learner_P2["default"] * 2.0  # the scaling in tests/tuners.py
+        a, b = layer.learner_P1["default"], layer.learner_P2["default"] * 2.0  # the scaling in tests/support/tuners.py
         bias = layer.learner_bias_delta["default"]
     else:
         a, b = layer.nas_lora_V["default"].t(), layer.nas_lora_U["default"]
@@ -71,7 +71,8 @@ def updates(layer: Any, tuner: str) -> tuple[Tensor, Tensor, Tensor]:
     return a.detach().double(), b.detach().double(), bias.detach().double()
 
 
-def test_all_linear_layers_of_the_base_are_found_and_none_passes_for_a_float_matrix(kind):
+def test_linears_found(kind):
+    """All linear layers of the base are found, and none passes for a float matrix."""
     model, original = base(kind), float_base()
     names = linear_names(model)
     assert len(names) == LINEARS
@@ -88,7 +89,8 @@ def test_all_linear_layers_of_the_base_are_found_and_none_passes_for_a_float_mat
 
 @pytest.mark.parametrize("rows", [2, 200], ids=["few-rows", "many-rows"])
 @pytest.mark.parametrize("tuner", LOW_RANK)
-def test_output_is_that_of_the_quantised_layer_plus_the_exact_terms(kind, tuner, rows):
+def test_quantised_output(kind, tuner, rows):
+    """The output is that of the quantised layer plus the exact terms."""
     layer = layer_of(adapted(base(kind), tuner, init_weights=False).eval())
     x = torch.randn(rows, layer.in_features, generator=torch.Generator().manual_seed(2))
     a, b, bias = updates(layer, tuner)
@@ -101,7 +103,8 @@ def test_output_is_that_of_the_quantised_layer_plus_the_exact_terms(kind, tuner,
 
 
 @pytest.mark.parametrize("tuner", LOW_RANK)
-def test_gradients_are_exact_and_reach_the_input_through_the_quantised_layer(kind, tuner):
+def test_quantised_gradients(kind, tuner):
+    """Gradients are exact, and reach the input through the quantised layer."""
     layer = layer_of(adapted(base(kind), tuner, init_weights=False).train())
     generator = torch.Generator().manual_seed(2)
     x = torch.randn(50, layer.in_features, generator=generator, requires_grad=True)
@@ -127,8 +130,9 @@ def test_gradients_are_exact_and_reach_the_input_through_the_quantised_layer(kin
 
 
 @pytest.mark.parametrize("tuner", [*LOW_RANK, "bottleneck-parallel"])
-def test_adapter_trains_saves_and_leaves_the_base_as_it_was(kind, tuner, tmp_path: Path):
-    """Training comes before any evaluation, which changes bitsandbytes' 4-bit layers on a CPU for good."""
+def test_train_and_save(kind, tuner, tmp_path: Path):
+    """The adapter trains, is saved, and leaves the base as it was. Training comes before any evaluation, which changes
+    bitsandbytes' 4-bit layers on a CPU for good."""
     batch = inputs()
     before = base_values(base(kind))
     model = adapted(base(kind), tuner)
@@ -165,7 +169,8 @@ def test_adapter_trains_saves_and_leaves_the_base_as_it_was(kind, tuner, tmp_pat
 
 @pytest.mark.parametrize("verb", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured"])
-def test_merging_refuses_before_anything_is_merged(kind, tuner, verb):
+def test_merge_refused(kind, tuner, verb):
+    """Merging refuses before anything is merged."""
     batch = inputs()
     model = adapted(base(kind), tuner, init_weights=False)
     logits = logits_of(model, batch)
@@ -177,8 +182,8 @@ def test_merging_refuses_before_anything_is_merged(kind, tuner, verb):
         layer_of(model).merge()
 
 
-def test_trainer_trains_on_it(kind, tmp_path: Path):
-    """Which refuses quantised models without an adapter."""
+def test_trainer(kind, tmp_path: Path):
+    """Trainer, which refuses quantised models without an adapter, trains on it."""
     tuner = "nas-unstructured"
     model = adapted(base(kind), tuner)
     run = trainer(model, arguments(tmp_path, max_grad_norm=1.0, num_train_epochs=2))
@@ -190,7 +195,8 @@ def test_trainer_trains_on_it(kind, tmp_path: Path):
     assert torch.equal(logits_of(again, inputs()), logits_of(model, inputs()))
 
 
-def test_biases_alone_train_and_merge_exactly(kind):
+def test_biases_alone(kind):
+    """Biases alone train, and merge exactly."""
     batch = inputs()
     set_seed(1)
     model = get_peft_model(base(kind), NASLoRAConfig(r=0, parameter_budget=0.5, task_type="SEQ_CLS"))
@@ -207,7 +213,8 @@ def test_biases_alone_train_and_merge_exactly(kind):
 
 
 @pytest.mark.parametrize("arch", ["bert", "llama"])
-def test_priming_a_quantised_attention_is_refused_with_the_call_that_works(kind, arch):
+def test_priming_refused(kind, arch):
+    """Priming a quantised attention is refused, with the call that works."""
     task = "SEQ_CLS" if arch == "bert" else "CAUSAL_LM"
     with pytest.raises(ValueError) as error:
         get_peft_model(base(kind, arch), LearnerConfig(r=4, task_type=task))
@@ -216,8 +223,8 @@ def test_priming_a_quantised_attention_is_refused_with_the_call_that_works(kind,
     get_peft_model(base(kind, arch), LearnerConfig(r=4, priming_epochs=0, task_type=task))
 
 
-def test_what_is_in_float_can_be_primed(kind):
-    """With the names that the error gives."""
+def test_float_layers_primed(kind):
+    """What is in float can be primed, with the names that the error gives."""
     keep = (*HEAD, "query", "value")
     with pytest.raises(ValueError, match=r"and 3 more.*priming_modules=\['query', 'value'\]"):
         get_peft_model(base(kind, keep=keep), LearnerConfig(r=4, task_type="SEQ_CLS"))
@@ -232,7 +239,8 @@ def test_what_is_in_float_can_be_primed(kind):
         model.merge_and_unload()
 
 
-def test_a_primed_adapter_is_refused_by_a_quantised_base(kind, tmp_path: Path):
+def test_primed_adapter_refused(kind, tmp_path: Path):
+    """A quantised base refuses a primed adapter."""
     model = adapted(float_base(), "learner")
     take_steps(model, inputs(), STEPS)
     model.save_pretrained(tmp_path)
@@ -240,7 +248,8 @@ def test_a_primed_adapter_is_refused_by_a_quantised_base(kind, tmp_path: Path):
         PeftModel.from_pretrained(base(kind), tmp_path)
 
 
-def test_far_is_refused_with_what_works_in_its_place(kind):
+def test_far_refused(kind):
+    """FAR is refused, with what works in its place."""
     with pytest.raises(ValueError) as error:
         get_peft_model(base(kind), FARConfig(task_type="SEQ_CLS"))
     assert "FAR adds a dense delta to" in str(error.value) and f"(got {KINDS[kind].stored})" in str(error.value)
@@ -248,8 +257,9 @@ def test_far_is_refused_with_what_works_in_its_place(kind):
     get_peft_model(base(kind), NASLoRAConfig(task_type="SEQ_CLS"))
 
 
-def test_far_trains_and_merges_what_is_in_float(kind):
-    """FFNs in float, the attention and the pooler quantised and left out, as the error says."""
+def test_far_float_layers(kind):
+    """FAR trains and merges what is in float: FFNs in float, the attention and the pooler quantised and left out, as
+    the error says."""
     keep = (*HEAD, *(f"bert.encoder.layer.{i}.{part}.dense" for i in range(2) for part in ("intermediate", "output")))
     with pytest.raises(ValueError, match=r"leave those out: FARConfig\(exclude_modules=\[") as error:
         get_peft_model(base(kind, keep=keep), FARConfig(task_type="SEQ_CLS"))
@@ -264,7 +274,8 @@ def test_far_trains_and_merges_what_is_in_float(kind):
 
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured"])
-def test_a_quantised_head_is_refused(kind, tuner):
+def test_quantised_head_refused(kind, tuner):
+    """A quantised head is refused."""
     with pytest.raises(ValueError, match=r"classifier is trained whole.*skip_modules=\['classifier'\]"):
         adapted(base(kind, keep=()), tuner)
 
@@ -284,7 +295,8 @@ def test_autocast(kind):
 
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-unstructured", "bottleneck-sequential"])
-def test_gradient_checkpointing_of_a_model_prepared_for_kbit_training(kind, tuner):
+def test_kbit_checkpointing(kind, tuner):
+    """Gradient checkpointing works on a model from `prepare_model_for_kbit_training`."""
     batch = inputs("llama")
 
     def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -303,7 +315,8 @@ def test_gradient_checkpointing_of_a_model_prepared_for_kbit_training(kind, tune
         torch.testing.assert_close(checkpointed[name], value, rtol=1e-4, atol=1e-6, msg=name)
 
 
-def test_rows_of_a_mixed_batch_have_their_own_adapters(kind):
+def test_mixed_batch(kind):
+    """Rows of a mixed batch have their own adapters."""
     batch = inputs()
     model = adapted(base(kind), "learner-unprimed", init_weights=False)
     set_seed(7)
@@ -319,7 +332,8 @@ def test_rows_of_a_mixed_batch_have_their_own_adapters(kind):
         torch.testing.assert_close(mixed[row], single[name][row], rtol=1e-3, atol=1e-3)
 
 
-def test_initial_values_are_not_rounded_to_the_type_the_base_computes_in(kind):
+def test_init_dtype(kind):
+    """Initial values aren't rounded to the type that the base computes in."""
     model = adapted(base(kind, dtype=torch.bfloat16), "nas-unstructured")
     layer = layer_of(model)
     space = layer.nas_lora_space["default"]
@@ -354,7 +368,8 @@ class OperatorLinear(PackedLinear):
 
 
 @pytest.mark.parametrize("layer", [OpaqueLinear, OperatorLinear])
-def test_a_layer_that_passes_no_gradient_on_is_refused_where_it_would_matter(layer):
+def test_no_gradient_refused(layer):
+    """A layer that passes no gradient on is refused where that would matter."""
     model = nn.Sequential()
     model.first_linear, model.second_linear = nn.Linear(8, 8), layer(nn.Linear(8, 8, bias=False))
     config = LearnerConfig(r=2, priming_epochs=0, target_modules=["first_linear", "second_linear"])
@@ -366,7 +381,8 @@ def test_a_layer_that_passes_no_gradient_on_is_refused_where_it_would_matter(lay
         model(x)
 
 
-def test_four_bits_that_bitsandbytes_has_packed_for_inference_are_not_trained_in_silence():
+def test_packed_4bit_told():
+    """Layers of 4 bits that bitsandbytes has packed for inference aren't trained in silence."""
     skip_if_absent("bnb-nf4")
     model, batch = adapted(base("bnb-nf4", "llama"), "learner-unprimed", task_type="CAUSAL_LM"), inputs("llama")
     model.train()

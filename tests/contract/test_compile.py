@@ -7,7 +7,6 @@ AOTAutograd ("aot_eager"); one slow test runs what inductor makes of them.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +14,13 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of, train
 from torch._dynamo.utils import counters
+from trained import train
 from tuners import TUNERS
 from verb_cases import config_of, many, switched
+from zoo import logits_of
 
-
-@pytest.fixture(autouse=True)
-def nothing_compiled() -> Iterator[None]:
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 
 
 @pytest.fixture(autouse=True)
@@ -67,7 +61,8 @@ def saved_with_other_values(model: PeftModel, out: Path) -> PeftModel:
 @pytest.mark.verb("torch.compile, then set_adapter")
 @pytest.mark.verb("torch.compile, then load_adapter in place")
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_each_form_is_compiled_once(tuner, tmp_path: Path):
+def test_compiled_once(tuner, tmp_path: Path):
+    """Each form of an adapter is compiled once."""
     model, inputs, own = two_adapters(tuner, "bert")
     twin = saved_with_other_values(model, tmp_path)
     run = compiled(model.eval())
@@ -97,7 +92,8 @@ def test_each_form_is_compiled_once(tuner, tmp_path: Path):
         ("bottleneck-sequential", "gpt2"),
     ],
 )
-def test_other_architectures_are_one_graph_too(tuner, arch):
+def test_other_architectures(tuner, arch):
+    """Other architectures are one graph too."""
     run = train(tuner, arch)
     inputs, fresh = many(run.inputs), copy.deepcopy(run.model).eval()
     torch.testing.assert_close(logits_of(compiled(fresh), inputs)[:3], run.logits, rtol=1e-5, atol=1e-5)
@@ -105,8 +101,9 @@ def test_other_architectures_are_one_graph_too(tuner, arch):
 
 
 @pytest.mark.parametrize("names", [["gate_proj"], ["down_proj"], ["gate_proj", "down_proj"], ["act_fn"]])
-def test_parallel_adapters_whose_layers_are_compiled_apart(names):
-    """What goes into a network comes to its end whichever of its layers are compiled."""
+def test_layers_compiled_apart(names):
+    """Parallel bottleneck adapters work where layers are compiled one by one. What goes into a network comes to its
+    end whichever of its layers are compiled."""
     run = train("bottleneck-parallel", "llama")
     for block in run.model.base_model.model.model.layers:
         for name in names:
@@ -116,8 +113,8 @@ def test_parallel_adapters_whose_layers_are_compiled_apart(names):
 
 @pytest.mark.verb("torch.compile, inference")
 @pytest.mark.parametrize("tuner", ["far", "nas-structured"])
-def test_disabled_and_merged_adapters_are_seen(tuner):
-    """A compiled model must not go on with what it was compiled with."""
+def test_disabled_and_merged(tuner):
+    """A compiled model follows disabling and merging, and does not go on with what it was compiled with."""
     run = train(tuner, "bert")
     model, inputs = run.model.eval(), many(run.inputs)
     call = compiled(model)
@@ -134,8 +131,9 @@ def test_disabled_and_merged_adapters_are_seen(tuner):
 
 @pytest.mark.verb("torch.compile, training")
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_compiled_training_is_the_eager_one_across_the_boundary(tuner):
-    """A boundary compiles once more, since parts freeze or shrink; no step between does."""
+def test_compiled_training(tuner):
+    """Compiled training is the eager one, across the boundary. A boundary compiles once more, since parts freeze or
+    shrink; no step between does."""
     ends, counts = [], []
     for compile_it in (False, True):
         base = zoo.build("bert")
@@ -164,7 +162,8 @@ def test_compiled_training_is_the_eager_one_across_the_boundary(tuner):
 
 @pytest.mark.verb("torch.compile, adapter_names=", limit="not with `fullgraph=True`, as with LoRA")
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_mixed_batches_go_through_a_compiled_model(tuner):
+def test_mixed_batch(tuner):
+    """Mixed batches go through a compiled model."""
     model, inputs, own = two_adapters(tuner, "bert")
     mixed = {**inputs, "adapter_names": ["default", "other", "default"] * 3}
     expected = torch.stack([own[name][row] for row, name in enumerate(mixed["adapter_names"])])

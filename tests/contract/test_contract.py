@@ -6,8 +6,6 @@ The promises are those of docs/design.md, "Contract".
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,78 +13,24 @@ import torch
 import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from trained import Trained, trained
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners.structure.attention import attention_names
 from peft_learners.structure.modules import linear_names, new_head, norm_names
 
-STEPS_PER_EPOCH, EPOCHS = 3, 2
 CASES = [(tuner, arch) for tuner in TUNERS for arch in zoo.ZOO]
 
 
-@dataclass
-class Trained:
-    tuner: str
-    arch: str
-    base: torch.nn.Module
-    inputs: dict[str, torch.Tensor]
-    model: PeftModel
-    base_logits: torch.Tensor
-    fresh_logits: torch.Tensor
-    logits: torch.Tensor
-    phases: list[str]
-    without_gradient: list[str]
-    frozen_moved: list[str]
-    state_matches: bool
-
-
-def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    model.eval()
-    with torch.no_grad():
-        return model(**inputs).logits
-
-
-def train(tuner: str, arch: str) -> Trained:
-    base = zoo.build(arch)
-    inputs = zoo.inputs_of(arch, base)
-    base_logits = logits_of(base, inputs)
-    untouched = copy.deepcopy(base)
-    model = get_peft_model(base, TUNERS[tuner].config(task_type=zoo.ZOO[arch].task_type))
-    fresh_logits = logits_of(model, inputs)
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    starts = model.base_model.set_schedule(
-        total_steps=EPOCHS * STEPS_PER_EPOCH, steps_per_epoch=STEPS_PER_EPOCH, optimizer=optimizer
-    )
-    phases, without, moved = [s.phase for s in starts], [], []
-    model.train()
-    for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
-        model(**inputs).loss.backward()
-        without += [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
-        optimizer.step()
-        optimizer.zero_grad()
-        moved += [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]
-        phases += [s.phase for s in model.base_model.update_and_allocate(step)]
-    trained = {p for p in model.parameters() if p.requires_grad}
-    return Trained(
-        tuner, arch, untouched, inputs, model, base_logits, fresh_logits, logits_of(model, inputs), phases, without,
-        moved, set(optimizer.state) == trained,
-    )  # fmt: skip
-
-
-_TRAINED: dict[tuple[str, str], Trained] = {}
-
-
 @pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
-def run(request: pytest.FixtureRequest) -> Iterator[Trained]:
+def run(request: pytest.FixtureRequest) -> Trained:
     """A trained model of its own for each test (training is done once per case)."""
-    case = request.param
-    if case not in _TRAINED:
-        _TRAINED[case] = train(*case)
-    yield copy.deepcopy(_TRAINED[case])
+    return trained(*request.param)
 
 
-def test_structure_is_found(run):
+def test_structure(run):
+    """The model's attention, linear layers, norms and head are found."""
     entry = zoo.ZOO[run.arch]
     linears = linear_names(run.base)
     assert len(linears) == entry.linears
@@ -96,28 +40,33 @@ def test_structure_is_found(run):
 
 
 @pytest.mark.verb("get_peft_model", limit={"NAS-LoRA": "a fresh adapter changes the function, unless init='lora'"})
-def test_fresh_adapter_leaves_the_function_as_it_is(run):
+def test_fresh_adapter(run):
+    """A fresh adapter leaves the function as it is, unless its tuner says otherwise."""
     assert torch.equal(run.fresh_logits, run.base_logits) == TUNERS[run.tuner].fresh_is_identity
 
 
 @pytest.mark.verb("get_peft_model")
-def test_training_goes_through_all_phases_and_changes_the_function(run):
+def test_phases(run):
+    """Training goes through all phases and changes the function."""
     assert tuple(run.phases) == TUNERS[run.tuner].phases
     assert run.model.peft_config["default"].completed_phases == list(TUNERS[run.tuner].phases[:-1])
     assert not torch.allclose(run.logits, run.base_logits, atol=1e-2)
 
 
-def test_all_that_trains_gets_a_gradient_and_nothing_else_moves(run):
+def test_gradients(run):
+    """All that trains gets a gradient, and nothing else moves."""
     assert run.without_gradient == []
     assert run.frozen_moved == []
 
 
-def test_optimizer_holds_state_for_exactly_what_trains(run):
+def test_optimizer_state(run):
+    """The optimizer holds state for exactly what trains."""
     assert run.state_matches
     assert all(p.grad is None for p in run.model.parameters() if not p.requires_grad)
 
 
-def test_base_weights_are_never_written_to(run):
+def test_base_untouched(run):
+    """The base's weights are never written to."""
     original = dict(run.base.named_parameters())
     inside = {
         name.replace(".base_layer.", "."): p
@@ -131,7 +80,8 @@ def test_base_weights_are_never_written_to(run):
 
 
 @pytest.mark.verb("disable_adapter")
-def test_disabled_adapter_gives_the_base_back_bit_for_bit(run):
+def test_disable_adapter(run):
+    """A disabled adapter gives the base back, bit for bit."""
     with run.model.disable_adapter():
         assert torch.equal(logits_of(run.model, run.inputs), run.base_logits)
     assert torch.equal(logits_of(run.model, run.inputs), run.logits)
@@ -140,7 +90,8 @@ def test_disabled_adapter_gives_the_base_back_bit_for_bit(run):
 @pytest.mark.verb("add_adapter")
 @pytest.mark.verb("delete_adapter")
 @pytest.mark.verb("set_requires_grad")
-def test_what_is_frozen_stays_frozen(run):
+def test_stays_frozen(run):
+    """What a boundary froze stays frozen, whatever verb is called."""
     model = run.model
     expected = {n for n, p in model.named_parameters() if p.requires_grad}
     with model.disable_adapter():
@@ -160,7 +111,8 @@ def test_what_is_frozen_stays_frozen(run):
 
 @pytest.mark.verb("PeftModel.from_pretrained")
 @pytest.mark.verb("low_cpu_mem_usage=True")
-def test_reloaded_adapter_gives_the_same_logits_bit_for_bit(run, tmp_path: Path):
+def test_reload(run, tmp_path: Path):
+    """A reloaded adapter gives the same logits, bit for bit."""
     run.model.save_pretrained(tmp_path)
     for low in (False, True):
         again = PeftModel.from_pretrained(copy.deepcopy(run.base), tmp_path, low_cpu_mem_usage=low)
@@ -169,7 +121,8 @@ def test_reloaded_adapter_gives_the_same_logits_bit_for_bit(run, tmp_path: Path)
 
 
 @pytest.mark.verb("save_pretrained")
-def test_saved_is_everything_that_contributes_and_nothing_else(run, tmp_path: Path):
+def test_saved_tensors(run, tmp_path: Path):
+    """Everything that contributes is saved, and nothing else."""
     run.model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     added = {
@@ -183,7 +136,8 @@ def test_saved_is_everything_that_contributes_and_nothing_else(run, tmp_path: Pa
 
 
 @pytest.mark.verb("PeftModel.from_pretrained(is_trainable=True)")
-def test_adapter_loaded_for_training_goes_on_in_its_last_phase(run, tmp_path: Path):
+def test_reload_trainable(run, tmp_path: Path):
+    """An adapter loaded for training goes on in its last phase."""
     run.model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(run.base), tmp_path, is_trainable=True)
     trained = {n for n, p in run.model.named_parameters() if p.requires_grad}
@@ -196,7 +150,8 @@ def test_adapter_loaded_for_training_goes_on_in_its_last_phase(run, tmp_path: Pa
 
 
 @pytest.mark.verb("merge_and_unload", no={"bottleneck": "refused, since no weight can hold what is not linear"})
-def test_merged_agrees_to_1e_5_and_is_the_plain_model(run):
+def test_merge_and_unload(run):
+    """The merged model agrees to 1e-5, and is a plain model."""
     if refuses_to_merge(run.tuner, run.model):
         assert torch.equal(logits_of(run.model, run.inputs), run.logits)
         return
@@ -212,7 +167,8 @@ def test_merged_agrees_to_1e_5_and_is_the_plain_model(run):
 @pytest.mark.verb(
     "merge_adapter, unmerge_adapter", no={"bottleneck": "refused, since no weight can hold what is not linear"}
 )
-def test_merge_and_unmerge_in_place(run):
+def test_merge_unmerge(run):
+    """Merging in place keeps the function, and so does unmerging."""
     if refuses_to_merge(run.tuner, run.model):
         assert torch.equal(logits_of(run.model, run.inputs), run.logits)
         return
@@ -223,7 +179,8 @@ def test_merge_and_unmerge_in_place(run):
 
 
 @pytest.mark.verb("unload")
-def test_unload_gives_the_original_back_bit_for_bit(run):
+def test_unload(run):
+    """`unload` gives the original back, bit for bit."""
     back = run.model.unload()
     assert type(back) is type(run.base)
     ours, theirs = back.state_dict(), run.base.state_dict()
@@ -236,7 +193,8 @@ def test_unload_gives_the_original_back_bit_for_bit(run):
 @pytest.mark.verb("set_adapter")
 @pytest.mark.verb("load_adapter")
 @pytest.mark.verb("delete_adapter")
-def test_two_adapters_live_on_one_base_and_switch(run, tmp_path: Path):
+def test_two_adapters(run, tmp_path: Path):
+    """Two adapters live on one base and switch."""
     run.model.save_pretrained(tmp_path)
     model = run.model
     model.load_adapter(tmp_path, "twin")
@@ -255,7 +213,8 @@ def test_two_adapters_live_on_one_base_and_switch(run, tmp_path: Path):
 
 
 @pytest.mark.verb("load_adapter in place", limit="the weights alone: the config, phases included, stays as it is")
-def test_in_place_reload_of_another_adapters_weights(run, tmp_path: Path):
+def test_load_in_place(run, tmp_path: Path):
+    """`load_adapter` puts another adapter's weights into one that is there."""
     run.model.save_pretrained(tmp_path)
     torch.manual_seed(5)
     settings = {"task_type": zoo.ZOO[run.arch].task_type, "init_weights": False}

@@ -12,11 +12,11 @@ import zoo
 from accelerate import cpu_offload, disk_offload, dispatch_model, init_empty_weights
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_contract import logits_of
 from torch import nn
 from training import take_steps
 from transformers import set_seed
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 from peft_learners import FARConfig, LearnerConfig
 from peft_learners.structure.weights import base_of, is_offloaded
@@ -72,7 +72,8 @@ def offloaded(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], nn
 @pytest.mark.verb("device_map, offloading")
 @pytest.mark.parametrize("place", ["cpu", {"": "cpu"}, "auto"], ids=str)
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_models_that_transformers_places_on_a_cpu(tuner, place, tmp_path: Path):
+def test_cpu_device_map(tuner, place, tmp_path: Path):
+    """Adapters work on models that transformers places on a CPU."""
     plain = zoo.build("distilbert")
     plain.save_pretrained(tmp_path / "base")
     batch = zoo.inputs_of("distilbert", plain)
@@ -92,8 +93,9 @@ def test_models_that_transformers_places_on_a_cpu(tuner, place, tmp_path: Path):
 
 @pytest.mark.verb("device_map, offloading")
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
-def test_adapter_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloaded):
-    """PEFT itself puts the adapter where the weight seems to be, on meta, and its values are lost."""
+def test_offloaded_inference(tuner, offloaded):
+    """An adapter on an offloaded base gives what it gives on an ordinary one. PEFT itself puts the adapter where the
+    weight seems to be, on meta, and its values are lost."""
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     reference, model = (adapted(base, tuner, init_weights=False) for base in (zoo.build("bert"), offloaded()))
     ours = {n: p for n, p in model.named_parameters() if f".{TUNERS[tuner].prefix}" in n}
@@ -109,7 +111,8 @@ def test_adapter_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloade
 
 
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
-def test_training_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offloaded, tmp_path: Path):
+def test_offloaded_training(tuner, offloaded, tmp_path: Path):
+    """Training on an offloaded base is that on an ordinary one."""
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     reference, model = (adapted(base, tuner) for base in (zoo.build("bert"), offloaded()))
     expected = take_steps(reference, batch, STEPS)[0]
@@ -127,7 +130,8 @@ def test_training_on_an_offloaded_base_is_that_on_an_ordinary_one(tuner, offload
 
 
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
-def test_norms_that_are_computed_again_in_backward_have_their_offloaded_weights_then(tuner):
+def test_offloaded_norms(tuner):
+    """Norms that are computed again in backward have their offloaded weights then."""
     base = zoo.build("llama")
     batch = zoo.inputs_of("llama", base)
     cpu_offload(base.model, execution_device=CPU)
@@ -137,7 +141,8 @@ def test_norms_that_are_computed_again_in_backward_have_their_offloaded_weights_
 
 
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
-def test_merging_writes_to_offloaded_weights_and_unmerging_gives_them_back(tuner, offloaded):
+def test_offloaded_merge(tuner, offloaded):
+    """Merging writes to offloaded weights, and unmerging gives them back."""
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     model, base = adapted(offloaded(), tuner, init_weights=False), logits_of(zoo.build("bert"), batch)
     logits = logits_of(model, batch)
@@ -159,7 +164,8 @@ def test_merging_writes_to_offloaded_weights_and_unmerging_gives_them_back(tuner
     torch.testing.assert_close(logits_of(merged, batch), logits, rtol=1e-5, atol=1e-5)
 
 
-def test_unloading_a_merged_adapter_gives_offloaded_weights_back(offloaded):
+def test_offloaded_unload(offloaded):
+    """Unloading a merged adapter gives offloaded weights back."""
     batch = zoo.inputs_of("bert", zoo.build("bert"))
     model = adapted(offloaded(), "learner", init_weights=False)
     model.merge_adapter()
@@ -171,8 +177,9 @@ def test_unloading_a_merged_adapter_gives_offloaded_weights_back(offloaded):
 @pytest.mark.parametrize(
     "tuner", ["learner", "far", "nas-unstructured", "bottleneck-sequential", "bottleneck-parallel"]
 )
-def test_an_adapted_model_can_be_offloaded_as_a_whole(tuner, arch):
-    """The adapters' own weights too; ViT has convolutions and composites, GPT-2 Conv1D."""
+def test_offload_adapted_model(tuner, arch):
+    """An adapted model can be offloaded as a whole, the adapters' own weights too; ViT has convolutions and
+    composites, GPT-2 Conv1D."""
     batch = zoo.inputs_of(arch, zoo.build(arch))
     model = adapted(zoo.build(arch), tuner, arch, init_weights=False)
     logits, base = logits_of(model, batch), logits_of(zoo.build(arch), batch)
@@ -191,15 +198,17 @@ def test_an_adapted_model_can_be_offloaded_as_a_whole(tuner, arch):
 
 
 @pytest.mark.verb("device_map, offloading", tuners=["FAR"], limit="a base whose weights are offloaded is refused")
-def test_far_on_an_offloaded_base_is_refused(offloaded):
+def test_offloaded_far_refused(offloaded):
+    """FAR on an offloaded base is refused."""
     with pytest.raises(ValueError, match="are offloaded. FAR's deltas are as large as the weights"):
         get_peft_model(offloaded(), FARConfig(task_type="SEQ_CLS"))
 
 
 @pytest.mark.verb("device_map, offloading", limit="a head that is offloaded is refused, since it is trained")
 @pytest.mark.parametrize("tuner", OFFLOADABLE)
-def test_an_offloaded_head_is_refused(tuner):
-    """It would be trained nowhere: accelerate puts the old values in place for each call."""
+def test_offloaded_head_refused(tuner):
+    """An offloaded head is refused: it would be trained nowhere: accelerate puts the old values in place for each
+    call."""
     model = zoo.build("bert")
     cpu_offload(model, execution_device=CPU)
     with pytest.raises(ValueError, match=r"classifier is trained whole .* offloaded. Keep it on a device"):
@@ -208,8 +217,8 @@ def test_an_offloaded_head_is_refused(tuner):
 
 @pytest.mark.parametrize("arch", ["bert", "llama", "vit"])
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_adapters_on_the_meta_device_count_as_real_ones_do(tuner, arch):
-    """And once the values are there, they compute the same."""
+def test_meta_counts(tuner, arch):
+    """Adapters on the meta device count as real ones do and, once the values are there, compute the same."""
     real = adapted(zoo.build(arch), tuner, arch, init_weights=False)
     shapes = {name: (p.shape, p.dtype, p.requires_grad) for name, p in real.named_parameters()}
     with torch.device("meta"):
@@ -235,8 +244,9 @@ def test_adapters_on_the_meta_device_count_as_real_ones_do(tuner, arch):
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
-def test_an_adapter_is_loaded_onto_a_base_on_the_meta_device(tuner, tmp_path: Path):
-    """Its shapes are checked there too; as with LoRA, its values are not kept."""
+def test_meta_load(tuner, tmp_path: Path):
+    """An adapter is loaded onto a base on the meta device. Its shapes are checked there too; as with LoRA, its values
+    are not kept."""
     real = adapted(zoo.build("bert"), tuner, init_weights=False)
     real.save_pretrained(tmp_path)
 
@@ -250,8 +260,8 @@ def test_an_adapter_is_loaded_onto_a_base_on_the_meta_device(tuner, tmp_path: Pa
     assert all(p.is_meta for n, p in model.named_parameters() if f".{TUNERS[tuner].prefix}" in n)
 
 
-def test_priming_is_planned_on_the_meta_device():
-    """A run can be sized before its model exists."""
+def test_meta_schedule():
+    """Priming is planned on the meta device, so that a run can be sized before its model exists."""
     with torch.device("meta"):
         bare = type(zoo.build("bert"))(zoo.build("bert").config)
     model = get_peft_model(bare, LearnerConfig(r=4, task_type="SEQ_CLS"))

@@ -13,9 +13,9 @@ import transformers as tf
 import zoo
 from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
-from test_contract import logits_of
 from torch import nn
 from tuners import TUNERS
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
@@ -29,7 +29,8 @@ def tied() -> nn.Module:
 
 
 @pytest.mark.parametrize("config", [LearnerConfig, NASLoRAConfig])
-def test_what_is_merged_by_name_is_checked_and_not_what_is_active(config):
+def test_merge_by_name(config):
+    """What is merged by name is checked, and not what is active."""
     base = tied()
     inputs = zoo.inputs_of("llama", base)
     model = get_peft_model(base, config(r=4, **LM)).eval()
@@ -45,7 +46,8 @@ def test_what_is_merged_by_name_is_checked_and_not_what_is_active(config):
     model.unmerge_adapter()
 
 
-def test_the_warning_about_phases_goes_by_what_is_merged():
+def test_merge_warning():
+    """The warning about phases goes by what is merged."""
     model = get_peft_model(zoo.build("llama"), LearnerConfig(r=2, task_type="CAUSAL_LM"))
     model.add_adapter("fine", LearnerConfig(r=2, priming_epochs=0, **LM))
     with torch.no_grad():
@@ -58,7 +60,8 @@ def test_the_warning_about_phases_goes_by_what_is_merged():
 
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured"])
-def test_torchs_own_encoder_layers(tuner):
+def test_torch_encoder_layers(tuner):
+    """torch's own encoder layers, whose fast path reads weights, follow the adapter."""
     torch.manual_seed(0)
     layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     base = nn.Sequential(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False), nn.Linear(8, 3)).eval()
@@ -73,7 +76,8 @@ def test_torchs_own_encoder_layers(tuner):
 @pytest.mark.parametrize("norm", [torch.nn.utils.weight_norm, torch.nn.utils.parametrizations.weight_norm])
 @pytest.mark.parametrize("config", [LearnerConfig, NASLoRAConfig, FARConfig])
 @pytest.mark.filterwarnings("ignore")
-def test_a_computed_weight_can_not_be_merged_into(config, norm):
+def test_parametrized_weight(config, norm):
+    """A weight that is computed can't be merged into."""
     torch.manual_seed(0)
     layers = {"into": norm(nn.Linear(8, 8)), "act": nn.ReLU(), "out": nn.Linear(8, 4)}
     base = nn.Sequential(OrderedDict(layers))
@@ -85,7 +89,8 @@ def test_a_computed_weight_can_not_be_merged_into(config, norm):
     torch.testing.assert_close(model(x), out, rtol=0, atol=0)
 
 
-def test_layers_of_mamba_that_are_read_are_left_out():
+def test_mamba():
+    """Layers of Mamba whose weights are read are left out."""
     torch.manual_seed(0)
     config = tf.MambaConfig(hidden_size=16, num_hidden_layers=2, vocab_size=64, state_size=4)
     base = tf.MambaForCausalLM(config).eval()
@@ -102,8 +107,9 @@ def test_layers_of_mamba_that_are_read_are_left_out():
         torch.testing.assert_close(logits_of(model.merge_and_unload(), inputs), out, rtol=1e-5, atol=1e-5)
 
 
-def test_mixed_batches_split_all_that_has_a_row_for_each():
-    """Whisper gives its table of positions the position ids beside the tokens."""
+def test_mixed_batch_splits():
+    """A mixed batch splits all that has a row for each of its own. Whisper gives its table of positions the position
+    ids beside the tokens."""
     torch.manual_seed(0)
     heads, layers = (
         {"encoder_attention_heads": 2, "decoder_attention_heads": 2},
@@ -136,7 +142,8 @@ def test_mixed_batches_split_all_that_has_a_row_for_each():
     limit="not where layers see tokens and not rows (OPT, MoE), nor with heads of several layers (RoBERTa); as LoRA",
 )
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_mixed_batches_are_refused_where_rows_can_not_be_told(tuner):
+def test_mixed_batch_refused(tuner):
+    """Mixed batches are refused where rows can't be told apart."""
     torch.manual_seed(0)
     config = tf.OPTConfig(
         vocab_size=64, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, word_embed_proj_dim=16
@@ -153,7 +160,8 @@ def test_mixed_batches_are_refused_where_rows_can_not_be_told(tuner):
 
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_input_casting_can_be_switched_off(tuner):
+def test_input_cast_off(tuner):
+    """Casting of the input can be switched off."""
     model = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS"))
     inputs = zoo.inputs_of("bert", model)
     out = logits_of(model, inputs)
@@ -162,8 +170,8 @@ def test_input_casting_can_be_switched_off(tuner):
 
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-structured"])
-def test_hooks_on_a_base_layer_are_called(tuner):
-    """Forward and backward, as with LoRA: tools that watch layers see them."""
+def test_base_layer_hooks(tuner):
+    """Hooks on a base layer are called, forward and backward, as with LoRA: tools that watch layers see them."""
     model = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS", init_weights=False))
     layer = model.base_model.model.bert.encoder.layer[1].intermediate.dense
     seen: list[str] = []
@@ -174,8 +182,9 @@ def test_hooks_on_a_base_layer_are_called(tuner):
 
 
 @pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])
-def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
-    """As ZeRO's third stage has it: between the calls of their module parameters are empty vectors."""
+def test_gathered_weights(tuner):
+    """Weights that are gathered for each call take the plain path, as ZeRO's third stage has it: between the calls of
+    their module parameters are empty vectors."""
     torch.manual_seed(0)
     x = torch.randn(40, 8)
     rank = {"r": 2} if tuner in (LearnerConfig, NASLoRAConfig) else {}
@@ -212,7 +221,8 @@ def test_weights_that_are_gathered_for_each_call_take_the_plain_path(tuner):
 @pytest.mark.parametrize(
     "arch,tuner", [("llama", "learner"), ("t5", "learner"), ("vit", "far"), ("gpt2", "bottleneck-parallel")]
 )
-def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
+def test_threads(arch, tuner):
+    """Threads that share a model get what one alone gets."""
     base = zoo.build(arch)
     inputs = zoo.inputs_of(arch, base)
     model = get_peft_model(base, TUNERS[tuner].config(init_weights=False)).eval()
@@ -226,8 +236,9 @@ def test_threads_that_share_a_model_get_what_one_gets(arch, tuner):
 
 
 @pytest.mark.parametrize("config", [NASLoRAConfig.u_bitfit(0.5), NASLoRAConfig(r=2)])
-def test_biases_of_norms_over_another_dimension_than_the_last_train(config):
-    """Behind frozen convolutions only the bias of Wav2Vec2's group norm takes part in the gradient."""
+def test_channel_norm_bias(config):
+    """The bias of a norm over another dimension than the last trains. Behind frozen convolutions only the bias of
+    Wav2Vec2's group norm takes part in the gradient."""
     sizes = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4), "num_conv_pos_embeddings": 4}
     heads = {"num_conv_pos_embedding_groups": 2, "classifier_proj_size": 8, "mask_time_prob": 0.0, "vocab_size": 10}
     own = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -240,7 +251,8 @@ def test_biases_of_norms_over_another_dimension_than_the_last_train(config):
 
 
 @pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])
-def test_a_model_on_the_meta_device_can_be_called(tuner):
+def test_meta_forward(tuner):
+    """A model on the meta device can be called."""
     base = zoo.build("llama")
     inputs = {"input_ids": zoo.inputs_of("llama", base)["input_ids"].to("meta")}
     model = get_peft_model(base, tuner(task_type="CAUSAL_LM")).to("meta")
@@ -249,8 +261,9 @@ def test_a_model_on_the_meta_device_can_be_called(tuner):
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "bottleneck-sequential", "bottleneck-parallel", "far"])
 @pytest.mark.parametrize("gated", [False, True])
-def test_t5_as_transformers_loads_it_in_float16(tuner, gated, tmp_path):
-    """transformers leaves `wo` in float32 there, so that what is between the blocks is of two types."""
+def test_t5_float16(tuner, gated, tmp_path):
+    """T5 works as transformers loads it in float16. transformers leaves `wo` in float32 there, so that what is between
+    the blocks is of two types."""
     form = {"feed_forward_proj": "gated-gelu"} if gated else {}
     config = tf.T5Config(d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, vocab_size=60, **form)
     tf.T5ForConditionalGeneration(config).save_pretrained(tmp_path)
@@ -267,7 +280,8 @@ def test_t5_as_transformers_loads_it_in_float16(tuner, gated, tmp_path):
     assert (logits.double() - exact).abs().max() < 2**-7 * exact.abs().max()  # 11 bits, some roundings
 
 
-def test_a_traced_learner_takes_other_batch_sizes():
+def test_traced_learner():
+    """A traced Learner takes other batch sizes."""
     model = get_peft_model(zoo.build("bert"), LearnerConfig(r=2, init_weights=False)).eval().requires_grad_(False)
     ids = torch.randint(20, (6, 7))
     with warnings.catch_warnings():
@@ -277,7 +291,8 @@ def test_a_traced_learner_takes_other_batch_sizes():
         torch.testing.assert_close(traced(ids[:rows]), logits_of(model, {"input_ids": ids[:rows]}))
 
 
-def test_another_forward_on_a_base_layer_is_called():
+def test_replaced_forward():
+    """A forward that was put on a base layer is called."""
     model = get_peft_model(nn.Sequential(nn.Linear(8, 8)), LearnerConfig(target_modules=["0"], r=2))
     layer = model.base_model.model[0].base_layer
     layer.forward = lambda x: type(layer).forward(layer, x) + 1

@@ -10,9 +10,9 @@ import zoo
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
 from training import adapter_values, arguments, learner, trainer
 from tuners import TUNERS
+from zoo import logits_of
 
 FILE = "adapter_model.safetensors"
 
@@ -31,7 +31,8 @@ def load(path: Path, **kwargs) -> PeftModel:
     return PeftModel.from_pretrained(zoo.build("distilbert"), path, **kwargs)
 
 
-def test_saved_in_half_precision_on_request(trained, tmp_path: Path):
+def test_save_dtype(trained, tmp_path: Path):
+    """An adapter is saved in half precision on request."""
     model, path, inputs, logits = trained
     config = model.peft_config["default"]
     config.save_dtype = "bfloat16"
@@ -45,8 +46,9 @@ def test_saved_in_half_precision_on_request(trained, tmp_path: Path):
     torch.testing.assert_close(logits_of(again, inputs), logits, rtol=0, atol=0.02)
 
 
-def test_checkpoints_of_a_running_training_keep_full_precision(tmp_path: Path):
-    """So that a resume is exact; what is saved after training is cast."""
+def test_checkpoint_dtype(tmp_path: Path):
+    """Checkpoints of a running training keep full precision, so that a resume is exact; what is saved after training
+    is cast."""
     model = learner(save_dtype="bfloat16")
     run = trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=1))
     run.train()
@@ -60,7 +62,8 @@ def test_checkpoints_of_a_running_training_keep_full_precision(tmp_path: Path):
 
 @pytest.mark.parametrize("how", ["in-place", "second"])
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unknown", "shape", "foreign"])
-def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_path: Path, damage, how):
+def test_damaged_file(trained, tmp_path: Path, damage, how):
+    """A damaged file is refused, and leaves the model as it was."""
     _, path, inputs, _ = trained
     values = load_file(path / FILE)
     name = next(n for n in values if "learner_P2" in n)
@@ -90,7 +93,8 @@ def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_p
 
 
 @pytest.mark.parametrize("adapter", ["layer", "attention"])
-def test_an_adapter_may_be_called_as_a_module_is(trained, tmp_path: Path, adapter):
+def test_adapter_named_as_module(trained, tmp_path: Path, adapter):
+    """An adapter may be called as a module is."""
     _, path, inputs, logits = trained
     model = learner()
     model.load_adapter(path, adapter)
@@ -102,8 +106,9 @@ def test_an_adapter_may_be_called_as_a_module_is(trained, tmp_path: Path, adapte
 
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "far", "nas-unstructured", "bottleneck-sequential"])
-def test_an_adapter_s_name_may_begin_as_its_tuner_s_parameters_do(tuner, tmp_path: Path):
-    """In a model with a head, whose values have the adapter's name in theirs."""
+def test_adapter_named_as_parameter(tuner, tmp_path: Path):
+    """An adapter's name may begin as its tuner's parameters do, in a model with a head, whose values have the
+    adapter's name in theirs."""
     config = TUNERS[tuner].config(init_weights=False, task_type="SEQ_CLS")
     name = f"{TUNERS[tuner].prefix}x"
     model = get_peft_model(zoo.build("distilbert"), config, adapter_name=name).eval()
@@ -113,7 +118,8 @@ def test_an_adapter_s_name_may_begin_as_its_tuner_s_parameters_do(tuner, tmp_pat
         assert torch.equal(logits_of(loaded, inputs), logits_of(model, inputs))
 
 
-def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):
+def test_ignore_mismatched_sizes(trained, tmp_path: Path):
+    """Sizes that don't fit can be ignored, as in PEFT."""
     _, path, _, _ = trained
     model = learner(r=8)
     with pytest.raises(ValueError, match="shapes differ"):
@@ -123,7 +129,8 @@ def test_mismatched_sizes_can_be_ignored_as_in_peft(trained, tmp_path: Path):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_with_float32_adapter(trained, dtype):
+def test_half_precision_base(trained, dtype):
+    """A base in half precision gets an adapter in float32."""
     _, path, inputs, logits = trained
     base = zoo.build("distilbert").to(dtype)
     model = PeftModel.from_pretrained(base, path)
@@ -137,8 +144,9 @@ def test_half_precision_base_with_float32_adapter(trained, dtype):
 
 
 @pytest.mark.parametrize("arch", ["distilbert", "gpt2"])
-def test_a_merged_layer_rounds_as_the_unmerged_one(arch):
-    """Where the effective weight is formed (many rows), merging sums in the same order: no bit differs."""
+def test_merged_rounding(arch):
+    """A merged layer rounds as the unmerged one. Where the effective weight is formed (many rows), merging sums in the
+    same order: no bit differs."""
     model = learner(arch, init_weights=False).eval()
     layer = next(m for n, m in model.named_modules() if n.endswith(("ffn.lin1", "mlp.c_fc")))
     x = torch.randn(50, 16)

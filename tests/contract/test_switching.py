@@ -13,7 +13,7 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_contract import logits_of
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 
@@ -131,8 +131,9 @@ def all_differ(own: dict[tuple[str, ...], torch.Tensor]) -> bool:
 @pytest.mark.verb("disable_adapter")
 @pytest.mark.verb("unload")
 @pytest.mark.parametrize("tuner", list(ADAPTERS))
-def test_five_adapters_switch_without_a_trace(tuner, tmp_path: Path):
-    """Never merged: every output is each adapter's own to the bit, and the base comes back to the bit."""
+def test_five_adapters(tuner, tmp_path: Path):
+    """Five adapters switch without a trace. They are never merged: every output is each adapter's own to the bit, and
+    the base comes back to the bit."""
     base = zoo.build("bert")
     inputs = zoo.inputs_of("bert", base)
     original = copy.deepcopy(base)
@@ -158,7 +159,8 @@ def test_five_adapters_switch_without_a_trace(tuner, tmp_path: Path):
 )
 @pytest.mark.verb("merge_adapter, unmerge_adapter")
 @pytest.mark.parametrize("tuner", list(ADAPTERS))
-def test_five_adapters_switch_with_merges_between(tuner, masked, tmp_path: Path):
+def test_five_adapters_merged(tuner, masked, tmp_path: Path):
+    """Five adapters switch with merges between."""
     base, inputs = masked
     original = copy.deepcopy(base)
     model = add_all(tuner, base, inputs)

@@ -12,8 +12,8 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS, refuses_to_merge
+from zoo import logits_of
 
 SMALL = {**zoo.SMALL, "num_hidden_layers": 1}
 EMBEDDINGS = {"gpt2": "wte", "llama": "embed_tokens", "t5": "shared"}
@@ -62,7 +62,8 @@ def same(model: torch.nn.Module, inputs: dict[str, torch.Tensor], logits: torch.
 @pytest.mark.verb("tied embeddings")
 @pytest.mark.parametrize("arch", list(EMBEDDINGS))
 @pytest.mark.parametrize("tuner", list(TUNERS))
-def test_the_tie_holds(tuner, arch, tmp_path: Path):
+def test_tie_holds(tuner, arch, tmp_path: Path):
+    """The tie holds."""
     model, original, inputs = adapted(tuner, arch)
     logits = logits_of(model, inputs)
     model.save_pretrained(tmp_path / "adapter")
@@ -94,7 +95,8 @@ def test_the_tie_holds(tuner, arch, tmp_path: Path):
 @pytest.mark.parametrize("which", ["output", "input"])
 @pytest.mark.parametrize("arch", ["gpt2", "llama"])
 @one_of_each
-def test_one_of_the_two_saved_whole_is_a_copy(tuner, arch, which, tmp_path: Path):
+def test_modules_to_save_copy(tuner, arch, which, tmp_path: Path):
+    """One of the two in `modules_to_save` is a copy."""
     name = "lm_head" if which == "output" else EMBEDDINGS[arch]
     model, original, inputs = adapted(tuner, arch, modules_to_save=[name])
     logits = logits_of(model, inputs)
@@ -118,7 +120,8 @@ def test_one_of_the_two_saved_whole_is_a_copy(tuner, arch, which, tmp_path: Path
 )
 @pytest.mark.parametrize("arch", list(EMBEDDINGS))
 @one_of_each
-def test_an_adapted_lm_head_is_not_merged_into_the_input_embeddings(tuner, arch, tmp_path: Path):
+def test_lm_head_merge_refused(tuner, arch, tmp_path: Path):
+    """An adapted LM head isn't merged into the input embeddings."""
     model, original, inputs = adapted(tuner, arch, target_modules=["lm_head"])
     logits = logits_of(model, inputs)
     model.save_pretrained(tmp_path)

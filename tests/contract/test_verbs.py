@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
@@ -22,10 +21,10 @@ from peft import (
 )
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.hotswap import hotswap_adapter
-from test_contract import logits_of
 from training import adapted, adapter_values, arguments, trainer
 from tuners import TUNERS, refuses_to_merge
 from verb_cases import PHASES, config_of, gradients, in_phase, switched, trained
+from zoo import logits_of
 
 AUTO = {
     "bert": AutoPeftModelForSequenceClassification,
@@ -36,20 +35,14 @@ all_tuners = pytest.mark.parametrize("tuner", list(TUNERS))
 one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
 
 
-def python(code: str) -> str:
-    """What a fresh process prints that has not imported the plugin."""
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.strip()
-
-
 # -- mixed batches ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.verb("adapter_names=")
 @pytest.mark.parametrize("arch", ["bert", "gpt2", "llama"])
 @all_tuners
-def test_rows_of_a_mixed_batch_have_their_own_adapters(tuner, arch):
+def test_mixed_batch(tuner, arch):
+    """Rows of a mixed batch have their own adapters."""
     run = trained(tuner, arch)
     model, inputs = run.model, run.inputs
     torch.manual_seed(3)
@@ -75,7 +68,8 @@ def test_rows_of_a_mixed_batch_have_their_own_adapters(tuner, arch):
 @pytest.mark.verb("adapter_names=")
 @pytest.mark.parametrize("beams", [1, 2])
 @one_of_each
-def test_a_mixed_batch_generates(tuner, beams):
+def test_mixed_batch_generates(tuner, beams):
+    """A mixed batch generates."""
     run = trained(tuner, "llama")
     model, ids = run.model.eval(), run.inputs["input_ids"]
     settings = {"max_new_tokens": 4, "do_sample": False, "num_beams": beams, "pad_token_id": 0, "eos_token_id": 63}
@@ -93,7 +87,8 @@ def test_a_mixed_batch_generates(tuner, beams):
 @pytest.mark.verb("AutoPeftModelFor*.from_pretrained")
 @pytest.mark.parametrize("arch", list(AUTO))
 @all_tuners
-def test_auto_classes_load_base_and_adapter(tuner, arch, tmp_path: Path):
+def test_auto_classes(tuner, arch, tmp_path: Path):
+    """PEFT's auto classes load base and adapter."""
     run = trained(tuner, arch)
     run.base.save_pretrained(tmp_path / "base")
     run.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
@@ -106,7 +101,8 @@ def test_auto_classes_load_base_and_adapter(tuner, arch, tmp_path: Path):
 @pytest.mark.verb("get_peft_model_state_dict, set_peft_model_state_dict")
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 @all_tuners
-def test_injection_and_state_dicts_without_a_peft_model(tuner, low_cpu_mem_usage):
+def test_injection(tuner, low_cpu_mem_usage):
+    """Injection and state dicts work without a `PeftModel`."""
     run = trained(tuner, "bert")
     state = {n.removeprefix("base_model.model."): v for n, v in get_peft_model_state_dict(run.model).items()}
     config = copy.deepcopy(run.model.peft_config["default"])
@@ -119,7 +115,8 @@ def test_injection_and_state_dicts_without_a_peft_model(tuner, low_cpu_mem_usage
 
 @pytest.mark.verb("low_cpu_mem_usage=True")
 @all_tuners
-def test_a_second_adapter_is_loaded_without_memory_for_random_values(tuner, tmp_path: Path):
+def test_low_cpu_mem_usage(tuner, tmp_path: Path):
+    """A second adapter is loaded without memory for random values."""
     run = trained(tuner, "bert")
     run.model.save_pretrained(tmp_path)
     model = get_peft_model(copy.deepcopy(run.base), config_of(tuner, "bert"))
@@ -133,8 +130,9 @@ def test_a_second_adapter_is_loaded_without_memory_for_random_values(tuner, tmp_
 
 @pytest.mark.parametrize("name", ["attention", "model"])
 @all_tuners
-def test_an_adapter_is_saved_whole_beside_one_that_is_called_as_a_module(tuner, name, tmp_path: Path):
-    """PEFT drops what has another adapter's name anywhere in its key: of LoRA, silently, all that lies there."""
+def test_saved_beside_module_name(tuner, name, tmp_path: Path):
+    """An adapter is saved whole beside one that is called as a module. PEFT drops what has another adapter's name
+    anywhere in its key: of LoRA, silently, all that lies there."""
     run = trained(tuner, "bert")
     run.model.add_adapter(name, config_of(tuner, "bert"))
     run.model.save_pretrained(tmp_path)
@@ -155,7 +153,8 @@ def test_an_adapter_is_saved_whole_beside_one_that_is_called_as_a_module(tuner, 
     },
 )
 @all_tuners
-def test_the_status_tells_what_is_there(tuner, tmp_path: Path):
+def test_status(tuner, tmp_path: Path):
+    """The status tells what is there."""
     run = trained(tuner, "bert")
     fresh = get_peft_model(copy.deepcopy(run.base), TUNERS[tuner].config(task_type="SEQ_CLS"))
     status = fresh.get_model_status()
@@ -193,7 +192,8 @@ def test_the_status_tells_what_is_there(tuner, tmp_path: Path):
 @pytest.mark.verb("copy.deepcopy, torch.save")
 @pytest.mark.parametrize("phase", PHASES)
 @all_tuners
-def test_a_copy_stands_alone(tuner, phase, tmp_path: Path):
+def test_deepcopy(tuner, phase, tmp_path: Path):
+    """A copy stands alone."""
     model, inputs = in_phase(tuner, "bert", phase)
     logits = logits_of(model, inputs)
     torch.save(model, tmp_path / "model.pt")
@@ -212,7 +212,8 @@ def test_a_copy_stands_alone(tuner, phase, tmp_path: Path):
 @pytest.mark.slow
 @pytest.mark.verb("pickle of configs")
 @pytest.mark.verb("copy.deepcopy, torch.save")
-def test_configs_and_models_are_unpickled_where_the_plugin_was_not_imported(tmp_path: Path):
+def test_pickle(warm: Warm, tmp_path: Path):
+    """Configs and models are unpickled where the plugin wasn't imported."""
     configs = {name: tuner.config(target_modules=["query"]) for name, tuner in TUNERS.items()}
     chosen = ("learner", "far", "nas-structured", "bottleneck-parallel")
     models = {name: in_phase(name, "bert", "last")[0] for name in chosen}
@@ -226,7 +227,7 @@ def test_configs_and_models_are_unpickled_where_the_plugin_was_not_imported(tmp_
         "out = {n: m.eval()(input_ids=ids).logits.tolist() for n, m in models.items()}\n"
         "print({n: repr(c) for n, c in configs.items()}, out, sep='\\n')\n"
     )
-    read, logits = (eval(line) for line in python(code).splitlines()[-2:])
+    read, logits = (eval(line) for line in warm.python(code, log=tmp_path / "log").splitlines()[-2:])
     assert read == {name: repr(config) for name, config in configs.items()}
     ids = torch.arange(3, 9).view(1, 6)
     for name, model in models.items():
@@ -245,7 +246,8 @@ def test_configs_and_models_are_unpickled_where_the_plugin_was_not_imported(tmp_
 )
 @pytest.mark.parametrize("phase", PHASES)
 @all_tuners
-def test_autocast_forward_and_training_step(tuner, phase, dtype, base_type):
+def test_autocast(tuner, phase, dtype, base_type):
+    """Forward pass and training step run under autocast."""
     model, inputs = in_phase(tuner, "bert", phase)
     logits = logits_of(model, inputs)
     model.train()
@@ -274,7 +276,8 @@ def test_autocast_forward_and_training_step(tuner, phase, dtype, base_type):
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 @all_tuners
-def test_gradients_with_checkpointing_are_those_without(tuner, arch, phase, reentrant):
+def test_checkpointing(tuner, arch, phase, reentrant):
+    """Gradients with checkpointing are those without."""
     model, inputs = in_phase(tuner, arch, phase)
     model.train()
     model(**inputs).loss.backward()
@@ -292,8 +295,9 @@ def test_gradients_with_checkpointing_are_those_without(tuner, arch, phase, reen
 
 @pytest.mark.verb("gradient_checkpointing_enable")
 @pytest.mark.parametrize(("tuner", "reentrant"), [("nas-unstructured", True), ("nas-structured", False)])
-def test_checkpointing_changes_neither_the_scores_nor_what_is_kept(tuner, reentrant, tmp_path: Path):
-    """Trainer, through search and pruning: the same positions with the same values."""
+def test_checkpointing_scores(tuner, reentrant, tmp_path: Path):
+    """Checkpointing changes neither the scores nor what is kept. Trainer, through search and pruning: the same
+    positions with the same values."""
     kept = []
     more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}}
     for settings in ({}, more):
@@ -315,7 +319,8 @@ def test_checkpointing_changes_neither_the_scores_nor_what_is_kept(tuner, reentr
     "transformers' `model.add_adapter` and `model.load_adapter` put a LoRA beside ours",
 )
 @one_of_each
-def test_a_peft_mixed_model_takes_peft_s_own_tuners_only(tuner):
+def test_mixed_model_refused(tuner):
+    """A `PeftMixedModel` takes PEFT's own tuners only."""
     lora = LoraConfig(r=2, target_modules=["query"])
     with pytest.raises(ValueError, match="not compatible with the `PeftMixedModel`. Compatible types are"):
         get_peft_model(zoo.build("bert"), config_of(tuner, "bert"), mixed=True)
@@ -331,7 +336,8 @@ def test_a_peft_mixed_model_takes_peft_s_own_tuners_only(tuner):
     "hotswap_adapter", no="PEFT has it for LoRA alone; `load_adapter(path, existing_name)` swaps in place"
 )
 @one_of_each
-def test_hotswap_is_lora_s(tuner, tmp_path: Path):
+def test_hotswap_refused(tuner, tmp_path: Path):
+    """Hotswapping is for LoRA alone."""
     run = trained(tuner, "bert")
     run.model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="[Hh]otswap"):

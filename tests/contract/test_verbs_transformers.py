@@ -9,9 +9,9 @@ import pytest
 import torch
 import zoo
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS
 from verb_cases import config_of, trained
+from zoo import logits_of
 
 all_tuners = pytest.mark.parametrize("tuner", list(TUNERS))
 one_of_each = pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured", "bottleneck-parallel"])
@@ -32,7 +32,8 @@ def trains(model: torch.nn.Module, adapter: str) -> bool:
 @pytest.mark.verb("model.get_adapter_state_dict, save_pretrained (transformers)")
 @pytest.mark.parametrize("arch", ["bert", "llama"])
 @all_tuners
-def test_load_add_switch_delete_save(tuner, arch, tmp_path: Path):
+def test_all_verbs(tuner, arch, tmp_path: Path):
+    """Load, add, switch, delete and save work on transformers' own model."""
     run = trained(tuner, arch)
     run.model.save_pretrained(tmp_path / "given")
     model = copy.deepcopy(run.base)
@@ -73,7 +74,8 @@ def test_load_add_switch_delete_save(tuner, arch, tmp_path: Path):
 
 @pytest.mark.verb("model.disable_adapters, enable_adapters (transformers)")
 @all_tuners
-def test_disable_and_enable(tuner):
+def test_disable_enable(tuner):
+    """Disable and enable."""
     run = trained(tuner, "llama")
     model = copy.deepcopy(run.base)
     model.add_adapter(config_of(tuner, "llama"))
@@ -91,7 +93,8 @@ def test_disable_and_enable(tuner):
     "one-way road)",
 )
 @pytest.mark.parametrize("tuner", ["lora", "learner", "far", "nas-unstructured", "bottleneck-parallel"])
-def test_a_new_head_stays_disabled(tuner):
+def test_head_stays_disabled(tuner):
+    """A new head stays disabled after `enable_adapters`."""
     run = trained("learner", "bert")
     model = copy.deepcopy(run.base)
     model.add_adapter(lora("bert") if tuner == "lora" else config_of(tuner, "bert"), "mine")
@@ -111,7 +114,8 @@ def test_a_new_head_stays_disabled(tuner):
     tuners=["NAS-LoRA"],
     limit="without the scores of an adapter that was saved in its search: resume that with PEFT's",
 )
-def test_a_search_can_not_be_resumed_from_transformers_load_adapter(tmp_path: Path):
+def test_search_not_resumed(tmp_path: Path):
+    """transformers' `load_adapter` brings no scores, so that a search can't be resumed from it."""
     base = zoo.build("bert")
     inputs = zoo.inputs_of("bert", base)
     model = get_peft_model(copy.deepcopy(base), TUNERS["nas-unstructured"].config(task_type="SEQ_CLS"))
@@ -142,8 +146,9 @@ def test_a_search_can_not_be_resumed_from_transformers_load_adapter(tmp_path: Pa
 @pytest.mark.parametrize("order", ["lora-first", "lora-second"])
 @pytest.mark.parametrize("arch", ["llama", "bert"])
 @one_of_each
-def test_beside_a_stock_lora(tuner, arch, order, tmp_path: Path):
-    """From files, as `PeftMixedModel` would have it; each alone gives what it gives on a model of its own."""
+def test_beside_lora(tuner, arch, order, tmp_path: Path):
+    """A stock LoRA and ours live beside each other, from files, as `PeftMixedModel` would have it; each alone gives
+    what it gives on a model of its own."""
     base = zoo.build(arch)
     inputs = zoo.inputs_of(arch, base)
     alone, models = {}, {}
@@ -173,7 +178,8 @@ def test_beside_a_stock_lora(tuner, arch, order, tmp_path: Path):
 
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas-unstructured"])
-def test_an_adapter_saved_from_within_a_lora_is_refused(tuner, tmp_path: Path):
+def test_saved_within_lora(tuner, tmp_path: Path):
+    """An adapter saved from within a LoRA is refused."""
     model = zoo.build("llama")
     model.add_adapter(config_of(tuner, "llama"), "ours")
     model.add_adapter(lora("llama"), "low")

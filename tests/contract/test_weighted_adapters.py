@@ -10,8 +10,8 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from tuners import TUNERS
+from zoo import causal_lm, logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 
@@ -39,17 +39,6 @@ PAIRS = {
 }
 
 
-def lm(arch: str) -> torch.nn.Module:
-    """A causal model: one without a new head."""
-    if arch == "llama":
-        return zoo.build("llama")
-    import transformers
-
-    torch.manual_seed(0)
-    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
-    return transformers.GPT2LMHeadModel(config).eval()
-
-
 def sum_by_hand(base: torch.nn.Module, model: PeftModel) -> dict[str, torch.Tensor]:
     """`W + sum_i w_i (W_i - W)` in float64, with W_i from merging each adapter by itself."""
     total = {name: value.double().clone() for name, value in base.state_dict().items()}
@@ -68,10 +57,11 @@ def sum_by_hand(base: torch.nn.Module, model: PeftModel) -> dict[str, torch.Tens
 )
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
 @pytest.mark.parametrize("pair", list(PAIRS))
-def test_cat_is_the_exact_sum_and_survives_its_file(pair, arch, tmp_path: Path):
+def test_cat(pair, arch, tmp_path: Path):
+    """`cat` is the exact sum, and survives its file."""
     if arch == "llama" and pair == "biases and ranks":
         arch = "gpt2"  # Llama has no biases
-    base = lm(arch)
+    base = causal_lm(arch)
     first, second = (copy.deepcopy(config) for config in PAIRS[pair])
     if arch == "gpt2" and second.target_modules:
         second.target_modules = {"c_attn"}
@@ -102,8 +92,9 @@ def test_cat_is_the_exact_sum_and_survives_its_file(pair, arch, tmp_path: Path):
 
 
 @pytest.mark.parametrize("pair", ["learners", "structured"])
-def test_svd_is_the_nearest_sum_of_its_rank(pair):
-    base = lm("llama")
+def test_svd(pair):
+    """`svd` is the nearest sum of its rank."""
+    base = causal_lm("llama")
     torch.manual_seed(4)
     model = get_peft_model(copy.deepcopy(base), copy.deepcopy(PAIRS[pair][0]), "one")
     model.add_adapter("two", copy.deepcopy(PAIRS[pair][1]))
@@ -126,8 +117,9 @@ def test_svd_is_the_nearest_sum_of_its_rank(pair):
     tuners=["FAR"],
     no="refused: use the adapters together, or export each to LoRA and combine there",
 )
-def test_sums_that_are_no_such_adapter_are_refused_with_a_way_out():
-    base = lm("gpt2")
+def test_sum_refused():
+    """Sums that are no adapter of the kind are refused, with a way out."""
+    base = causal_lm("gpt2")
     for tuner in ("far", "nas-unstructured"):
         config = TUNERS[tuner].config
         model = get_peft_model(copy.deepcopy(base), config(task_type="CAUSAL_LM"), "one")
@@ -137,14 +129,16 @@ def test_sums_that_are_no_such_adapter_are_refused_with_a_way_out():
         assert list(model.peft_config) == ["one", "two"]
 
 
-def test_a_head_that_several_adapters_have_is_refused_as_in_peft():
+def test_several_heads_refused():
+    """A head that several adapters have is refused, as in PEFT."""
     model = get_peft_model(zoo.build("bert"), learner_of(task_type="SEQ_CLS"), "one")
     model.add_adapter("two", learner_of(task_type="SEQ_CLS"))
     with pytest.raises(ValueError, match="the same module with modules_to_save, but classifier"):
         model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "sum", combination_type="cat")
 
 
-def test_one_adapter_with_a_head_is_scaled_and_keeps_its_head():
+def test_one_head():
+    """One adapter with a head is scaled, and keeps its head."""
     base = zoo.build("bert")
     model = get_peft_model(copy.deepcopy(base), learner_of(r=4, task_type="SEQ_CLS"), "one")
     with torch.no_grad():
@@ -161,17 +155,19 @@ def test_one_adapter_with_a_head_is_scaled_and_keeps_its_head():
             torch.testing.assert_close(merged["scaled"][name], (value + merged["one"][name]) / 2, rtol=0, atol=1e-6)
 
 
-def test_svd_rank_holds_where_one_adapter_alone_has_a_layer():
-    model = get_peft_model(lm("llama"), learner_of(r=4, target_modules=["q_proj"], train_norms=False), "one")
+def test_svd_rank():
+    """`svd_rank` holds where one adapter alone has a layer."""
+    model = get_peft_model(causal_lm("llama"), learner_of(r=4, target_modules=["q_proj"], train_norms=False), "one")
     model.add_adapter("two", learner_of(r=4, target_modules=["o_proj"], train_norms=False))
     model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", "svd", 2)
     attention = model.base_model.model.model.layers[0].self_attn
     assert len(attention.q_proj.learner_P1["sum"]) == len(attention.o_proj.learner_P1["sum"]) == 2
 
 
-def test_parts_that_one_adapter_lacks_add_nothing():
-    """The bias of c_attn belongs to the first, c_fc to the second, which has no biases."""
-    model = get_peft_model(lm("gpt2"), learner_of(r=2, target_modules=["c_attn"], train_norms=False), "one")
+def test_missing_parts():
+    """Parts that one adapter lacks add nothing. The bias of c_attn belongs to the first, c_fc to the second, which has
+    no biases."""
+    model = get_peft_model(causal_lm("gpt2"), learner_of(r=2, target_modules=["c_attn"], train_norms=False), "one")
     model.add_adapter("two", learner_of(r=2, target_modules=["c_fc"], train_biases=False, train_norms=False))
     inputs = zoo.inputs_of("llama", model)
     model.base_model.set_adapter(["one", "two"])
@@ -181,8 +177,9 @@ def test_parts_that_one_adapter_lacks_add_nothing():
     torch.testing.assert_close(logits_of(model, inputs), both, rtol=1e-5, atol=1e-5)
 
 
-def test_a_sum_called_as_a_module_freezes_nothing_else():
-    model = get_peft_model(lm("llama"), learner_of(), "one")
+def test_sum_named_as_module():
+    """A sum that is called as a module freezes nothing else."""
+    model = get_peft_model(causal_lm("llama"), learner_of(), "one")
     model.add_adapter("two", learner_of())
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     model.add_weighted_adapter(["one", "two"], [1.0, 1.0], "layers", "cat")
@@ -207,7 +204,8 @@ class Collisions(torch.nn.Module):
 
 @pytest.mark.parametrize("kind", [learner_of, nas_of])
 @pytest.mark.parametrize("targets", [{"exclude_modules": ["x.lin0", "y.lin0"]}, {"target_modules": "lin0"}])
-def test_modules_whose_names_end_alike(kind, targets, tmp_path: Path):
+def test_similar_module_names(kind, targets, tmp_path: Path):
+    """Modules whose names end alike aren't mixed up."""
     torch.manual_seed(0)
     base, x = Collisions(), torch.randn(3, 6)
     model = get_peft_model(copy.deepcopy(base), kind(r=2, task_type=None, **targets), "one").eval()
@@ -238,8 +236,9 @@ def test_modules_whose_names_end_alike(kind, targets, tmp_path: Path):
         ({"adapter_name": "two"}, "must be a new name"),
     ],
 )
-def test_wrong_arguments_are_named(arguments, message):
-    model = get_peft_model(lm("gpt2"), learner_of(), "one")
+def test_wrong_arguments(arguments, message):
+    """Wrong arguments are named."""
+    model = get_peft_model(causal_lm("gpt2"), learner_of(), "one")
     model.add_adapter("two", learner_of())
     call = {"adapters": ["one", "two"], "weights": [1.0, 1.0], "adapter_name": "sum", **arguments}
     with pytest.raises(ValueError, match=message):

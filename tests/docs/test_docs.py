@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from functools import lru_cache
@@ -18,12 +15,12 @@ import field_tables
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
-from test_weighted_adapters import lm
 from training import Around, Rows, arguments, far, learner, nas, trainer
+from zoo import causal_lm, logits_of
 
 from peft_learners import BottleneckConfig, LearnerConfig
 
@@ -36,7 +33,8 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 
 
 @pytest.mark.parametrize("name,config", field_tables.PAGES.items())
-def test_the_table_of_fields_is_the_configs(name, config):
+def test_fields_table(name, config):
+    """The table of fields is that of the configs."""
     text = (field_tables.DOCS / name).read_text()
     assert field_tables.with_tables(text, config) == text, "run: python scripts/field_tables.py"
     table = text.partition(field_tables.BEGIN)[2].partition(field_tables.END)[0]
@@ -48,7 +46,8 @@ def test_the_table_of_fields_is_the_configs(name, config):
         assert found[name] == repr(getattr(made, name))
 
 
-def test_a_page_that_is_not_up_to_date_is_told_and_mended(tmp_path: Path):
+def test_fields_table_mended(tmp_path: Path):
+    """A page that isn't up to date is told, and mended."""
     for name in field_tables.PAGES:
         shutil.copy(field_tables.DOCS / name, tmp_path)
     page = tmp_path / "far.md"
@@ -177,19 +176,22 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
 
 
 @pytest.mark.parametrize("quote", dict.fromkeys([*quotes(TROUBLES), *quotes((ROOT / "README.md").read_text())]))
-def test_a_quoted_message_is_the_packages_or_was_provoked(quote):
+def test_quoted_messages(quote):
+    """A quoted message is the package's own, or was provoked."""
     assert len(quote.replace("...", "").strip()) >= 12 or quote in PLUGIN_MISSING, "a quote that matches anything"
     assert quote in PLUGIN_MISSING or quote in FOREIGN or in_source(quote)
 
 
-def test_words_that_no_message_has_are_found_out():
+def test_invented_messages():
+    """Words that no message has are found out."""
     assert in_source("is merged and can't train: call ...() first.")
     for wrong in ("is merged and can not train", "first ... is merged and can't train", "Fields that every tuner of"):
         assert not in_source(wrong)
 
 
 @pytest.mark.parametrize("quote", FOREIGN)
-def test_what_peft_and_transformers_say_is_what_the_page_says(quote, tmp_path: Path):
+def test_foreign_messages(quote, tmp_path: Path):
+    """What PEFT and transformers say is what the page says."""
     assert quote in quotes(TROUBLES)
     with pytest.raises(Exception) as error:
         FOREIGN[quote](tmp_path)
@@ -225,7 +227,8 @@ for folder in sys.argv[1:]:
 
 
 @pytest.mark.slow
-def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_cures_it(tmp_path: Path):
+def test_missing_import(warm: Warm, tmp_path: Path):
+    """Without the import everything that loads says KeyError, and the import cures it."""
     zoo.build("bert").save_pretrained(tmp_path / "base")
     folders = []
     for make in (learner, far, nas, bottleneck):
@@ -233,15 +236,13 @@ def test_without_the_import_everything_that_loads_says_keyerror_and_the_import_c
         model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
         folders.append(str(tmp_path / make.__name__))
         model.save_pretrained(folders[-1])
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
-    command = [sys.executable, "-c", WITHOUT_THE_PLUGIN, *folders]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert [line for line in done.stdout.splitlines() if line] == [PLUGIN_MISSING[0]] * 5 + list(PLUGIN_MISSING)
+    out = warm.python(WITHOUT_THE_PLUGIN, *folders, log=tmp_path / "log")
+    assert [line for line in out.splitlines() if line] == [PLUGIN_MISSING[0]] * 5 + list(PLUGIN_MISSING)
     assert set(PLUGIN_MISSING) <= set(quotes(TROUBLES))
 
 
-def test_a_head_that_transformers_left_disabled_is_switched_on_as_the_page_says():
+def test_disabled_head():
+    """A head that transformers left disabled is switched on as the page says."""
     from peft.utils.other import AuxiliaryTrainingWrapper
 
     model = zoo.build("bert")
@@ -271,7 +272,8 @@ def blocks(page: Path) -> Iterator[tuple[str, str]]:
 
 
 @every_page
-def test_every_python_snippet_is_marked(page):
+def test_snippets_marked(page):
+    """Every Python snippet is marked."""
     assert len(list(blocks(page))) == page.read_text().count("```python")
     assert all(mark for mark, _ in blocks(page)), "put <!-- run --> or <!-- not run: why --> above it"
 
@@ -281,7 +283,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the snippets load by name: a base model, and a trained Learner for it."""
     out = tmp_path_factory.mktemp("hub")
     zoo.build("distilbert").save_pretrained(out / "distilbert-base-uncased")
-    lm("gpt2").save_pretrained(out / "gpt2")
+    causal_lm("gpt2").save_pretrained(out / "gpt2")
     model = learner()
     trainer(model, arguments(out / "run")).train()
     model.save_pretrained(out / "my-learner")
@@ -289,7 +291,8 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if "<!-- run -->" in p.read_text()], ids=lambda path: path.name)
-def test_snippets_run_one_after_the_other(page, hub: Path, tmp_path: Path, monkeypatch):
+def test_snippets_run(page, hub: Path, tmp_path: Path, monkeypatch):
+    """Snippets run, one after the other."""
     shutil.copytree(hub, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     settings = {"warmup_steps": 0, "num_train_epochs": 4}
@@ -316,7 +319,8 @@ def links(page: Path) -> list[str]:
 
 
 @every_page
-def test_links_lead_somewhere(page):
+def test_links(page):
+    """Links lead somewhere."""
     for link in links(page):
         path, _, anchor = link.partition("#")
         target = (page.parent / path).resolve() if path else page
@@ -324,6 +328,7 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target), link
 
 
-def test_every_page_can_be_reached_from_the_readme():
+def test_pages_linked():
+    """Every page can be reached from the README."""
     reached = {(ROOT / link.partition("#")[0]).resolve() for link in links(PAGES[0])}
     assert not set(PAGES[1:]) - reached

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import LoraConfig, PeftConfig, PeftModel, convert_to_lora, get_peft_model
 from safetensors.torch import load_file, save_model
-from test_contract import Trained, logits_of
+from trained import Trained
 from training import adapted, far, learner, nas
 from tuners import TUNERS
 from verb_cases import trained
+from zoo import logits_of
 
 from peft_learners import LearnerConfig
 from peft_learners.export import save_as_lora, to_lora
@@ -38,7 +37,8 @@ def error_of(run: Trained, folder: Path) -> float:
 
 @pytest.mark.parametrize("arch", ["bert", "mobilebert", "gpt2", "llama", "t5", "vit"])
 @pytest.mark.parametrize("tuner", EXACT)
-def test_unprimed_learners_and_nas_lora_are_exact(tuner, arch, tmp_path: Path):
+def test_exact(tuner, arch, tmp_path: Path):
+    """Unprimed Learners and NAS-LoRA are exact."""
     run = trained(tuner, arch)
     export = save_as_lora(tmp_path, run.model)
     assert export.exact and all(module.error == 0 for module in export.modules)
@@ -47,14 +47,16 @@ def test_unprimed_learners_and_nas_lora_are_exact(tuner, arch, tmp_path: Path):
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "far-output-node", "far-discard"])
 @pytest.mark.parametrize("arch", ["bert", "gpt2", "t5"])  # t5: FAR's embeddings are shared by four modules
-def test_dense_updates_at_full_rank_are_exact_to_rounding(tuner, arch, tmp_path: Path):
+def test_full_rank(tuner, arch, tmp_path: Path):
+    """Dense updates at full rank are exact to rounding."""
     run = trained(tuner, arch)
     export = save_as_lora(tmp_path, run.model, rank=1.0)
     assert not export.exact and 0 < export.worst.error < 1e-5
     assert error_of(run, tmp_path) < 5e-6
 
 
-def test_factors_are_taken_over_bit_for_bit(tmp_path: Path):
+def test_factors(tmp_path: Path):
+    """Factors are taken over bit for bit."""
     run = trained("learner-unprimed", "bert")
     run.model.save_pretrained(tmp_path / "own")
     save_as_lora(tmp_path / "lora", run.model)
@@ -67,8 +69,9 @@ def test_factors_are_taken_over_bit_for_bit(tmp_path: Path):
         assert torch.equal(lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta"])
 
 
-def test_pruned_entries_give_the_product_of_the_sparse_factors(tmp_path: Path):
-    """U and V put together from the adapter's file alone, by hand: positions count one column after the other."""
+def test_pruned_entries(tmp_path: Path):
+    """Pruned entries give the product of the sparse factors: U and V put together from the adapter's file alone, by
+    hand: positions count one column after the other."""
     run = trained("nas-unstructured", "bert")
     run.model.save_pretrained(tmp_path / "own")
     save_as_lora(tmp_path / "lora", run.model)
@@ -96,7 +99,8 @@ def delta_by_hand(own: dict[str, torch.Tensor], name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("rank", [3, 0.9])
-def test_primed_layers_become_the_nearest_update_of_their_rank(rank, tmp_path: Path):
+def test_nearest_rank(rank, tmp_path: Path):
+    """Primed layers become the nearest update of their rank."""
     run = trained("learner", "bert")
     run.model.save_pretrained(tmp_path / "own")
     export = save_as_lora(tmp_path / "lora", run.model, rank=rank)
@@ -124,7 +128,8 @@ def _at_rank(run: Trained, rank: int, folder: Path) -> Path:
     return folder / f"rank{rank}"
 
 
-def test_dense_updates_need_a_rank():
+def test_rank_required():
+    """Dense updates need a rank."""
     run = trained("learner", "bert")
     with pytest.raises(ValueError, match=r"8 of the 13 linear layers .* rank=64 .* rank=0.99"):
         to_lora(run.model)
@@ -160,7 +165,8 @@ save_file(out, sys.argv[2])
 
 
 @pytest.mark.slow
-def test_exports_load_and_merge_in_a_process_without_this_package(tmp_path: Path):
+def test_without_package(warm: Warm, tmp_path: Path):
+    """Exports load and merge in a process without this package."""
     jobs, expected = [], {}
     for tuner, arch, rank in (
         ("learner-unprimed", "bert", None),
@@ -175,12 +181,7 @@ def test_exports_load_and_merge_in_a_process_without_this_package(tmp_path: Path
         save_model(run.base, str(base))
         jobs.append((arch, str(folder), str(base)))
         expected[str(folder)] = run.logits
-    script = tmp_path / "load.py"
-    script.write_text(LOADER)
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1] / "support")}
-    command = [sys.executable, str(script), json.dumps(jobs), str(tmp_path / "out.safetensors")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+    warm.python(LOADER, json.dumps(jobs), str(tmp_path / "out.safetensors"), log=tmp_path / "log")
     found = load_file(tmp_path / "out.safetensors")
     for folder, logits in expected.items():
         torch.testing.assert_close(found[folder], logits, rtol=1e-5, atol=1e-5)
@@ -190,7 +191,8 @@ def test_exports_load_and_merge_in_a_process_without_this_package(tmp_path: Path
 # -- strict serving --------------------------------------------------------------------------------------------------
 
 
-def test_strict_serving_says_what_would_be_lost():
+def test_strict_serving_refused():
+    """Strict serving says what would be lost."""
     with pytest.raises(ValueError) as error:
         to_lora(trained("learner-unprimed", "bert").model, strict_serving=True)
     # 8 x 16 (attention) + 2 x 32 + 2 x 16 (FFN) + 16 (pooler) biases; 4 norms of 2 x 16, a head of 2 x 16 + 2
@@ -200,7 +202,8 @@ def test_strict_serving_says_what_would_be_lost():
 
 
 @pytest.mark.parametrize("tuner", ["learner-unprimed", "nas-structured", "nas-unstructured"])
-def test_strict_serving_has_one_rank_and_nothing_but_a_and_b(tuner, tmp_path: Path):
+def test_strict_serving(tuner, tmp_path: Path):
+    """Strict serving has one rank, and nothing but A and B."""
     base = zoo.build("llama")
     inputs = zoo.inputs_of("llama", base)
     settings = {"train_biases": False, **({"train_norms": False} if tuner == "learner-unprimed" else {})}
@@ -228,7 +231,9 @@ def test_strict_serving_has_one_rank_and_nothing_but_a_and_b(tuner, tmp_path: Pa
 # -- what an author may not think of ---------------------------------------------------------------------------------
 
 
-def test_ranks_of_modules_whose_names_end_alike(tmp_path: Path):
+def test_similar_module_names(tmp_path: Path):
+    """Modules whose names end alike have ranks of their own."""
+
     def base() -> torch.nn.Module:
         torch.manual_seed(0)
         inner = torch.nn.Sequential(torch.nn.Linear(8, 4), torch.nn.ReLU(), torch.nn.Linear(4, 8))
@@ -243,8 +248,9 @@ def test_ranks_of_modules_whose_names_end_alike(tmp_path: Path):
     torch.testing.assert_close(PeftModel.from_pretrained(base(), tmp_path)(x), model(x), rtol=1e-6, atol=1e-6)
 
 
-def test_what_a_half_precision_base_rounds_away_is_said():
-    """Deltas of 1.5e-3 on norms of weight 1: bfloat16 has steps of 2^-7 there, so that all of them are lost."""
+def test_half_precision_told():
+    """What a half-precision base rounds away is said. Deltas of 1.5e-3 on norms of weight 1: bfloat16 has steps of
+    2^-7 there, so that all of them are lost."""
     import transformers
 
     torch.manual_seed(0)
@@ -260,7 +266,8 @@ def test_what_a_half_precision_base_rounds_away_is_said():
     assert not export.exact and "rounded to the base model's type" in export.notes[0]
 
 
-def test_torchs_encoder_layers_are_refused_where_stock_lora_has_no_effect():
+def test_torch_encoder_refused():
+    """torch's encoder layers are refused where a stock LoRA has no effect."""
     layer = torch.nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
     model = torch.nn.Sequential(
         torch.nn.TransformerEncoder(layer, 1, enable_nested_tensor=False), torch.nn.Linear(8, 2)
@@ -270,7 +277,8 @@ def test_torchs_encoder_layers_are_refused_where_stock_lora_has_no_effect():
         to_lora(adapter)
 
 
-def test_an_export_does_not_overwrite_the_adapter_it_is_made_of(tmp_path: Path):
+def test_no_overwrite(tmp_path: Path):
+    """An export doesn't overwrite the adapter it is made of."""
     model = learner("bert", priming_epochs=0, init_weights=False)
     model.save_pretrained(tmp_path)
     before = (tmp_path / "adapter_config.json").read_text()
@@ -281,7 +289,8 @@ def test_an_export_does_not_overwrite_the_adapter_it_is_made_of(tmp_path: Path):
     save_as_lora(tmp_path / "lora", model)  # an earlier export may be replaced
 
 
-def test_offloaded_weights_are_refused():
+def test_offloaded_refused():
+    """Offloaded weights are refused."""
     from accelerate import cpu_offload
 
     model = learner("bert", priming_epochs=0, init_weights=False)
@@ -290,7 +299,8 @@ def test_offloaded_weights_are_refused():
         to_lora(model)
 
 
-def test_strict_serving_takes_biases_that_never_moved():
+def test_strict_serving_fresh():
+    """Strict serving takes biases that never moved."""
     model = learner("gpt2", priming_epochs=0, train_norms=False, modules_to_save=None)
     export_of = get_peft_model(_gpt2_lm(), LearnerConfig(r=4, priming_epochs=0, task_type="CAUSAL_LM"))
     export = to_lora(export_of, strict_serving=True)  # fresh: biases and norms are there, and zero
@@ -307,7 +317,8 @@ def _gpt2_lm() -> torch.nn.Module:
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64))
 
 
-def test_biases_alone_become_rank_one_zeros_with_a_bias(tmp_path: Path):
+def test_biases_alone(tmp_path: Path):
+    """Biases alone become zeros of rank one with a bias."""
     model = nas("bert", r=0, init_weights=False)
     inputs = zoo.inputs_of("bert", model)
     export = save_as_lora(tmp_path, model)
@@ -318,7 +329,8 @@ def test_biases_alone_become_rank_one_zeros_with_a_bias(tmp_path: Path):
     torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-6, atol=1e-6)
 
 
-def test_norms_alone_get_a_target_that_changes_nothing(tmp_path: Path):
+def test_norms_alone(tmp_path: Path):
+    """Norms alone get a target that changes nothing."""
     model = adapted(LearnerConfig(target_modules=["LayerNorm"], init_weights=False, task_type="SEQ_CLS"), "bert")
     inputs = zoo.inputs_of("bert", model)
     export = save_as_lora(tmp_path, model)
@@ -327,8 +339,9 @@ def test_norms_alone_get_a_target_that_changes_nothing(tmp_path: Path):
     torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-6, atol=1e-6)
 
 
-def test_layers_without_a_bias_beside_layers_with_one(tmp_path: Path):
-    """Qwen2's query, key and value have biases, its other layers none."""
+def test_some_biases(tmp_path: Path):
+    """Layers without a bias stand beside layers with one. Qwen2's query, key and value have biases, its other layers
+    none."""
     import transformers
 
     config = transformers.Qwen2Config(**zoo.SMALL, num_key_value_heads=2, max_position_embeddings=32)
@@ -345,7 +358,8 @@ def test_layers_without_a_bias_beside_layers_with_one(tmp_path: Path):
 
 
 @pytest.mark.parametrize("verb", ["inject", "second adapter", "half precision", "in search", "in priming"])
-def test_other_ways_to_have_an_adapter(verb, tmp_path: Path):
+def test_sources(verb, tmp_path: Path):
+    """Other ways to have an adapter are exported too."""
     settings = {"r": 4, "priming_epochs": 0, "init_weights": False, "task_type": "SEQ_CLS"}
     base, rank, name = zoo.build("distilbert"), None, "default"
     if verb == "inject":
@@ -371,7 +385,8 @@ def test_other_ways_to_have_an_adapter(verb, tmp_path: Path):
     torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=tolerance, atol=tolerance)
 
 
-def test_merged_unknown_and_foreign_adapters_are_refused():
+def test_wrong_adapters_refused():
+    """Merged, unknown and foreign adapters are refused."""
     model = learner("bert", init_weights=False)
     with pytest.raises(ValueError, match=r"one of this package's adapters in the model \['default'\], got 'mine'"):
         to_lora(model, adapter_name="mine")
@@ -391,8 +406,9 @@ def test_merged_unknown_and_foreign_adapters_are_refused():
         ("FAR", "NAS-LoRA"), "refused, since it would drop biases and norms; `peft_learners.export` keeps them"
     ),
 )
-def test_peft_converts_what_it_can_keep_and_refuses_the_rest():
-    """PEFT's own conversion takes weight updates alone: one with nothing else is exact, the others are refused."""
+def test_peft_convert_to_lora():
+    """PEFT's `convert_to_lora` converts what it can keep, and refuses the rest. PEFT's own conversion takes weight
+    updates alone: one with nothing else is exact, the others are refused."""
     model = learner(
         "llama", priming_epochs=0, train_biases=False, train_norms=False, init_weights=False, task_type="CAUSAL_LM"
     )
@@ -406,7 +422,8 @@ def test_peft_converts_what_it_can_keep_and_refuses_the_rest():
             convert_to_lora(other, rank=4)
 
 
-def test_names_match_the_modules_that_are_meant_and_no_others():
+def test_target_names():
+    """Names match the modules that are meant, and no others."""
     layers = [f"encoder.layer.{i}.{part}" for i in range(12) for part in ("query", "value", "dense")]
     assert target_names([n for n in layers if n.endswith("query")], layers) == ["query"]
     (one,) = target_names(["encoder.layer.1.query"], layers)
@@ -419,7 +436,7 @@ def test_names_match_the_modules_that_are_meant_and_no_others():
 
 
 @pytest.mark.slow
-def test_command_line(tmp_path: Path):
+def test_command_line(warm: Warm, tmp_path: Path):
     """A saved adapter with three classes, its base model in a folder."""
     import transformers
 
@@ -438,17 +455,17 @@ def test_command_line(tmp_path: Path):
         main(call)
     with pytest.raises(SystemExit, match="would lose biases of linear layers"):
         main([*call, "--energy", "0.9", "--strict-serving"])
-    command = [sys.executable, "-m", "peft_learners.export", *call, "--rank", "16"]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0 and "largest error" in done.stdout, done.stderr
+    run = "import runpy; runpy.run_module('peft_learners.export', run_name='__main__', alter_sys=True)"
+    assert "largest error" in warm.python(run, *call, "--rank", "16", log=tmp_path / "log")
     base = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
     assert PeftConfig.from_pretrained(tmp_path / "out").base_model_name_or_path == str(tmp_path / "base")
     again = PeftModel.from_pretrained(base, tmp_path / "out")
     torch.testing.assert_close(logits_of(again, inputs), logits_of(model, inputs), rtol=1e-5, atol=1e-5)
 
 
-def test_discarded_far_nodes_need_no_more_rank_than_is_kept(tmp_path: Path):
-    """With `discard_unkept`, a quarter of 32 FFN nodes is left: the updates of both layers have rank 8 at most."""
+def test_far_discard_rank(tmp_path: Path):
+    """Discarded FAR nodes need no more rank than is kept. With `discard_unkept`, a quarter of 32 FFN nodes is left:
+    the updates of both layers have rank 8 at most."""
     run = trained("far-discard", "bert")
     export = to_lora(run.model, rank=1.0)
     ranks = {m.name: m.rank for m in export.modules if m.kind == "low_rank"}

@@ -13,10 +13,10 @@ import torch
 import zoo
 from huggingface_hub import ModelCard
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from training import arguments, far, learner, nas, trainer
 from transformers import AutoModelForSequenceClassification
 from tuners import TUNERS
+from zoo import logits_of
 
 from peft_learners import LearnerConfig
 from peft_learners.hub.card import is_boilerplate, is_hub_id, short_name

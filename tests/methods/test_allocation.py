@@ -15,20 +15,23 @@ from peft_learners.nas_lora.budget import budget_path, within_budget
     "ratio,nodes,count",
     [(0.1, 3072, 307), (0.1, 768, 77), (0.1, 1536, 154), (0.5, 5, 3), (0.0, 7, 0), (1.0, 7, 7), (0.01, 10, 0)],
 )
-def test_counts_are_rounded_to_the_nearest_halves_up(ratio, nodes, count):
+def test_kept_count(ratio, nodes, count):
+    """Counts are rounded to the nearest, halves up."""
     assert kept_count(ratio, nodes) == count
 
 
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=20), st.data())
 @settings(deadline=None, max_examples=80)
-def test_highest_scores_are_kept_and_of_equals_the_lower_index(scores, data):
+def test_highest(scores, data):
+    """The highest scores are kept, and of equal ones the lower index."""
     count = data.draw(st.integers(0, len(scores)))
     kept = highest(torch.tensor(scores, dtype=torch.float64), count).tolist()
     by_hand = sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:count])
     assert kept == by_hand
 
 
-def test_scores_that_are_not_finite_are_refused():
+def test_highest_not_finite():
+    """Scores that aren't finite are refused."""
     with pytest.raises(ValueError, match="not finite"):
         highest(torch.tensor([1.0, float("nan")]), 1)
 
@@ -47,7 +50,8 @@ def remove_one_by_one(scores: list[float], costs: list[int], budget: int) -> lis
     st.integers(0, 120),
 )
 @settings(deadline=None, max_examples=150)
-def test_lowest_scores_go_first_until_the_budget_holds(units, budget):
+def test_within_budget(units, budget):
+    """The lowest scores go first, until the budget holds."""
     scores, costs = [float(s) for s, _ in units], [c for _, c in units]
     kept = within_budget(torch.tensor(scores), torch.tensor(costs), budget)
     assert kept.tolist() == remove_one_by_one(scores, costs, budget)
@@ -55,7 +59,8 @@ def test_lowest_scores_go_first_until_the_budget_holds(units, budget):
     assert alike.tolist() == remove_one_by_one(scores, [4] * len(scores), budget)
 
 
-def test_budgets_with_scores_that_are_not_finite_are_refused():
+def test_within_budget_not_finite():
+    """Scores that aren't finite are refused."""
     with pytest.raises(ValueError, match="not finite"):
         within_budget(torch.tensor([1.0, float("inf")]), 1, 1)
 
@@ -69,5 +74,6 @@ def test_budgets_with_scores_that_are_not_finite_are_refused():
         (100, 100, 3, [100, 100, 100]),
     ],
 )
-def test_iterative_budgets_follow_a_geometric_path(space, budget, rounds, path):
+def test_budget_path(space, budget, rounds, path):
+    """Budgets of rounds follow a geometric path."""
     assert budget_path(space, budget, rounds) == path

@@ -3,31 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 import zoo
-from peft import PeftModel, get_peft_model
+from bottlenecks import adapted, adapter, llama_network
+from peft import get_peft_model
 from torch import Tensor
 
 from peft_learners import BottleneckConfig
-
-
-def adapted(arch: str, mode: str = "parallel", seed: int = 1, **settings: Any) -> PeftModel:
-    """A model of the zoo in float64 whose adapter changes the function."""
-    torch.manual_seed(seed)
-    fields = {"bottleneck_dim": 5, "init_weights": False, "task_type": zoo.ZOO[arch].task_type, **settings}
-    return get_peft_model(zoo.build(arch).double(), BottleneckConfig(mode=mode, **fields)).double().eval()
-
-
-def adapter(layer: Any, z: Tensor, f: Callable[[Tensor], Tensor], name: str = "default") -> Tensor:
-    """`W_up f(W_down z + b_down) + b_up`, by its formula."""
-    down, up = layer.bottleneck_down[name], layer.bottleneck_up[name]
-    return f(z @ down.T + layer.bottleneck_down_bias[name]) @ up.T + layer.bottleneck_up_bias[name]
-
 
 # -- the arithmetic -------------------------------------------------------------------------------------------------
 
@@ -65,7 +51,8 @@ def bert_block(block: Any, x: Tensor, mode: str, scaling: float) -> Tensor:
 @pytest.mark.parametrize(("mode", "given", "scaling"), [("sequential", None, 1), ("parallel", None, 4), *[
     (mode, -2.5, -2.5) for mode in ("sequential", "parallel")
 ]])  # fmt: skip
-def test_blocks_of_bert_are_those_of_the_formulas(mode, given, scaling):
+def test_bert_blocks(mode, given, scaling):
+    """Blocks of BERT are those of the formulas."""
     model = adapted("bert", mode, scaling=given, non_linearity="tanh")
     bert = model.base_model.model.bert
     ids = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(1))
@@ -87,11 +74,6 @@ def gpt2_network(mlp: Any, x: Tensor) -> Tensor:
     return h @ mlp.c_proj.weight + mlp.c_proj.bias
 
 
-def llama_network(mlp: Any, x: Tensor) -> Tensor:
-    gate = x @ mlp.gate_proj.weight.T
-    return (gate * gate.sigmoid() * (x @ mlp.up_proj.weight.T)) @ mlp.down_proj.weight.T
-
-
 NETWORKS = {
     "gpt2": (lambda model: model.transformer.h[1].mlp, gpt2_network, lambda mlp: mlp.c_proj),
     "llama": (lambda model: model.model.layers[1].mlp, llama_network, lambda mlp: mlp.down_proj),
@@ -100,7 +82,8 @@ NETWORKS = {
 
 @pytest.mark.parametrize("arch", list(NETWORKS))
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
-def test_networks_with_conv1d_and_with_gates_are_those_of_the_formula(arch, mode):
+def test_conv1d_and_gates(arch, mode):
+    """Networks with Conv1D and with gates are those of the formula."""
     find, network, last = NETWORKS[arch]
     mlp = find(adapted(arch, mode, non_linearity="silu", scaling=3.0).base_model.model)
     x = torch.randn(2, 5, 16, dtype=torch.float64, requires_grad=True)
@@ -111,7 +94,8 @@ def test_networks_with_conv1d_and_with_gates_are_those_of_the_formula(arch, mode
     torch.testing.assert_close(torch.autograd.grad(mlp(x).sin().sum(), x)[0], wanted, rtol=1e-8, atol=1e-10)
 
 
-def test_active_adapters_add_up_and_sequential_ones_get_what_the_base_gives():
+def test_several_active():
+    """Active adapters add up, and sequential ones get what the base gives."""
     model = adapted("llama", "parallel")
     others = {"two": {"non_linearity": "tanh"}, "three": {"mode": "parallel", "scaling": 0.5}, "four": {}}
     for name, settings in others.items():
@@ -126,8 +110,8 @@ def test_active_adapters_add_up_and_sequential_ones_get_what_the_base_gives():
     torch.testing.assert_close(mlp(x), expected, rtol=1e-10, atol=1e-12)
 
 
-def test_a_shared_block_gets_each_of_its_inputs():
-    """ALBERT calls one block for all layers: the block of block, by hand."""
+def test_shared_block():
+    """A shared block gets each of its inputs. ALBERT calls one block for all layers: the block of block, by hand."""
     model = adapted("albert", train_norms=False)
     albert = model.base_model.model.albert
     block = albert.encoder.albert_layer_groups[0].albert_layers[0]
@@ -146,8 +130,9 @@ def test_a_shared_block_gets_each_of_its_inputs():
 @pytest.mark.parametrize("mode", ["sequential", "parallel"])
 @pytest.mark.parametrize("kept_wide", [True, False])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_bases_give_the_values_of_float64_to_rounding(dtype, kept_wide, mode):
-    """With adapters in float32 (PEFT's default) and in the base's type; 8 or 11 bits, a few roundings."""
+def test_half_precision(dtype, kept_wide, mode):
+    """Half-precision bases give the values of float64, to rounding, with adapters in float32 (PEFT's default) and in
+    the base's type; 8 or 11 bits, a few roundings."""
     torch.manual_seed(1)
     config = BottleneckConfig(mode=mode, bottleneck_dim=5, init_weights=False, scaling=4.0, task_type="CAUSAL_LM")
     model = get_peft_model(zoo.build("llama").to(dtype), config, autocast_adapter_dtype=kept_wide).eval()
@@ -164,7 +149,8 @@ def test_half_precision_bases_give_the_values_of_float64_to_rounding(dtype, kept
     assert (found.double() - expected).abs().max() < error * expected.abs().max()
 
 
-def test_dropout_drops_hidden_units_in_training_alone():
+def test_dropout():
+    """Dropout drops hidden units, in training alone."""
     model = adapted("llama", dropout=0.5, train_norms=False)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     with torch.no_grad():

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import test_feed_forward
 import torch
 import zoo
+from architectures import OTHERS
+from bottlenecks import adapted
 from peft import convert_to_lora, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
-from test_bottleneck import adapted
-from test_contract import logits_of
 from torch import nn
 from training import arguments, trainer
 from transformers import ConvBertConfig, ConvBertModel
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig
 from peft_learners.export import to_lora
@@ -39,10 +39,10 @@ OUTPUTS = {
 
 
 @pytest.mark.parametrize("arch", list(OUTPUTS))
-def test_output_projections_are_found(arch):
+def test_output_projections(arch):
+    """The output projections of attentions are found."""
     count, ending = OUTPUTS[arch]
-    others = test_feed_forward.OTHERS
-    model = others[arch][0](others[arch][1]) if arch in others else zoo.build(arch)
+    model = OTHERS[arch][0](OTHERS[arch][1]) if arch in OTHERS else zoo.build(arch)
     found = attention_output_names(model, linear_names(model))
     assert len(found) == count and all(name.endswith(f".{ending}") for name in found), found
 
@@ -51,12 +51,15 @@ def test_output_projections_are_found(arch):
     ("bert", "sequential", 4), ("bert", "parallel", 2), ("mobilebert", "sequential", 2 + 4),
     ("mobilebert", "parallel", 4), ("t5", "sequential", 6 + 4), ("t5", "parallel", 4), ("albert", "sequential", 2),
 ])  # fmt: skip
-def test_as_many_adapters_as_attentions_and_networks(arch, mode, count):
+def test_adapter_count(arch, mode, count):
+    """There are as many adapters as attentions and networks."""
     model = adapted(arch, mode)
     assert len([n for n, _ in model.named_parameters() if n.endswith("bottleneck_up.default")]) == count
 
 
-def test_layers_and_exclusions_narrow_the_places():
+def test_narrowed_places():
+    """`layers_to_transform` and `exclude_modules` narrow the places."""
+
     def places(**settings: Any) -> set[str]:
         names = adapted("distilbert", train_norms=False, **settings).base_model.targeted_module_names
         return {name.removeprefix("distilbert.transformer.layer.") for name in names}
@@ -68,7 +71,8 @@ def test_layers_and_exclusions_narrow_the_places():
     assert len(places(mode="sequential", target_modules="all-linear")) == 12
 
 
-def test_an_attention_or_a_network_that_is_not_found_is_told():
+def test_missing_place_told():
+    """An attention or a network that isn't found is told."""
     model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
     with pytest.warns(UserWarning, match=r"No output projection of an attention was found in the Sequential.*target"):
         assert get_peft_model(model, BottleneckConfig()).base_model.targeted_module_names == ["2"]
@@ -83,14 +87,15 @@ def test_an_attention_or_a_network_that_is_not_found_is_told():
      r"No feed-forward network is left to adapt with \{'modules_to_save': \['ffn'\]\}"),
     ({"target_modules": ["word_embeddings"]}, ValueError, r"word_embeddings \(Embedding\) is not supported"),
 ])  # fmt: skip
-def test_wrong_places_are_named(settings, error, said):
+def test_wrong_places(settings, error, said):
+    """Wrong places are named."""
     with pytest.raises(error, match=said):
         get_peft_model(zoo.build("distilbert"), BottleneckConfig(**settings))
 
 
 @pytest.mark.parametrize("given", ["dense", "output.dense"])
-def test_the_names_that_an_error_proposes_are_the_right_ones(given):
-    """BERT's attentions have an `output.dense`, too."""
+def test_proposed_names(given):
+    """The names that an error proposes are the right ones. BERT's attentions have an `output.dense`, too."""
     with pytest.raises(ValueError, match="must name linear layers that lead out") as error:
         adapted("bert", target_modules=[given])
     found = re.search(r"\(target_modules=r'(.*?)'\)", str(error.value))
@@ -99,8 +104,9 @@ def test_the_names_that_an_error_proposes_are_the_right_ones(given):
     assert places == [f"bert.encoder.layer.{i}.output.dense" for i in range(2)]
 
 
-def test_an_attention_in_another_has_no_output_of_its_own():
-    """ConvBERT's `attention.self` ends in a layer that makes a part of what `attention.output` joins."""
+def test_nested_attention():
+    """An attention within another has no output of its own. ConvBERT's `attention.self` ends in a layer that makes a
+    part of what `attention.output` joins."""
     config = ConvBertConfig(**zoo.SMALL, embedding_size=16, head_ratio=1)
     model = ConvBertModel(config)
     found = attention_output_names(model, linear_names(model))
@@ -108,14 +114,16 @@ def test_an_attention_in_another_has_no_output_of_its_own():
     assert found == [f"encoder.layer.{i}.attention.output.dense" for i in range(config.num_hidden_layers)]
 
 
-def test_norms_have_a_bias_delta_if_they_have_a_bias():
+def test_norm_bias():
+    """Norms have a bias delta if they have a bias."""
     for arch, count in (("llama", 0), ("distilbert", 4)):  # two blocks of two norms
         names = [name for name, _ in adapted(arch).named_parameters()]
         assert sum("bottleneck_layernorm_delta" in name for name in names) == 4
         assert sum("bottleneck_bias_delta" in name for name in names) == count
 
 
-def test_a_model_without_any_place_is_refused():
+def test_no_place_refused():
+    """A model without any place is refused."""
     with pytest.raises(NoMatchingPeftModuleError, match="No feed-forward network was found in the model. Name linear"):
         get_peft_model(nn.Sequential(nn.Linear(4, 2)), BottleneckConfig(mode="parallel"))
 
@@ -123,7 +131,8 @@ def test_a_model_without_any_place_is_refused():
 # -- the config -----------------------------------------------------------------------------------------------------
 
 
-def test_defaults_are_the_papers():
+def test_paper_defaults():
+    """Defaults are the papers'."""
     for mode, dim, scaling in (("sequential", 256, 1.0), ("parallel", 512, 4.0)):
         config = BottleneckConfig(mode=mode)
         assert (config.bottleneck_dim, config.scaling, config.non_linearity) == (dim, scaling, "relu")
@@ -141,19 +150,22 @@ def test_defaults_are_the_papers():
     ({"dropout": 1.0}, r"`dropout` must be a probability in \[0, 1\), got 1.0"),
     ({"train_norms": 1}, "`train_norms` must be True or False, got 1"),
 ])  # fmt: skip
-def test_bad_values_are_named(settings, said):
+def test_bad_values(settings, said):
+    """Bad values are named."""
     with pytest.raises(ValueError, match=said):
         BottleneckConfig(**settings)
 
 
-def test_defaults_are_those_of_the_mode_that_the_config_was_made_with():
+def test_mode_defaults():
+    """Defaults are those of the mode that the config was made with."""
     changed = dataclasses.replace(BottleneckConfig(), mode="parallel")
     assert (changed.bottleneck_dim, changed.scaling) == (256, 1.0)
     changed = dataclasses.replace(BottleneckConfig(), mode="parallel", bottleneck_dim=None, scaling=None)
     assert (changed.bottleneck_dim, changed.scaling) == (512, 4.0)
 
 
-def test_an_unknown_field_is_named_with_the_nearest():
+def test_unknown_field():
+    """An unknown field is named, with the nearest."""
     with pytest.raises(TypeError, match="'bottleneck_size'. Did you mean 'bottleneck_dim'"):
         BottleneckConfig(bottleneck_size=8)
 
@@ -162,7 +174,8 @@ def test_an_unknown_field_is_named_with_the_nearest():
 
 
 @pytest.mark.verb("convert_to_lora", tuners=["bottleneck"], no="refused, since no weight can hold what is not linear")
-def test_it_becomes_no_lora_and_a_layer_is_not_merged(tmp_path: Path):
+def test_no_lora_no_merge(tmp_path: Path):
+    """It becomes no LoRA, and a layer isn't merged."""
     model = adapted("llama")
     inputs = zoo.inputs_of("llama", model)
     logits = logits_of(model, inputs)
@@ -189,7 +202,8 @@ def test_it_becomes_no_lora_and_a_layer_is_not_merged(tmp_path: Path):
 @pytest.mark.verb(
     "add_weighted_adapter", tuners=["bottleneck"], no="refused: use the adapters together, which adds them up"
 )
-def test_weighted_sums_are_refused_with_a_way_out():
+def test_weighted_sum_refused():
+    """Weighted sums are refused, with a way out."""
     model = adapted("llama")
     model.add_adapter("two", BottleneckConfig(bottleneck_dim=3, task_type="CAUSAL_LM"))
     with pytest.raises(NotImplementedError, match=r"not linear.*set_adapter\(\[\.\.\.\]\) adds them up"):
@@ -197,8 +211,8 @@ def test_weighted_sums_are_refused_with_a_way_out():
     assert list(model.peft_config) == ["default", "two"]
 
 
-def test_the_callback_has_nothing_to_do(tmp_path: Path):
-    """The same weights with it and without, to the bit."""
+def test_callback(tmp_path: Path):
+    """The callback has nothing to do: the same weights with it and without, to the bit."""
     ends = []
     for callbacks in ({}, {"callbacks": []}):
         torch.manual_seed(1)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import zoo
+from bottlenecks import adapted, adapter, llama_network
 from peft import get_peft_model
-from test_bottleneck import adapted, adapter, llama_network
-from test_contract import logits_of
 from torch import Tensor, nn
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig
 
@@ -39,7 +39,8 @@ def attempt(model: nn.Module, inputs: dict[str, Tensor]) -> bool:
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_an_error_in_mid_forward_leaves_nothing_behind(grad):
+def test_error_in_forward(grad):
+    """An error in mid-forward leaves nothing behind."""
     model = adapted("distilbert")
     inputs = zoo.inputs_of("distilbert", model)
     logits = logits_of(model, inputs)
@@ -55,7 +56,8 @@ def test_an_error_in_mid_forward_leaves_nothing_behind(grad):
     assert torch.equal(logits_of(model, inputs), logits)
 
 
-def test_nothing_is_kept_of_a_forward_pass_nor_of_a_network_that_is_left_halfway():
+def test_nothing_kept():
+    """Nothing is kept of a forward pass, nor of a network that is left halfway."""
     model = adapted("llama")
     inputs = zoo.inputs_of("llama", model)
     mlp = model.base_model.model.model.layers[0].mlp
@@ -71,7 +73,8 @@ def test_nothing_is_kept_of_a_forward_pass_nor_of_a_network_that_is_left_halfway
     assert torch.equal(logits_of(model, inputs), logits)
 
 
-def test_threads_get_what_belongs_to_their_own_inputs():
+def test_threads():
+    """Threads get what belongs to their own inputs."""
     model = adapted("bert")
     generator = torch.Generator().manual_seed(2)
     batches = [torch.randint(3, 60, (1 + i % 3, 3 + i % 5), generator=generator) for i in range(40)]
@@ -112,7 +115,8 @@ class Twice(Reshaping):
     (Reading, r"first linear layer \(it was not called\).*exclude_modules.*mode='sequential'"),
     (Twice, r"first linear layer \(it was not called\)"),
 ])  # fmt: skip
-def test_networks_that_do_more_than_apply_their_layers_are_refused(network, said):
+def test_network_does_more_refused(network, said):
+    """Networks that do more than apply their layers are refused."""
     model = get_peft_model(network(), BottleneckConfig(mode="parallel"))
     x = torch.randn(2, 3, 4)
     with pytest.raises(RuntimeError, match=said):
@@ -123,7 +127,9 @@ def test_networks_that_do_more_than_apply_their_layers_are_refused(network, said
     assert sequential(x).shape == x.shape
 
 
-def test_unloading_leaves_no_hook():
+def test_unload_hooks():
+    """Unloading leaves no hook."""
+
     def hooks(model: nn.Module) -> int:
         return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
@@ -151,7 +157,8 @@ class Named(nn.Module):
         return self.parts["down"](h)
 
 
-def test_layers_in_a_container_leave_nothing_behind():
+def test_layers_in_container():
+    """Layers in a container leave nothing behind."""
     model = get_peft_model(Named(), BottleneckConfig(mode="parallel", bottleneck_dim=3))
     x = torch.randn(2, 4)
     ref = weakref.ref(x)
@@ -164,7 +171,8 @@ def test_layers_in_a_container_leave_nothing_behind():
     assert model(torch.randn(2, 4)).shape == (2, 4)
 
 
-def test_a_mixed_batch_has_parallel_adapters_beside_an_active_sequential_one():
+def test_mixed_batch():
+    """A mixed batch has parallel adapters beside an active sequential one."""
     model = adapted("llama", "sequential")
     model.add_adapter("beside", BottleneckConfig(mode="parallel", bottleneck_dim=3, task_type="CAUSAL_LM"))
     mlp = model.double().base_model.model.model.layers[0].mlp
@@ -191,7 +199,8 @@ class Moving(Reshaping):
         return self.second_linear(self.first_linear(x).relu().to("meta"))
 
 
-def test_the_last_layer_may_be_on_another_device():
+def test_last_layer_device():
+    """The last layer may be on another device."""
     base = Moving()
     base.second_linear.to("meta")
     out = get_peft_model(base, BottleneckConfig(mode="parallel", bottleneck_dim=3))(torch.randn(2, 3, 4))
@@ -208,8 +217,9 @@ WHOLE = {
 
 
 @pytest.mark.parametrize("arch", list(WHOLE))
-def test_a_first_layer_that_is_trained_whole_hands_on_its_input(arch):
-    """Its copy alone is changed, so that adapters must do what they do with the changed layer in its place."""
+def test_first_layer_saved_whole(arch):
+    """A first layer that is trained whole hands on its input. Its copy alone is changed, so that adapters must do what
+    they do with the changed layer in its place."""
     ending, blocks, last = WHOLE[arch]
     model = adapted(arch, modules_to_save=[ending])
     twin = adapted(arch)
@@ -234,7 +244,8 @@ def test_a_first_layer_that_is_trained_whole_hands_on_its_input(arch):
     assert receivers == {id(layer) for layer in ours}
 
 
-def test_a_mixed_batch_that_is_split_before_the_network_is_refused():
+def test_split_batch_refused():
+    """A mixed batch that is split before the network is refused."""
     model = adapted("llama", modules_to_save=["gate_proj"])
     fields = {"bottleneck_dim": 3, "task_type": "CAUSAL_LM", "modules_to_save": ["gate_proj"]}
     model.add_adapter("two", BottleneckConfig(mode="parallel", **fields))

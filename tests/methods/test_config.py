@@ -40,12 +40,14 @@ from peft_learners import LearnerConfig
         ({"layers_pattern": "layer"}, "`layers_to_transform` must also be specified"),
     ],
 )
-def test_bad_values_are_named(settings, words):
+def test_bad_values(settings, words):
+    """Bad values are named."""
     with pytest.raises(ValueError, match=words):
         LearnerConfig(**settings)
 
 
-def test_unknown_fields_are_named_with_the_nearest():
+def test_unknown_fields():
+    """Unknown fields are named, with the nearest."""
     with pytest.raises(
         TypeError, match=r"unexpected keyword argument 'primming_epochs'\. Did you mean 'priming_epochs'"
     ):
@@ -54,7 +56,8 @@ def test_unknown_fields_are_named_with_the_nearest():
         LearnerConfig(zzz=2)
 
 
-def test_a_config_of_a_newer_version_loads_with_a_warning(tmp_path: Path):
+def test_newer_version(tmp_path: Path):
+    """A config of a newer version loads with a warning."""
     LearnerConfig(r=3).save_pretrained(tmp_path)
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "field_of_the_future": 1}))
@@ -75,13 +78,15 @@ def test_round_trips(tmp_path: Path):
     assert pickle.loads(pickle.dumps(config)) == config == copy.deepcopy(config)
 
 
-def test_pickling_the_config_of_a_live_model():
+def test_pickle_live_config():
+    """The config of a live model is pickled."""
     model = get_peft_model(zoo.build("distilbert"), LearnerConfig(r=2, task_type="SEQ_CLS"))
     config = model.peft_config["default"]
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-def test_config_is_not_changed_for_the_next_architecture():
+def test_config_reused():
+    """A config isn't changed for the next architecture."""
     config = LearnerConfig(r=2)
     first = get_peft_model(zoo.build("distilbert"), config)
     second = get_peft_model(zoo.build("gpt2"), config)
@@ -90,7 +95,8 @@ def test_config_is_not_changed_for_the_next_architecture():
     assert first.peft_config["default"].priming_modules == ["k_lin", "out_lin", "q_lin", "v_lin"]
 
 
-def test_one_config_object_for_two_adapters_of_one_model():
+def test_config_shared():
+    """One config object serves two adapters of one model."""
     config = LearnerConfig(r=2, priming_epochs=1)
     model = get_peft_model(zoo.build("distilbert"), config)
     model.base_model.set_schedule(4, 2)
@@ -108,14 +114,16 @@ def learner(model: nn.Module | None = None, **settings) -> PeftModel:
 
 
 @pytest.mark.parametrize("settings", [{}, {"train_norms": False}])
-def test_target_names_that_match_nothing(settings):
+def test_unmatched_targets(settings):
+    """Target names that match nothing are told."""
     with pytest.raises(
         ValueError, match=r"\{'nothing_like_it'\} not found in the base model\. Its linear layers are named k_lin, "
     ):
         learner(target_modules=["nothing_like_it"], **settings)
 
 
-def test_one_of_several_target_names_that_matches_nothing_is_told():
+def test_unmatched_target_told():
+    """One of several target names that matches nothing is told."""
     with pytest.warns(UserWarning, match=r"target_modules=\['query'\] match no module"):
         learner(target_modules=["q_lin", "query"])
 
@@ -136,19 +144,23 @@ def test_unsupported_targets():
 
 
 @pytest.mark.parametrize("modules", [["lin1"], ["q_lin", "nowhere"], "classifier", ["attention"]])
-def test_priming_modules_outside_the_targets(modules):
+def test_priming_outside_targets(modules):
+    """Priming modules outside the targets are refused."""
     with pytest.raises(ValueError, match="`priming_modules` must name linear layers among the targets, got '"):
         learner(target_modules=["q_lin", "v_lin"], priming_modules=modules)
 
 
-def test_priming_modules_by_name_and_by_regex():
+def test_priming_modules():
+    """Priming modules are given by name and by regex."""
     for asked in (["lin1"], r".*\.ffn\.lin1"):
         model = learner(priming_modules=asked)
         primed = [n for n, _ in model.named_parameters() if "learner_dense_delta" in n]
         assert len(primed) == 2 and all(".lin1." in n for n in primed)
 
 
-def test_priming_on_weights_that_are_not_floating_point():
+def test_priming_not_floating():
+    """Priming on weights that aren't floating point is refused."""
+
     class Int8Linear(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -189,7 +201,8 @@ def test_priming_on_weights_that_are_not_floating_point():
         model.merge_adapter()
 
 
-def test_layers_to_transform_and_exclude_modules_narrow_what_is_found():
+def test_narrowed_targets():
+    """`layers_to_transform` and `exclude_modules` narrow what is found."""
     model = learner(layers_to_transform=[1])
     assert {n.split(".")[3] for n in model.base_model.targeted_module_names} == {"1"}
     assert len(model.base_model.targeted_module_names) == 8  # 6 linears, 2 norms
@@ -198,7 +211,8 @@ def test_layers_to_transform_and_exclude_modules_narrow_what_is_found():
     assert names == {"q_lin", "k_lin", "v_lin", "out_lin", "lin2", "output_layer_norm"}
 
 
-def test_rank_pattern_dropout_and_switches():
+def test_rank_pattern():
+    """`rank_pattern`, dropout and the switches do what they say."""
     model = learner(rank_pattern={"lin1": 5}, learner_dropout=0.5, train_biases=False, train_norms=False, scaling=3.0)
     names = [n for n, _ in model.named_parameters()]
     assert not [n for n in names if "learner_bias_delta" in n or "learner_layernorm_delta" in n]
@@ -214,7 +228,8 @@ def test_rank_pattern_dropout_and_switches():
     assert not torch.allclose(ffn.lin1(x), ffn.lin1(x))
 
 
-def test_bare_backbone_leaves_its_pooler_out_and_a_task_model_does_not():
+def test_pooler():
+    """A bare backbone leaves its pooler out, and a task model doesn't."""
     import transformers as tf
 
     bare = tf.BertModel(tf.BertConfig(**zoo.SMALL))
@@ -222,7 +237,8 @@ def test_bare_backbone_leaves_its_pooler_out_and_a_task_model_does_not():
     assert [n for n in learner(zoo.build("bert")).base_model.targeted_module_names if "pooler" in n]
 
 
-def test_head_of_a_task_model_that_holds_its_backbone_directly():
+def test_head_beside_backbone():
+    """The head of a task model that holds its backbone directly is found."""
     import transformers as tf
 
     config = tf.WhisperConfig(
@@ -235,6 +251,7 @@ def test_head_of_a_task_model_that_holds_its_backbone_directly():
 
 
 @pytest.mark.parametrize(("name", "better"), [("copy", "copy_1"), ("update", "update_1"), ("v1.2", "v1_2")])
-def test_adapter_names_that_torchs_containers_can_not_hold(name, better):
+def test_adapter_names(name, better):
+    """Adapter names that torch's containers can't hold are refused."""
     with pytest.raises(ValueError, match=f"got '{name}'. Take another: '{better}'"):
         get_peft_model(zoo.build("bert"), LearnerConfig(r=2), name)

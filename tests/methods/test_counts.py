@@ -25,7 +25,8 @@ def distilbert() -> torch.nn.Module:
 
 
 @pytest.mark.parametrize("task_type", [None, "SEQ_CLS"])
-def test_learner_64_trains_20_million_in_priming_and_5_96_after(task_type):
+def test_learner_64(task_type):
+    """Learner-64 trains 20 million parameters in priming and 5.96 million after it."""
     model = get_peft_model(distilbert(), LearnerConfig(r=64, priming_epochs=1, task_type=task_type))
     assert model.get_nb_trainable_parameters()[0] == 20_116_226 == low_rank(64) + BIASES + NORMS + HEAD + ATTENTION
     model.base_model.set_schedule(total_steps=20, steps_per_epoch=10)
@@ -35,16 +36,18 @@ def test_learner_64_trains_20_million_in_priming_and_5_96_after(task_type):
 
 
 @pytest.mark.parametrize("priming_epochs,deltas", [(0, 0), (1, ATTENTION)])
-def test_learner_64_has_the_papers_total(priming_epochs, deltas):
-    """72.26 million: DistilBERT and the low-rank modules. What trains beside the originals, which stay, are biases,
-    norms, the head and in priming the attention's dense deltas; the paper's total holds those once."""
+def test_learner_64_total(priming_epochs, deltas):
+    """Learner-64 has the paper's total. 72.26 million: DistilBERT and the low-rank modules. What trains beside the
+    originals, which stay, are biases, norms, the head and in priming the attention's dense deltas; the paper's total
+    holds those once."""
     model = get_peft_model(distilbert(), LearnerConfig(r=64, priming_epochs=priming_epochs))
     total = model.get_nb_trainable_parameters()[1]
     assert total - BIASES - NORMS - HEAD - deltas == 72_263_426 == ALL + low_rank(64)
 
 
 @pytest.mark.parametrize("r,trained", [(8, 1_315_586), (64, 5_960_450), (256, 21_885_698)])
-def test_learner_without_priming(r, trained):
+def test_learner_unprimed(r, trained):
+    """Learner without priming."""
     model = get_peft_model(distilbert(), LearnerConfig(r=r, priming_epochs=0))
     assert model.get_nb_trainable_parameters()[0] == trained == low_rank(r) + BIASES + NORMS + HEAD
 
@@ -60,7 +63,8 @@ FROZEN = {
 
 
 @pytest.mark.parametrize("granularity,trained", [("hidden_unit", 41_456_180), ("output_node", 41_456_642)])
-def test_far_10_trains_everything_in_priming_and_41_45_million_after(granularity, trained):
+def test_far_10(granularity, trained):
+    """FAR-10 trains everything in priming, and 41.45 million parameters after it."""
     config = FARConfig(retention_ratio=0.10, granularity=granularity, selection="random", task_type="SEQ_CLS")
     model = get_peft_model(distilbert(), config)
     assert model.get_nb_trainable_parameters()[0] == ALL == sum(p.numel() for p in distilbert().parameters())
@@ -70,7 +74,8 @@ def test_far_10_trains_everything_in_priming_and_41_45_million_after(granularity
     assert model.get_nb_trainable_parameters()[0] == trained == ALL - FROZEN[granularity]
 
 
-def test_small_far_10_leaves_the_embeddings_out():
+def test_far_10_small():
+    """The small variant of FAR-10 leaves the embeddings out."""
     model = get_peft_model(distilbert(), FARConfig(train_embeddings=False, selection="random"))
     assert model.get_nb_trainable_parameters()[0] == ALL - EMBEDDINGS
     model.base_model.set_schedule(total_steps=100)
@@ -78,7 +83,8 @@ def test_small_far_10_leaves_the_embeddings_out():
     assert model.get_nb_trainable_parameters()[0] == 41_456_180 - EMBEDDINGS
 
 
-def test_far_10_selects_by_movement_on_real_weights_too():
+def test_far_10_pretrained():
+    """FAR-10 selects by movement on real weights too."""
     model = get_peft_model(DistilBertForSequenceClassification(DistilBertConfig()), FARConfig(priming_steps=1))
     model.base_model.set_schedule(total_steps=3)
     for layer in model.base_model.model.distilbert.transformer.layer:
@@ -95,7 +101,8 @@ ADAPTERS = {"sequential": 12 * (2 * 768 * 256 + 256 + 768), "parallel": 6 * (2 *
 @pytest.mark.parametrize(
     "mode,trained,total", [("sequential", 5_341_442, 71_685_890), ("parallel", 5_336_834, 71_681_282)]
 )
-def test_bottleneck_adapters_of_the_papers_sizes(mode, trained, total, task_type):
+def test_bottleneck_paper_sizes(mode, trained, total, task_type):
+    """Bottleneck adapters have the papers' sizes."""
     model = get_peft_model(distilbert(), BottleneckConfig(mode=mode, task_type=task_type))
     counts = model.get_nb_trainable_parameters()
     assert counts[0] == trained == ADAPTERS[mode] + NORMS + HEAD
@@ -106,7 +113,8 @@ def test_bottleneck_adapters_of_the_papers_sizes(mode, trained, total, task_type
     assert model.get_nb_trainable_parameters() == counts
 
 
-def test_bottleneck_adapters_of_any_size():
-    """Hand-counted for hidden size 5 in one block: 2 (5 (768 + 768) + 5 + 768) = 16,906."""
+def test_bottleneck_any_size():
+    """Bottleneck adapters may have any size. Hand-counted for hidden size 5 in one block: 2 (5 (768 + 768) + 5 + 768)
+    = 16,906."""
     config = BottleneckConfig(bottleneck_dim=5, layers_to_transform=[3], train_norms=False)
     assert get_peft_model(distilbert(), config).get_nb_trainable_parameters()[0] == 16_906 + HEAD

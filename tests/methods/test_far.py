@@ -41,7 +41,8 @@ def steps(model: nn.Module, inputs: dict[str, torch.Tensor], optimizer: torch.op
 
 @pytest.mark.parametrize("granularity", ["hidden_unit", "output_node"])
 @pytest.mark.parametrize("arch", ARCHS)
-def test_retention_1_is_full_fine_tuning_step_for_step(arch, granularity):
+def test_full_retention(arch, granularity):
+    """With a retention of 1, FAR is full fine-tuning step for step."""
     base = zoo.build(arch).double()
     inputs = {k: v.double() if v.is_floating_point() else v for k, v in zoo.inputs_of(arch, base).items()}
     full = copy.deepcopy(base)
@@ -80,7 +81,8 @@ def reconfigure(model: nn.Module) -> None:
     model.base_model.update_and_allocate(2)
 
 
-def test_exactly_the_hidden_units_that_moved_most_are_kept():
+def test_most_moved_kept():
+    """Exactly the hidden units that moved most are kept."""
     model = moved_by_hand("hidden_unit")
     lin1, lin2 = ffn(model, 0)
     # Sums of absolute changes per unit: row of lin1 plus column of lin2. 0.125 * 32 = 4 are kept.
@@ -100,7 +102,8 @@ def test_exactly_the_hidden_units_that_moved_most_are_kept():
     assert lin1.far_rest["default"][6, 5] == 14.0 and lin1.far_bias_rest["default"][11 - 2] == 100.0
 
 
-def test_l2_ranks_by_squares():
+def test_l2():
+    """L2 ranks by squares."""
     model = moved_by_hand("hidden_unit")
     lin1, lin2 = ffn(model, 0)
     model.peft_config["default"].selection = "l2"
@@ -111,7 +114,8 @@ def test_l2_ranks_by_squares():
     assert lin2.far_kept["default"].tolist() == [1, 2, 5, 30]
 
 
-def test_output_nodes_are_ranked_in_each_linear_layer_by_itself():
+def test_output_nodes():
+    """Output nodes are ranked in each linear layer by itself."""
     model = moved_by_hand("output_node")
     lin1, lin2 = ffn(model, 1)
     lin1.far_delta["default"].data[[4, 8, 15, 16], 0] = 1.0
@@ -122,7 +126,8 @@ def test_output_nodes_are_ranked_in_each_linear_layer_by_itself():
     assert lin2.far_delta["default"].shape == (2, 32) and lin2.far_bias_delta["default"].shape == (2,)
 
 
-def test_of_nodes_that_moved_equally_far_the_lower_index_is_kept():
+def test_ties():
+    """Of nodes that moved equally far, the lower index is kept."""
     model = moved_by_hand("hidden_unit")
     lin1, _ = ffn(model, 0)
     lin1.far_delta["default"].data[[2, 31], 0] = 1.0  # two moved, the other two places are a tie at 0
@@ -130,7 +135,8 @@ def test_of_nodes_that_moved_equally_far_the_lower_index_is_kept():
     assert lin1.far_kept["default"].tolist() == [0, 1, 2, 31]
 
 
-def test_gated_units_have_a_row_in_gate_and_up_and_a_column_in_down():
+def test_gated_units():
+    """Gated units have a row in gate and up, and a column in down."""
     model = far(zoo.build("llama"), retention_ratio=1 / 32)
     mlp = model.base_model.model.model.layers[0].mlp
     mlp.gate_proj.far_delta["default"].data[5, 0] = 1.0
@@ -141,7 +147,8 @@ def test_gated_units_have_a_row_in_gate_and_up_and_a_column_in_down():
         assert getattr(mlp, name).far_kept["default"].tolist() == [5], name
 
 
-def test_random_nodes_follow_the_seed_alone():
+def test_random_selection():
+    """Random nodes follow the seed alone."""
     kept = {}
     for name, seed in (("a", 1), ("again", 1), ("b", 2)):
         model = far(zoo.build("distilbert"), selection="random", seed=seed, priming_steps=0)
@@ -157,7 +164,8 @@ def test_random_nodes_follow_the_seed_alone():
 @pytest.mark.parametrize("discard", [False, True])
 @pytest.mark.parametrize("granularity", ["hidden_unit", "output_node"])
 @pytest.mark.parametrize("arch", ["distilbert", "gpt2", "llama"])
-def test_kept_entries_train_as_the_dense_model_does_and_frozen_ones_not_by_a_bit(arch, granularity, discard, ratio):
+def test_frozen_entries(arch, granularity, discard, ratio):
+    """Kept entries train as the dense model does, and frozen ones not by a bit."""
     model = far(
         zoo.build(arch).double(), retention_ratio=ratio, granularity=granularity, discard_unkept=discard,
         task_type=zoo.ZOO[arch].task_type,
@@ -215,7 +223,8 @@ def test_kept_entries_train_as_the_dense_model_does_and_frozen_ones_not_by_a_bit
                 assert (ours != theirs).all(dim=1 - axis).any()
 
 
-def test_a_loss_that_is_still_around_does_not_hinder_the_boundary():
+def test_loss_still_around():
+    """A loss that is still around doesn't hinder the boundary."""
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
@@ -234,7 +243,8 @@ def test_a_loss_that_is_still_around_does_not_hinder_the_boundary():
         assert parameter in {p for group in optimizer.param_groups for p in group["params"]}
 
 
-def test_optimizer_state_of_kept_entries_is_carried_over():
+def test_optimizer_state_kept():
+    """The optimizer's state of kept entries is carried over."""
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
@@ -250,7 +260,8 @@ def test_optimizer_state_of_kept_entries_is_carried_over():
     assert optimizer.state[lin1.far_delta["default"]]["step"] == 2
 
 
-def test_a_factored_optimizer_starts_afresh_on_the_cut_weights():
+def test_factored_optimizer():
+    """A factored optimizer starts afresh on the cut weights."""
     from transformers import Adafactor
 
     model = far(zoo.build("distilbert"))
@@ -265,7 +276,8 @@ def test_a_factored_optimizer_starts_afresh_on_the_cut_weights():
     assert optimizer.state[delta]["step"] == 2  # steps 3 and 4
 
 
-def test_weights_that_modules_share_have_one_delta():
+def test_shared_weights():
+    """Weights that modules share have one delta."""
     config = zoo.tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0)
     base = zoo.tf.GPT2LMHeadModel(config)
     total = sum(p.numel() for p in base.parameters())
@@ -286,7 +298,8 @@ def test_weights_that_modules_share_have_one_delta():
         torch.testing.assert_close(merged(**inputs).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_small_variant_trains_no_embeddings():
+def test_small_variant():
+    """Small variant trains no embeddings."""
     base = zoo.build("distilbert")
     total = sum(p.numel() for p in base.parameters())
     embeddings = sum(p.numel() for p in base.distilbert.embeddings.parameters())
@@ -303,7 +316,8 @@ def test_small_variant_trains_no_embeddings():
         ("train_biases", ("lin.bias", "lin1.bias", "lin2.bias")),
     ],
 )  # fmt: skip
-def test_flags_leave_parts_out(flag, endings):
+def test_flags(flag, endings):
+    """The flags leave parts out."""
     base = zoo.build("distilbert")
     left_out = sum(
         p.numel()
@@ -315,7 +329,8 @@ def test_flags_leave_parts_out(flag, endings):
     assert model.get_nb_trainable_parameters()[0] == total - left_out and left_out > 0
 
 
-def test_a_model_without_feed_forward_pairs_is_refused():
+def test_no_pairs_refused():
+    """A model without feed-forward pairs is refused."""
     config = zoo.tf.MambaConfig(hidden_size=16, num_hidden_layers=1, vocab_size=64)
     with pytest.raises(ValueError, match="found no feed-forward pair in the MambaModel.*ffn_modules="):
         far(zoo.tf.MambaModel(config))
@@ -324,7 +339,9 @@ def test_a_model_without_feed_forward_pairs_is_refused():
         model.base_model.set_schedule(total_steps=10)
 
 
-def test_pairs_can_be_named():
+def test_named_pairs():
+    """Pairs can be named."""
+
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -343,7 +360,8 @@ def test_pairs_can_be_named():
         far(Net(), ffn_modules=[["fc_in", "fc_up"]])
 
 
-def test_restarted_phases_go_on_from_where_the_adapter_is():
+def test_restart_phases():
+    """Restarted phases go on from where the adapter is."""
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)

@@ -13,9 +13,9 @@ import torch
 import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
 from torch import nn
 from training import arguments, far, trainer
+from zoo import logits_of
 
 from peft_learners import FARConfig
 
@@ -67,7 +67,8 @@ FROZEN = {"pegasus": 2 * 1024 * 16, "whisper": 8 * 16}
 
 
 @pytest.mark.parametrize("arch", list(CASES))
-def test_trains_what_full_fine_tuning_trains_and_merges_to_it(arch, tmp_path: Path):
+def test_trains_everything(arch, tmp_path: Path):
+    """FAR trains what full fine-tuning trains, and merges to it."""
     build, make_inputs = CASES[arch]
     torch.manual_seed(0)
     base = build().eval()
@@ -107,7 +108,8 @@ def test_trains_what_full_fine_tuning_trains_and_merges_to_it(arch, tmp_path: Pa
     assert not [name for name in vars(merged) if "learners" in name]
 
 
-def test_weight_normed_convolutions_survive_a_copy():
+def test_weight_norm_copy():
+    """Convolutions with weight norm survive a copy."""
     config = tf.Wav2Vec2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, vocab_size=32,
         conv_dim=(16, 16), conv_kernel=(10, 3), conv_stride=(5, 2), num_feat_extract_layers=2,
@@ -118,8 +120,9 @@ def test_weight_normed_convolutions_survive_a_copy():
     assert torch.equal(logits_of(copy.deepcopy(model), inputs), logits_of(model, inputs))
 
 
-def test_what_an_adapter_holds_does_not_depend_on_the_flags_of_the_moment(tmp_path: Path):
-    """As with PEFT's tuners the user's flags are ignored, which is told. PEFT leaves a model frozen at unloading."""
+def test_requires_grad_flags(tmp_path: Path):
+    """What an adapter holds doesn't depend on the flags of the moment. As with PEFT's tuners the user's flags are
+    ignored, which is told. PEFT leaves a model frozen at unloading."""
     base = zoo.build("distilbert")
     total = sum(p.numel() for p in base.parameters())
     base.distilbert.embeddings.requires_grad_(False)
@@ -148,7 +151,8 @@ def two_adapters(arch: str) -> tuple[nn.Module, dict, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("arch", ["mobilebert", "deberta-v2", "gemma"])
-def test_weights_that_are_read_follow_disabling_and_merging(arch):
+def test_read_weights(arch):
+    """Weights that are read follow disabling and merging."""
     build, _ = CASES[arch]
     torch.manual_seed(0)
     base = build().eval()
@@ -166,14 +170,16 @@ def test_weights_that_are_read_follow_disabling_and_merging(arch):
 
 
 @pytest.mark.parametrize("arch", ["mobilebert", "deberta-v2"])
-def test_weights_that_are_read_are_refused_in_mixed_batches(arch):
+def test_read_weights_mixed_batch(arch):
+    """Weights that are read are refused in mixed batches."""
     model, inputs, _ = two_adapters(arch)
     with pytest.raises(ValueError, match="can't give each row its own"):
         model(**inputs, adapter_names=["default", "other", "__base__"])
 
 
-def test_torch_own_encoder_layers():
-    """Their fast path, in eval mode, reads weights without calling the layers."""
+def test_torch_encoder_layers():
+    """torch's own encoder layers follow the adapter. Their fast path, in eval mode, reads weights without calling the
+    layers."""
 
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -192,7 +198,8 @@ def test_torch_own_encoder_layers():
         torch.testing.assert_close(model.merge_and_unload()(x), trained, rtol=1e-5, atol=1e-5)
 
 
-def test_a_file_of_another_ratio_is_refused_and_the_adapter_stays_uncut(tmp_path: Path):
+def test_other_ratio_refused(tmp_path: Path):
+    """A file of another ratio is refused, and the adapter stays uncut."""
     cut = far(retention_ratio=0.25)
     trainer(cut, arguments(tmp_path)).train()
     cut.save_pretrained(tmp_path / "cut")
@@ -212,7 +219,8 @@ def test_a_file_of_another_ratio_is_refused_and_the_adapter_stays_uncut(tmp_path
 
 
 @pytest.mark.parametrize("discard", [False, True])
-def test_an_adapter_that_kept_nothing_goes_on_in_silence(tmp_path: Path, discard):
+def test_kept_nothing(tmp_path: Path, discard):
+    """An adapter that kept nothing goes on in silence."""
     model = far(retention_ratio=0.0, discard_unkept=discard)
     trainer(model, arguments(tmp_path)).train()
     model.save_pretrained(tmp_path / "adapter")
@@ -224,7 +232,8 @@ def test_an_adapter_that_kept_nothing_goes_on_in_silence(tmp_path: Path, discard
     assert again.base_model.model.distilbert.transformer.layer[0].ffn.lin1.far_delta["default"].shape == (0, 16)
 
 
-def test_a_sharer_that_is_left_out_leaves_all_out_and_says_so():
+def test_excluded_sharer():
+    """One module left out leaves out all that share its weight, and FAR says so."""
     config = tf.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0)
     base = tf.GPT2LMHeadModel(config)
     total, table = sum(p.numel() for p in base.parameters()), base.lm_head.weight.numel()
@@ -234,8 +243,9 @@ def test_a_sharer_that_is_left_out_leaves_all_out_and_says_so():
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_composites_under_fsdp_are_refused_and_not_computed_wrong(tmp_path: Path):
-    """FSDP takes the parameters of an attention that computes with them itself out of torch's sight."""
+def test_fsdp_refused(tmp_path: Path):
+    """Composites under FSDP are refused, and not computed wrong. FSDP takes the parameters of an attention that
+    computes with them itself out of torch's sight."""
     from torch.distributed.fsdp import FullyShardedDataParallel
 
     class Model(nn.Module):

@@ -13,9 +13,9 @@ import torch
 import zoo
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from test_contract import logits_of
 from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, far, trainer
 from transformers import Trainer
+from zoo import logits_of
 
 from peft_learners import FARConfig, PhaseCallback, ScheduleError
 
@@ -44,14 +44,15 @@ FROZEN = 2 * 24 * (16 + 16 + 1)
         ({"ffn_modules": []}, "`ffn_modules` must be"),
     ],
 )  # fmt: skip
-def test_bad_values_are_named(settings, words):
+def test_bad_values(settings, words):
+    """Bad values are named."""
     with pytest.raises(ValueError, match=f"FARConfig: .*{words}"):
         FARConfig(**settings)
     with pytest.raises(TypeError, match="'retention'.*Did you mean 'retention_ratio'"):
         FARConfig(retention=0.1)
 
 
-def test_configs_round_trip(tmp_path: Path):
+def test_config_round_trip(tmp_path: Path):
     config = FARConfig(
         retention_ratio=0.3, granularity="output_node", selection="random", seed=4, ffn_modules=[["a", "b"]],
         train_embeddings=False, reconfigured=True, completed_phases=["priming"],
@@ -66,7 +67,8 @@ def starts(run: Trainer) -> list[tuple[str, int, int]]:
     return [(log["phase"], log["step"], log["trained_parameters"]) for log in logs]
 
 
-def test_trainer_crosses_the_boundary_and_counts_fall(tmp_path: Path):
+def test_trainer(tmp_path: Path):
+    """Trainer crosses the boundary, and counts fall."""
     model = far()
     total = sum(p.numel() for p in zoo.build("distilbert").parameters())
     run = trainer(model, arguments(tmp_path))
@@ -85,32 +87,36 @@ def test_trainer_crosses_the_boundary_and_counts_fall(tmp_path: Path):
         ({"priming_epochs": 1.5}, 3),  # 2 steps per epoch
     ],
 )
-def test_priming_in_shares_steps_and_epochs(tmp_path: Path, settings, boundary):
+def test_priming_length(tmp_path: Path, settings, boundary):
+    """Priming is given as a share, in steps or in epochs."""
     args = arguments(tmp_path, warmup_steps=0)
     run = trainer(far(**{"priming_epochs": None, **settings}), args)
     run.train()
     assert [step for _, step, _ in starts(run)] == [0, boundary]
 
 
-def test_priming_at_a_learning_rate_of_zero_is_refused(tmp_path: Path):
-    """The first step of a linear warm-up has a learning rate of 0."""
+def test_zero_learning_rate(tmp_path: Path):
+    """Priming at a learning rate of zero is refused. The first step of a linear warm-up has a learning rate of 0."""
     with pytest.raises(ScheduleError, match="moved no FFN weight.*first step of a warm-up.*priming_steps"):
         trainer(far(priming_ratio=0.01, priming_epochs=None), arguments(tmp_path, warmup_steps=1)).train()
 
 
 @pytest.mark.parametrize("settings", [{"priming_steps": 6}, {"priming_ratio": 1.0}], ids=["steps", "ratio"])
-def test_priming_as_long_as_training_is_refused(tmp_path: Path, settings):
+def test_priming_whole_training(tmp_path: Path, settings):
+    """Priming as long as the training is refused."""
     with pytest.raises(ScheduleError, match="priming needs 6 of the training's 6 optimizer steps"):
         trainer(far(priming_epochs=None, **settings), arguments(tmp_path)).train()
 
 
-def test_priming_longer_than_training_is_refused(tmp_path: Path):
+def test_priming_too_long(tmp_path: Path):
+    """Priming longer than the training is refused."""
     with pytest.raises(ScheduleError, match="priming needs 7 optimizer steps, but training has only 6"):
         trainer(far(priming_steps=7, priming_epochs=None), arguments(tmp_path)).train()
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
-def test_optimizers_go_on_over_the_boundary(tmp_path: Path, optim):
+def test_optimizers(tmp_path: Path, optim):
+    """Optimizers go on over the boundary."""
     model = far()
     run = trainer(model, arguments(tmp_path, optim=optim))
     run.train()
@@ -119,7 +125,8 @@ def test_optimizers_go_on_over_the_boundary(tmp_path: Path, optim):
     assert set(run.optimizer.state) <= trained or optim == "adafactor"
 
 
-def test_load_best_model_from_priming_undoes_the_selection(tmp_path: Path):
+def test_best_from_priming(tmp_path: Path):
+    """Loading the best model from priming undoes the selection."""
     scores = iter(range(10))
     model = far(priming_epochs=2)
     run = trainer(
@@ -141,7 +148,8 @@ def test_load_best_model_from_priming_undoes_the_selection(tmp_path: Path):
     assert [phase for phase, _, _ in starts(again)] == ["priming", "reconfigured"]
 
 
-def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
+def test_auto_find_batch_size(tmp_path: Path):
+    """`auto_find_batch_size` begins the phases again."""
     settings = {"auto_find_batch_size": True, "per_device_train_batch_size": 16}
     run = TightTrainer(far(), arguments(tmp_path, **settings), train_dataset=Rows(24), callbacks=[PhaseCallback()])
     run.train()
@@ -149,7 +157,8 @@ def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
     assert run.state.global_step == 3 * -(-24 // run._train_batch_size)
 
 
-def test_second_and_restarted_trainings(tmp_path: Path):
+def test_second_training(tmp_path: Path):
+    """A second training goes on, and a restarted one begins again."""
     model = far()
     run = trainer(model, arguments(tmp_path))
     run.train()
@@ -163,7 +172,8 @@ def test_second_and_restarted_trainings(tmp_path: Path):
     assert [phase for phase, _, _ in starts(other)] == ["reconfigured"]
 
 
-def test_small_deltas_are_exempt_from_weight_decay_and_cut_ones_are_not(tmp_path: Path):
+def test_weight_decay(tmp_path: Path):
+    """Small deltas are exempt from weight decay, and cut ones aren't."""
     run = trainer(far(), arguments(tmp_path))
     run.create_optimizer()
     names = {p: n for n, p in run.model.named_parameters()}
@@ -183,8 +193,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory):
     return model, out / "adapter", inputs, logits_of(model, inputs)
 
 
-def test_cut_weights_are_saved_as_values_and_indices(trained, tmp_path: Path):
-    """Float values of an adapter: as many as the model's own (each node once); without the unkept, FROZEN fewer."""
+def test_cut_file(trained, tmp_path: Path):
+    """Cut weights are saved as values and indices. Float values of an adapter: as many as the model's own (each node
+    once); without the unkept, FROZEN fewer."""
     _, path, _, _ = trained
     total = sum(p.numel() for p in zoo.build("distilbert").parameters())
     small = far(discard_unkept=True)
@@ -202,7 +213,8 @@ def test_cut_weights_are_saved_as_values_and_indices(trained, tmp_path: Path):
 
 @pytest.mark.parametrize("how", ["in-place", "second"])
 @pytest.mark.parametrize("damage", ["missing", "unknown", "shape", "half cut"])
-def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_path: Path, damage, how):
+def test_damaged_file(trained, tmp_path: Path, damage, how):
+    """A damaged file is refused, and leaves the model as it was."""
     _, path, inputs, _ = trained
     values = load_file(path / FILE)
     name = next(n for n in values if n.endswith("lin2.far_delta"))
@@ -223,14 +235,16 @@ def test_a_damaged_file_is_refused_and_leaves_the_model_as_it_was(trained, tmp_p
     torch.testing.assert_close(logits_of(model, inputs), logits, rtol=1e-6, atol=1e-6)
 
 
-def test_transformers_own_verbs(trained):
+def test_transformers_verbs(trained):
+    """transformers' own verbs work."""
     _, path, inputs, logits = trained
     model = zoo.build("distilbert")
     model.load_adapter(str(path), adapter_name="mine")
     assert torch.equal(logits_of(model, inputs), logits)
 
 
-def test_mixed_batches_on_a_transformers_model(trained):
+def test_mixed_batch(trained):
+    """Mixed batches work on a transformers model."""
     _, path, inputs, logits = trained
     model = PeftModel.from_pretrained(zoo.build("distilbert"), path)
     torch.manual_seed(3)
@@ -250,7 +264,8 @@ def test_mixed_batches_on_a_transformers_model(trained):
     tuners=["FAR"],
     limit="not where the model computes trained relative positions once for the batch (T5)",
 )
-def test_relative_positions_can_not_differ_within_a_batch():
+def test_relative_positions():
+    """Relative positions can't differ within a batch."""
     model = far("t5", init_weights=False).eval()
     inputs = {**zoo.inputs_of("t5", model), "adapter_names": ["default", "__base__", "default"]}
     with pytest.raises(ValueError, match=r"exclude_modules=\['relative_attention_bias'\]"):
@@ -260,7 +275,8 @@ def test_relative_positions_can_not_differ_within_a_batch():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_base_with_float32_adapter(trained, dtype):
+def test_half_precision_base(trained, dtype):
+    """A base in half precision gets an adapter in float32."""
     _, path, inputs, logits = trained
     model = PeftModel.from_pretrained(zoo.build("distilbert").to(dtype), path)
     assert {p.dtype for n, p in model.named_parameters() if ".far_" in n} == {torch.float32}
@@ -272,7 +288,8 @@ def test_half_precision_base_with_float32_adapter(trained, dtype):
     torch.testing.assert_close(logits_of(merged, inputs).float(), logits, rtol=0, atol=0.05)
 
 
-def test_compiled_inference_has_no_graph_break(trained):
+def test_compiled_inference(trained):
+    """Compiled inference has no graph break."""
     model, _, inputs, logits = trained
     many = {k: torch.cat([v] * 9) for k, v in inputs.items()}
     for batch in (inputs, many):
@@ -285,7 +302,8 @@ def test_compiled_inference_has_no_graph_break(trained):
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
     {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
 ], ids=["compile", "reentrant", "non-reentrant"])  # fmt: skip
-def test_trainer_options_change_no_more_than_rounding(tmp_path: Path, settings):
+def test_trainer_options(tmp_path: Path, settings):
+    """Trainer's options change no more than rounding."""
     models = {}
     for name, options in {"with": settings, "without": {}}.items():
         models[name] = far()
@@ -295,7 +313,8 @@ def test_trainer_options_change_no_more_than_rounding(tmp_path: Path, settings):
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_a_fresh_or_a_driven_adapter_is_saved_and_merged_in_silence(tmp_path: Path, trained):
+def test_silent_save_and_merge(tmp_path: Path, trained):
+    """A fresh or a driven adapter is saved and merged in silence."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         far().save_pretrained(tmp_path / "fresh")
@@ -306,7 +325,8 @@ def test_a_fresh_or_a_driven_adapter_is_saved_and_merged_in_silence(tmp_path: Pa
     assert saved["reconfigured"] and saved["ffn_modules"] == [["lin1", "lin2"]]
 
 
-def test_training_without_the_callback_is_told(tmp_path: Path):
+def test_missing_callback_told(tmp_path: Path):
+    """Training without the callback is told."""
     model = far()
     trainer(model, arguments(tmp_path), callbacks=[]).train()
     with pytest.warns(UserWarning, match="its phases were never driven"):

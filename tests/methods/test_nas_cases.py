@@ -10,15 +10,16 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from test_contract import logits_of
-from test_nas_lora import adam, search, searched, train
+from searches import adam, search, searched, train
 from torch import Tensor, nn
 from training import adapter_values, nas
+from zoo import logits_of
 
 from peft_learners import NASLoRAConfig, ScheduleError
 
 
-def test_a_file_of_another_rank_means_the_same_or_is_refused(tmp_path: Path):
+def test_other_rank(tmp_path: Path):
+    """A file of another rank means the same, or is refused."""
     model, _, _ = search("bert", r=4, parameter_budget=0.3)
     model.save_pretrained(tmp_path)
     inputs = zoo.inputs_of("bert", model)
@@ -41,7 +42,8 @@ class Idle(nn.Module):
 
 
 @pytest.mark.parametrize("granularity", ["structured", "unstructured"])
-def test_what_never_had_a_gradient_is_pruned_first_and_named(granularity):
+def test_no_gradient_pruned(granularity):
+    """What never had a gradient is pruned first, and named."""
     torch.manual_seed(0)
     model = get_peft_model(Idle(), NASLoRAConfig(r=2, granularity=granularity, parameter_budget=0.5))
     optimizer = adam(model)
@@ -61,7 +63,8 @@ def test_what_never_had_a_gradient_is_pruned_first_and_named(granularity):
 
 
 @pytest.mark.parametrize("biases", [True, False])
-def test_torchs_own_encoder_layers_are_called_in_eval_too(biases):
+def test_torch_encoder_layers(biases):
+    """torch's own encoder layers are called in eval too."""
     torch.manual_seed(0)
     encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, dropout=0.0), 2).eval()
     config = NASLoRAConfig(r=2, train_biases=biases, target_modules=["linear1", "linear2"])
@@ -74,7 +77,8 @@ def test_torchs_own_encoder_layers_are_called_in_eval_too(biases):
         assert not torch.allclose(ours, plain, atol=1e-3)
 
 
-def test_models_read_attributes_of_what_is_wrapped():
+def test_wrapped_attributes():
+    """Models read attributes of what is wrapped."""
     from transformers import WhisperConfig, WhisperForConditionalGeneration
 
     small = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2,
@@ -87,15 +91,17 @@ def test_models_read_attributes_of_what_is_wrapped():
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
-def test_batch_norms_are_left_alone():
+def test_batch_norm():
+    """Batch norms are left alone."""
     base = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 4, 2))
     model = get_peft_model(base, NASLoRAConfig(r=0))
     assert {row["module"] for row in model.base_model.architecture().rows()} == {"0", "3"}
 
 
 @pytest.mark.parametrize("saved_at", [2, 3, 4, 6, 7])
-def test_a_loop_resumes_in_any_round(saved_at, tmp_path: Path):
-    """By weights loaded into a fresh adapter, and by `from_pretrained`; with AdamW's state."""
+def test_resume_any_round(saved_at, tmp_path: Path):
+    """A loop resumes in any round, by weights loaded into a fresh adapter, and by `from_pretrained`; with AdamW's
+    state."""
     config: dict[str, Any] = {"rounds": 2, "parameter_budget": 0.1}
     inputs = zoo.inputs_of("bert", nas("bert"))
 
@@ -126,7 +132,8 @@ def test_a_loop_resumes_in_any_round(saved_at, tmp_path: Path):
         assert again.base_model.architecture().kept == whole.base_model.architecture().kept
 
 
-def test_a_file_of_an_earlier_step_is_refused(tmp_path: Path):
+def test_earlier_step_refused(tmp_path: Path):
+    """A file of an earlier step is refused."""
     model = nas("bert", rounds=2, parameter_budget=0.1)
     optimizer = adam(model)
     model.base_model.set_schedule(total_steps=9, optimizer=optimizer)
@@ -138,7 +145,8 @@ def test_a_file_of_an_earlier_step_is_refused(tmp_path: Path):
         again.base_model.set_schedule(total_steps=9, global_step=7)
 
 
-def test_the_record_follows_what_is_loaded(tmp_path: Path):
+def test_record_follows_load(tmp_path: Path):
+    """The record follows what is loaded."""
     small, whole = search("bert", parameter_budget=0.2)[0], nas("bert")
     small.save_pretrained(tmp_path / "small")
     whole.save_pretrained(tmp_path / "whole")
@@ -150,7 +158,8 @@ def test_the_record_follows_what_is_loaded(tmp_path: Path):
     assert (config.architecture, config.completed_phases, config.phases_complete) == (None, [], False)
 
 
-def test_what_is_pruned_away_holds_no_memory():
+def test_pruned_memory():
+    """What is pruned away holds no memory."""
     model, _, _ = search("bert", parameter_budget=10)
     own = searched(model)
     assert sum(p.untyped_storage().nbytes() for p in own.values()) == 4 * 10

@@ -12,13 +12,13 @@ import torch
 import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from test_contract import logits_of
+from searches import Record, adam, search, searched, train
 from torch import Tensor, nn
 from training import adapter_values, nas
+from zoo import logits_of
 
 from peft_learners import Architecture, NASLoRAConfig, ScheduleError
 
-PART = {"nas_lora_U": "U", "nas_lora_V": "V", "nas_lora_bias_delta": "bias"}
 SPACES: dict[str, dict[str, Any]] = {
     "U-MaM": {"granularity": "unstructured"},
     "S-MaM": {"granularity": "structured"},
@@ -27,49 +27,6 @@ SPACES: dict[str, dict[str, Any]] = {
     "U-LoRA": {"granularity": "unstructured", "train_biases": False},
     "S-LoRA": {"granularity": "structured", "train_biases": False},
 }
-
-
-def searched(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
-    """`{(module, part): parameter}` of a NAS-LoRA adapter, by names alone."""
-    found = {}
-    for name, parameter in model.named_parameters():
-        module, _, container = name.removeprefix("base_model.model.").removesuffix(".default").rpartition(".")
-        if container in PART:
-            found[module, PART[container]] = parameter
-    return found
-
-
-Record = dict[tuple[str, str], list[tuple[Tensor, Tensor]]]
-
-
-def train(
-    model: nn.Module, inputs: dict[str, Tensor], steps: int, optimizer: torch.optim.Optimizer, first: int = 0
-) -> Record:
-    """Train, and record each parameter and its gradient right before each step."""
-    model.train()
-    record: Record = {}
-    for step in range(first, first + steps):
-        model(**inputs).loss.backward()
-        for key, parameter in searched(model).items():
-            if parameter.grad is not None:
-                record.setdefault(key, []).append((parameter.detach().clone(), parameter.grad.clone()))
-        optimizer.step()
-        optimizer.zero_grad()
-        model.base_model.update_and_allocate(step + 1)
-    return record
-
-
-def adam(model: nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
-    return torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr, weight_decay=0.0)
-
-
-def search(arch: str = "bert", steps: int = 3, **config: Any) -> tuple[nn.Module, Record, torch.optim.Optimizer]:
-    """A model that has just been pruned."""
-    model = nas(arch, **config)
-    optimizer = adam(model)
-    model.base_model.set_schedule(total_steps=2 * steps, optimizer=optimizer)
-    record = train(model, zoo.inputs_of(arch, model), steps, optimizer)
-    return model, record, optimizer
 
 
 def replayed(record: Record, granularity: str, budget: int) -> set[tuple[str, str, int]]:
@@ -103,7 +60,8 @@ def kept_units(model: nn.Module) -> set[tuple[str, str, int]]:
 
 @pytest.mark.parametrize("budget", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("space", SPACES)
-def test_a_replay_from_the_same_gradients_keeps_the_same_set(space, budget):
+def test_replay(space, budget):
+    """A replay from the same gradients keeps the same set."""
     config = {"parameter_budget": budget, **SPACES[space]}
     model, record, _ = search(**config)
     parameters = math.floor(budget * model.base_model.architecture().space)
@@ -111,7 +69,8 @@ def test_a_replay_from_the_same_gradients_keeps_the_same_set(space, budget):
 
 
 @pytest.mark.parametrize("criterion,averaging", [("importance", "last"), ("magnitude", "last"), ("magnitude", "mean")])
-def test_the_ablations_score_as_they_say(criterion, averaging):
+def test_ablations(criterion, averaging):
+    """The ablations score as they say."""
     model, record, _ = search(criterion=criterion, averaging=averaging, parameter_budget=0.3)
     if criterion == "magnitude":  # |theta| = -theta * (-sign(theta))
         record = {key: [(theta, -theta.sign()) for theta, _ in steps] for key, steps in record.items()}
@@ -121,13 +80,15 @@ def test_the_ablations_score_as_they_say(criterion, averaging):
     assert kept_units(model) == replayed(record, "unstructured", parameters)
 
 
-def test_random_pruning_follows_the_seed():
+def test_random_pruning():
+    """Random pruning follows the seed."""
     kept = [kept_units(search(criterion="random", init_seed=seed)[0]) for seed in (0, 0, 1)]
     assert kept[0] == kept[1] != kept[2]
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_budgets_hold_from_the_smallest_unit_to_the_whole_space(space, tmp_path: Path):
+def test_budgets(space, tmp_path: Path):
+    """Budgets hold, from the smallest unit to the whole space."""
     config = SPACES[space]
     structured = config["granularity"] == "structured"
     whole = nas("bert", **config).base_model.architecture()
@@ -154,7 +115,8 @@ def test_budgets_hold_from_the_smallest_unit_to_the_whole_space(space, tmp_path:
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("rounds", [1, 2])
-def test_what_is_kept_is_rewound_bit_for_bit_and_the_head_too(space, rounds):
+def test_rewind(space, rounds):
+    """What is kept is rewound bit for bit, and the head too."""
     model = nas("distilbert", rounds=rounds, parameter_budget=0.3, **SPACES[space])
     before = {key: p.detach().clone() for key, p in searched(model).items()}
     head = {n: p.detach().clone() for n, p in model.named_parameters() if "modules_to_save" in n}
@@ -178,7 +140,8 @@ def test_what_is_kept_is_rewound_bit_for_bit_and_the_head_too(space, rounds):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_retraining_a_rewound_adapter_is_training_a_fresh_one_of_its_architecture(space, tmp_path: Path):
+def test_retraining(space, tmp_path: Path):
+    """Retraining a rewound adapter is training a fresh one of its architecture."""
     model, _, optimizer = search("distilbert", parameter_budget=0.3, **SPACES[space])
     model.save_pretrained(tmp_path)
     inputs = zoo.inputs_of("distilbert", model)
@@ -196,7 +159,8 @@ def test_retraining_a_rewound_adapter_is_training_a_fresh_one_of_its_architectur
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_fresh_values_are_other_ones_of_the_same_kind():
+def test_reinitialize():
+    """Fresh values are other ones of the same kind."""
     model, _, _ = search("distilbert", rewind="fresh", parameter_budget=1.0)
     first = nas("distilbert", rewind="fresh", parameter_budget=1.0)
     ours, theirs = adapter_values(model), adapter_values(first)
@@ -211,7 +175,8 @@ def test_fresh_values_are_other_ones_of_the_same_kind():
             assert 0.5 < ours[name].std() / value.std() < 2
 
 
-def test_initial_values_depend_on_the_seed_and_the_name_alone():
+def test_init_seed():
+    """Initial values depend on the seed and the name alone."""
     torch.manual_seed(123)
     one = adapter_values(nas("distilbert", seed=3))
     torch.manual_seed(456)
@@ -236,7 +201,8 @@ def gradients(init: str, m: int, n: int, samples: int) -> tuple[float, float]:
     return squares[0], squares[1]
 
 
-def test_square_gradients_of_both_factors_agree_under_kaiming_and_not_under_lora():
+def test_kaiming_balance():
+    """Squares of both factors' gradients agree under Kaiming's values, and not under LoRA's."""
     # dU = dW V: n terms of variance 1/n; dV = dW^T U: m terms of variance 1/m. Both are 1 in expectation.
     du, dv = gradients("kaiming", m=24, n=120, samples=60)
     assert du == pytest.approx(1, rel=0.05) and dv == pytest.approx(1, rel=0.05)
@@ -244,7 +210,8 @@ def test_square_gradients_of_both_factors_agree_under_kaiming_and_not_under_lora
     assert du == pytest.approx(1, rel=0.1) and dv == 0
 
 
-def test_per_column_the_sums_of_u_du_and_v_dv_agree():
+def test_column_scores():
+    """Per column the sums of U dU and V dV agree."""
     _, record, _ = search("bert", steps=2, granularity="structured")
     modules = {module for module, part in record if part == "U"}
     assert modules
@@ -253,7 +220,8 @@ def test_per_column_the_sums_of_u_du_and_v_dv_agree():
             torch.testing.assert_close((u * du).sum(0), (v * dv).sum(0), rtol=1e-3, atol=1e-7)
 
 
-def test_roberta_large_has_the_papers_search_space():
+def test_roberta_large_space():
+    """RoBERTa-large has the paper's search space."""
     from transformers import RobertaConfig, RobertaForSequenceClassification
 
     config = RobertaConfig(
@@ -269,7 +237,8 @@ def test_roberta_large_has_the_papers_search_space():
     assert both.space == 6_563_842 - head_biases
 
 
-def test_the_architecture_as_data(tmp_path: Path):
+def test_architecture(tmp_path: Path):
+    """The architecture is there as data."""
     model, _, _ = search("bert", granularity="structured", parameter_budget=0.4)
     architecture = model.base_model.architecture()
     rows = architecture.rows()
@@ -288,7 +257,8 @@ def test_the_architecture_as_data(tmp_path: Path):
             assert torch.equal(again.positions[module][part], own)
 
 
-def test_an_architecture_found_on_one_task_serves_another(tmp_path: Path):
+def test_architecture_reused(tmp_path: Path):
+    """An architecture found on one task serves another."""
     model, _, _ = search("bert", parameter_budget=200)
     torch.manual_seed(1)
     base = zoo.tf.BertForTokenClassification(zoo.build("bert").config)
@@ -312,7 +282,8 @@ def test_an_architecture_found_on_one_task_serves_another(tmp_path: Path):
         NASLoRAConfig.from_architecture(model, parameter_budget=5)
 
 
-def test_a_config_with_an_architecture_but_no_positions_is_refused(tmp_path: Path):
+def test_architecture_no_positions(tmp_path: Path):
+    """A config with an architecture but no positions is refused."""
     model, _, _ = search("bert", parameter_budget=50)
     model.save_pretrained(tmp_path)
     config = NASLoRAConfig.from_pretrained(tmp_path)
@@ -322,7 +293,8 @@ def test_a_config_with_an_architecture_but_no_positions_is_refused(tmp_path: Pat
         other.base_model.set_schedule(total_steps=4)
 
 
-def test_scores_are_in_the_file_during_a_search_and_in_none_after_it(tmp_path: Path):
+def test_scores_saved(tmp_path: Path):
+    """Scores are in the file during a search, and in none after it."""
     model = nas("bert")
     optimizer = adam(model)
     model.base_model.set_schedule(total_steps=6, optimizer=optimizer)
@@ -344,7 +316,8 @@ def test_scores_are_in_the_file_during_a_search_and_in_none_after_it(tmp_path: P
 
 
 @pytest.mark.parametrize("space", ["U-MaM", "S-MaM", "S-BitFit"])
-def test_adapters_of_any_form_load_onto_those_of_another(space, tmp_path: Path):
+def test_load_onto_other_form(space, tmp_path: Path):
+    """Adapters of any form load onto those of another."""
     config = {"parameter_budget": 0.3, **SPACES[space]}
     fresh = nas("bert", **config)
     fresh.base_model.set_schedule(total_steps=2)
@@ -360,7 +333,8 @@ def test_adapters_of_any_form_load_onto_those_of_another(space, tmp_path: Path):
         assert ours.counts == theirs.counts
 
 
-def test_positions_outside_the_space_are_refused(tmp_path: Path):
+def test_wrong_positions_refused(tmp_path: Path):
+    """Positions outside the space are refused."""
     from safetensors.torch import save_file
 
     model, _, _ = search("bert", parameter_budget=50)
@@ -377,7 +351,8 @@ def test_positions_outside_the_space_are_refused(tmp_path: Path):
     assert all(torch.equal(value, before[name]) for name, value in adapter_values(target).items())
 
 
-def test_bad_input_is_refused_with_what_would_be_right():
+def test_bad_values():
+    """Bad input is refused, with what would be right."""
     for fields, message in (
         ({"parameter_budget": 0}, "parameter_budget. must be a whole number .* got 0"),
         ({"parameter_budget": 1.5}, "parameter_budget. must be .* fraction above 0 and at most 1, got 1.5"),
@@ -408,14 +383,16 @@ def test_bad_input_is_refused_with_what_would_be_right():
         nas("bert").base_model.set_schedule(total_steps=None)
 
 
-def test_a_search_that_no_optimizer_took_part_in_is_refused():
+def test_missing_optimizer():
+    """A search that no optimizer took part in is refused."""
     model = nas("bert")
     model.base_model.set_schedule(total_steps=4)
     with pytest.raises(ScheduleError, match="gathered no scores"):
         model.base_model.update_and_allocate(2)
 
 
-def test_restarted_phases_begin_with_the_whole_space_again(tmp_path: Path):
+def test_restart_phases(tmp_path: Path):
+    """Restarted phases begin with the whole space again."""
     model, _, _ = search("bert", parameter_budget=40)
     model.save_pretrained(tmp_path)
     for again in (model, PeftModel.from_pretrained(zoo.build("bert"), tmp_path, is_trainable=True)):
@@ -431,7 +408,8 @@ def test_restarted_phases_begin_with_the_whole_space_again(tmp_path: Path):
         assert again.base_model.architecture().kept == 40
 
 
-def test_default_targets_are_all_linears_of_the_blocks_but_the_values():
+def test_default_targets():
+    """Default targets are all linear layers of the blocks but the values'."""
     targets = {
         "bert": {"query", "key", "attention.output.dense", "intermediate.dense", "output.dense"},
         "distilbert": {"q_lin", "k_lin", "out_lin", "lin1", "lin2"},

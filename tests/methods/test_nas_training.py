@@ -14,11 +14,11 @@ import torch
 import zoo
 from peft import AutoPeftModelForSequenceClassification, PeftModel
 from safetensors.torch import load_file
-from test_contract import logits_of
-from test_nas_lora import adam, searched
+from searches import adam, searched
 from torch import Tensor, nn
 from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, nas, trainer
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from zoo import logits_of
 
 from peft_learners import PhaseCallback, ScheduleError, get_phased_scheduler
 
@@ -88,8 +88,9 @@ class Capture(TrainerCallback):
 @pytest.mark.parametrize("clip", [None, 0.05], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("granularity", ["structured", "unstructured"])
-def test_scores_are_those_of_a_loop_by_hand(tmp_path: Path, clip, accumulation, granularity):
-    """A batch of all rows in each step, whole or in three parts; gradients as they are after clipping."""
+def test_scores(tmp_path: Path, clip, accumulation, granularity):
+    """Scores are those of a loop by hand. A batch of all rows in each step, whole or in three parts; gradients as they
+    are after clipping."""
     model = nas("bert", granularity=granularity)
     model.base_model.model.accepts_loss_kwargs = False  # its loss is a mean over its own batch, whatever it is told
     expected = by_hand(model, steps=3, clip=clip, lr=1e-2)
@@ -104,8 +105,9 @@ def test_scores_are_those_of_a_loop_by_hand(tmp_path: Path, clip, accumulation, 
 
 
 @pytest.mark.parametrize("fused", [False, True])
-def test_scores_are_of_unscaled_gradients_and_of_no_skipped_step(fused):
-    """A GradScaler scales by a power of two, which changes no bit, and skips a step whose gradients overflow."""
+def test_grad_scaler(fused):
+    """Scores are of unscaled gradients, and of no skipped step. A GradScaler scales by a power of two, which changes
+    no bit, and skips a step whose gradients overflow."""
     reference, model = nas("bert"), nas("bert")
     inputs = full_batch()
 
@@ -142,8 +144,9 @@ def learning_rates(run: Trainer) -> list[float]:
     return [log["learning_rate"] for log in run.state.log_history if "learning_rate" in log]
 
 
-def test_each_phase_has_its_own_whole_schedule(tmp_path: Path):
-    """Linear, warm-up of a quarter: 4 steps of search and 5 of retraining have 1 and 2 (rounded up) steps of it."""
+def test_schedule_per_phase(tmp_path: Path):
+    """Each phase has a whole learning-rate schedule of its own. Linear, warm-up of a quarter: 4 steps of search and 5
+    of retraining have 1 and 2 (rounded up) steps of it."""
     settings = {"max_steps": 9, "warmup_steps": 0.25, "learning_rate": 1.0, "logging_steps": 1}
     run = trainer(nas(search_steps=4), arguments(tmp_path, **settings))
     run.train()
@@ -153,7 +156,8 @@ def test_each_phase_has_its_own_whole_schedule(tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["cosine", "constant_with_warmup", "polynomial", "inverse_sqrt"])
-def test_a_schedule_of_any_kind_begins_again_at_the_boundary(tmp_path: Path, kind):
+def test_schedule_kinds(tmp_path: Path, kind):
+    """A schedule of any kind begins again at the boundary."""
     settings = {"max_steps": 8, "warmup_steps": 1, "lr_scheduler_type": kind, "logging_steps": 1}
     run = trainer(nas(), arguments(tmp_path, **settings))
     run.train()
@@ -170,7 +174,8 @@ def test_a_schedule_of_any_kind_begins_again_at_the_boundary(tmp_path: Path, kin
         ("cosine_with_restarts", {"num_cycles": 2}),
     ],
 )
-def test_each_piece_is_transformers_own_schedule(tmp_path: Path, kind, settings):
+def test_schedule_values(tmp_path: Path, kind, settings):
+    """Each piece is transformers' own schedule."""
     from transformers import get_scheduler
 
     given = {"max_steps": 8, "warmup_steps": 1, "lr_scheduler_type": kind, "lr_scheduler_kwargs": settings}
@@ -186,18 +191,21 @@ def test_each_piece_is_transformers_own_schedule(tmp_path: Path, kind, settings)
     assert learning_rates(run) == pytest.approx([*expected, *expected])
 
 
-def test_a_warm_up_longer_than_a_phase_is_told(tmp_path: Path):
+def test_long_warmup_told(tmp_path: Path):
+    """A warm-up longer than a phase is told."""
     with pytest.warns(UserWarning, match="warm-up of 5 steps is as long as a phase of 4 steps"):
         trainer(nas(), arguments(tmp_path, max_steps=8, warmup_steps=5)).train()
 
 
-def test_a_schedule_that_is_no_function_of_the_step_is_refused(tmp_path: Path):
+def test_plateau_refused(tmp_path: Path):
+    """A schedule that is no function of the step is refused."""
     settings = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
     with pytest.raises(ScheduleError, match="'reduce_lr_on_plateau' can't begin anew"):
         trainer(nas(), arguments(tmp_path, **settings)).train()
 
 
-def test_a_scheduler_of_the_users_own_is_left_alone_with_a_warning(tmp_path: Path):
+def test_own_scheduler(tmp_path: Path):
+    """A scheduler of the user's own is left alone, with a warning."""
     model = nas()
     optimizer = adam(model)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -207,7 +215,8 @@ def test_a_scheduler_of_the_users_own_is_left_alone_with_a_warning(tmp_path: Pat
     assert learning_rates(run)[-1] == pytest.approx(1e-2 / 6)
 
 
-def test_loops_get_a_scheduler_that_begins_again():
+def test_phased_scheduler():
+    """Loops get a scheduler that begins again."""
     model = nas()
     optimizer = adam(model, lr=1.0)
     with pytest.raises(ScheduleError, match="set_schedule"):
@@ -222,9 +231,9 @@ def test_loops_get_a_scheduler_that_begins_again():
     assert rates == pytest.approx([0, 1, 2 / 3, 1 / 3] * 2)
 
 
-def test_the_best_model_is_one_of_the_retraining(tmp_path: Path):
-    """The search scored best of all, but what is loaded at the end is the best of what is kept. (The third evaluation
-    is that of the rewound adapter.)"""
+def test_best_model(tmp_path: Path):
+    """The best model is one of the retraining. The search scored best of all, but what is loaded at the end is the
+    best of what is kept. (The third evaluation is that of the rewound adapter.)"""
     scores = iter([9.0, 8.0, 10.0, 1.0, 3.0, 2.0])
     model = nas()
     run = trainer(
@@ -241,7 +250,9 @@ def test_the_best_model_is_one_of_the_retraining(tmp_path: Path):
     assert model.base_model.architecture().kept == model.base_model.architecture().budget
 
 
-def test_early_stopping_in_the_search_is_told_and_begins_anew_after_it(tmp_path: Path):
+def test_early_stopping(tmp_path: Path):
+    """Early stopping in the search is told, and begins anew after it."""
+
     def stopped_at(values: list[float], patience: int) -> Trainer:
         scores = iter(values)
         run = trainer(
@@ -260,7 +271,8 @@ def test_early_stopping_in_the_search_is_told_and_begins_anew_after_it(tmp_path:
     assert run.state.global_step == 6 and run.state.best_global_step == 6
 
 
-def test_the_log_says_what_is_kept_and_that_the_head_is_not_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """The log says what is kept, and that the head isn't counted."""
     model = nas(parameter_budget=100)
     space = model.base_model.architecture().space
     with caplog.at_level(logging.INFO, logger="peft_learners"):
@@ -274,7 +286,8 @@ def test_the_log_says_what_is_kept_and_that_the_head_is_not_counted(tmp_path: Pa
     assert starts(run) == [("search", 0), ("retraining", 3)]
 
 
-def test_weight_decay_takes_the_factors_and_no_bias(tmp_path: Path):
+def test_weight_decay(tmp_path: Path):
+    """Weight decay takes the factors, and no bias."""
     run = trainer(nas(), arguments(tmp_path))
     run.create_optimizer()
     names = {p: n for n, p in run.model.named_parameters()}
@@ -284,7 +297,8 @@ def test_weight_decay_takes_the_factors_and_no_bias(tmp_path: Path):
 
 
 @pytest.mark.parametrize("granularity", ["structured", "unstructured"])
-def test_second_and_restarted_trainings_and_smaller_batches(tmp_path: Path, granularity):
+def test_second_training(tmp_path: Path, granularity):
+    """A second training, a restarted one, and one that begins again with smaller batches."""
     config = {"granularity": granularity, "parameter_budget": 0.1}
     model = nas(**config)
     run = trainer(model, arguments(tmp_path))
@@ -313,7 +327,8 @@ def raw(run: Trainer) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
-def test_optimizers_begin_afresh_and_hold_state_for_what_is_kept(tmp_path: Path, optim):
+def test_optimizers(tmp_path: Path, optim):
+    """Optimizers begin afresh, and hold state for what is kept."""
     run = trainer(nas(parameter_budget=0.2), arguments(tmp_path, optim=optim))
     run.train()
     trained = {p for p in run.model.parameters() if p.requires_grad}
@@ -332,7 +347,8 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return model, out / "adapter", inputs, logits_of(model, inputs)
 
 
-def test_a_small_budget_makes_a_small_file(trained):
+def test_small_file(trained):
+    """A small budget makes a small file."""
     model, path, _, _ = trained
     values = load_file(path / FILE)
     architecture = model.base_model.architecture()
@@ -344,7 +360,8 @@ def test_a_small_budget_makes_a_small_file(trained):
 
 
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
-def test_the_config_alone_builds_the_right_shapes(trained, low_cpu_mem_usage, tmp_path: Path):
+def test_shapes_from_config(trained, low_cpu_mem_usage, tmp_path: Path):
+    """The config alone builds the right shapes."""
     model, path, inputs, logits = trained
     again = PeftModel.from_pretrained(zoo.build("bert"), path, low_cpu_mem_usage=low_cpu_mem_usage)
     assert torch.equal(logits_of(again, inputs), logits)
@@ -358,7 +375,8 @@ def test_the_config_alone_builds_the_right_shapes(trained, low_cpu_mem_usage, tm
     (path / "adapter_config.json").write_text(json.dumps(config))
 
 
-def test_transformers_own_verbs(trained):
+def test_transformers_verbs(trained):
+    """transformers' own verbs work."""
     _, path, inputs, logits = trained
     base = zoo.build("bert")
     plain = logits_of(base, inputs)
@@ -370,7 +388,8 @@ def test_transformers_own_verbs(trained):
     base.delete_adapter("nas")
 
 
-def test_half_precision_on_request(trained, tmp_path: Path):
+def test_save_dtype(trained, tmp_path: Path):
+    """The adapter is saved in half precision on request."""
     model, _, inputs, logits = trained
     config = model.peft_config["default"]
     config.save_dtype = "bfloat16"

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_functional_gradients import bound_of, exact_results, near, results
+from problems import bound_of, exact_results, near, results
 
 from peft_learners.ops import cut_linear, order_of, others_of, uncut
 
@@ -36,7 +36,8 @@ def parts(axis: int, kept: list[int], discard: bool, bias: bool, dtype: torch.dt
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("discard", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_values_and_gradients_agree_with_the_dense_layer(axis, discard, bias, kept_share):
+def test_dense_layer(axis, discard, bias, kept_share):
+    """Values and gradients agree with the dense layer."""
     length = (OUT, IN)[axis]
     kept = sorted(
         torch.randperm(length, generator=torch.Generator().manual_seed(1))[: int(kept_share * length)].tolist()
@@ -62,7 +63,8 @@ def test_values_and_gradients_agree_with_the_dense_layer(axis, discard, bias, ke
 
 @pytest.mark.parametrize("discard", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_first_and_second_derivatives_agree_with_finite_differences(axis, discard):
+def test_gradcheck(axis, discard):
+    """First and second derivatives agree with finite differences."""
     _, _, values, rest, bias_values, bias_rest, index = parts(axis, [1, 3, 4], discard, True)
     weight, bias = torch.randn(OUT, IN).double(), torch.randn(OUT).double()
     x = torch.randn(3, IN).double().requires_grad_()
@@ -107,7 +109,8 @@ def cut_reference(t: dict[str, torch.Tensor], index: torch.Tensor, axis: int) ->
     trains=st.sets(st.sampled_from(("x", "values", "bias_values"))),
     dtype=st.sampled_from((torch.float64, torch.float32, torch.bfloat16, torch.float16)),
 )
-def test_random_cuts_agree_with_the_float64_reference(seed, lead, d, h, axis, share, rest, bias, trains, dtype):
+def test_random_cuts(seed, lead, d, h, axis, share, rest, bias, trains, dtype):
+    """Random cuts agree with the float64 reference."""
     generator = torch.Generator().manual_seed(seed)
     nodes = (h, d)[axis]
     k = round(share * nodes)
@@ -137,8 +140,9 @@ def test_random_cuts_agree_with_the_float64_reference(seed, lead, d, h, axis, sh
 
 
 @pytest.mark.parametrize("axis,stored", [(0, 5 * IN), (1, 5 * 2)])
-def test_kept_for_backward_are_the_rows_or_the_kept_columns_of_x_alone(axis, stored):
-    """5 rows: all 10 columns are needed for kept rows of the gradient, 2 of them for kept columns."""
+def test_stored(axis, stored):
+    """Kept for backward are the rows, or the kept columns, of x alone. 5 rows: all 10 columns are needed for kept rows
+    of the gradient, 2 of them for kept columns."""
     _, _, values, rest, bias_values, bias_rest, index = parts(axis, [0, 5], False, True, torch.float32)
     weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(5, IN)
     known = {t.untyped_storage().data_ptr() for t in (weight, bias, values, rest, bias_values, index)}
@@ -156,7 +160,8 @@ def test_kept_for_backward_are_the_rows_or_the_kept_columns_of_x_alone(axis, sto
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_under_autocast_the_sum_is_formed_in_full_precision(axis):
+def test_autocast(axis):
+    """Under autocast the sum is formed in full precision."""
     _, _, values, rest, bias_values, bias_rest, index = parts(axis, [0, 2], False, True, torch.float32)
     weight, bias, x = torch.randn(OUT, IN), torch.randn(OUT), torch.randn(5, IN)
     with torch.autocast("cpu", torch.bfloat16):
@@ -171,7 +176,8 @@ def test_under_autocast_the_sum_is_formed_in_full_precision(axis):
 
 @given(st.integers(1, 30).flatmap(lambda n: st.tuples(st.just(n), st.sets(st.integers(0, n - 1)))))
 @settings(deadline=None, max_examples=50)
-def test_order_puts_every_node_back_in_its_place(case):
+def test_order(case):
+    """`order` puts every node back in its place."""
     nodes, kept_set = case
     kept = torch.tensor(sorted(kept_set), dtype=torch.long)
     other = others_of(kept, nodes)

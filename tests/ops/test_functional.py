@@ -54,7 +54,8 @@ def leaves(x, weight, bias, low, dense):
     st.integers(0, 2),
     st.booleans(),
 )
-def test_values_and_all_gradients_agree_with_the_float64_reference(seed, lead, d, h, ranks, denses, bias):
+def test_reference(seed, lead, d, h, ranks, denses, bias):
+    """Values and all gradients agree with the float64 reference."""
     args = problem(seed, lead, d, h, ranks, denses, bias)
     expected = reference(*args)
     weights = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -69,8 +70,9 @@ def test_values_and_all_gradients_agree_with_the_float64_reference(seed, lead, d
 
 
 @pytest.mark.parametrize("dense_trains", [True, False])
-def test_gradients_where_only_some_inputs_train(dense_trains):
-    """After priming D is frozen, and the gradients of A and B come from the low-rank products instead of dW."""
+def test_partly_trained(dense_trains):
+    """Gradients are right where only some inputs train. After priming D is frozen, and the gradients of A and B come
+    from the low-rank products instead of dW."""
     x, weight, bias, low, dense = problem(3, (4, 5), 6, 7, (2,), 1, True)
     weight.requires_grad_(False)
     dense[0][0].requires_grad_(dense_trains)
@@ -82,7 +84,8 @@ def test_gradients_where_only_some_inputs_train(dense_trains):
 
 
 @pytest.mark.parametrize("path", PATHS)
-def test_gradcheck_and_double_backward(path):
+def test_gradcheck(path):
+    """First and second derivatives agree with finite differences."""
     x, weight, bias, low, dense = problem(5, (3,), 3, 4, (2,), 1, True)
 
     def call(x, weight, bias, a, b, delta):
@@ -94,7 +97,8 @@ def test_gradcheck_and_double_backward(path):
 
 
 @pytest.mark.parametrize("rows,dtype", [(2, torch.bfloat16), (64, torch.bfloat16), (64, torch.float16)])
-def test_autocast_gives_the_type_and_values_of_a_plain_linear(rows, dtype):
+def test_autocast(rows, dtype):
+    """Autocast gives the type and values of a plain linear layer."""
     x, weight, bias, low, dense = problem(0, (rows,), 8, 8, (2,), 1, True, torch.float32)
     with torch.autocast("cpu", dtype=dtype):
         out = linear_with_updates(x, weight, bias, low, dense)
@@ -109,7 +113,8 @@ def test_autocast_gives_the_type_and_values_of_a_plain_linear(rows, dtype):
         assert (ours - theirs).abs().max() < 0.05 * theirs.abs().max()
 
 
-def test_non_contiguous_inputs_and_four_dimensions():
+def test_layouts():
+    """Inputs may be non-contiguous and have four dimensions."""
     x, weight, bias, low, dense = problem(2, (2, 3, 4), 5, 6, (2,), 1, True)
     turned = x.transpose(0, 2)
     for path in PATHS:
@@ -117,14 +122,16 @@ def test_non_contiguous_inputs_and_four_dimensions():
                                    reference(turned, weight, bias, low, dense))  # fmt: skip
 
 
-def test_path_depends_on_shape_alone():
+def test_path():
+    """The path depends on shape alone."""
     # d h / (d + h) = 192 at 384 x 384
     assert not wants_effective_weight(192, 384, 384)
     assert wants_effective_weight(193, 384, 384)
 
 
-def test_effective_path_keeps_its_input_and_parameters_only():
-    """Stored for backward beside the parameters: x, (T, d) values, and nothing of size (T, r) or (h, d)."""
+def test_effective_stored():
+    """The effective path keeps its input and parameters only. Stored for backward beside the parameters: x, (T, d)
+    values, and nothing of size (T, r) or (h, d)."""
     x, weight, bias, low, dense = problem(0, (50,), 8, 6, (3,), 1, True)
     own = {t.data_ptr() for t in leaves(x, weight, bias, low, dense)}
     kept: list[Tensor] = []
@@ -133,7 +140,8 @@ def test_effective_path_keeps_its_input_and_parameters_only():
     assert kept and all(t.data_ptr() in own for t in kept)
 
 
-def test_norms_at_other_values():
+def test_norms():
+    """Norms at other values are those of the formula."""
     torch.manual_seed(0)
     x = torch.randn(3, 5, 8, dtype=torch.float64)
     weight, bias = torch.randn(8, dtype=torch.float64), torch.randn(8, dtype=torch.float64)
@@ -146,8 +154,9 @@ def test_norms_at_other_values():
     torch.testing.assert_close(norm_with(rms, x, weight, None), by_hand)
 
 
-def test_half_precision_norm_does_not_swallow_small_deltas():
-    """bfloat16 has 8 significant bits: 1 + 1/300 is 1 in it, so float32 deltas must be added in float32."""
+def test_norm_half_precision():
+    """A norm in half precision doesn't swallow small deltas. bfloat16 has 8 significant bits: 1 + 1/300 is 1 in it, so
+    float32 deltas must be added in float32."""
     torch.manual_seed(0)
     norm = torch.nn.LayerNorm(64, dtype=torch.bfloat16)
     x = torch.randn(100, 64, dtype=torch.bfloat16)
@@ -162,8 +171,9 @@ def test_half_precision_norm_does_not_swallow_small_deltas():
 @pytest.mark.parametrize(
     ("kind", "dtype"), [(T5LayerNorm, torch.float16), (LlamaRMSNorm, torch.float32), (GemmaRMSNorm, torch.float32)]
 )
-def test_a_norm_of_another_type_than_its_input_returns_what_it_itself_does(kind, dtype):
-    """T5's goes by its weight, Llama's by the wider type, Gemma's by the input."""
+def test_norm_other_dtype(kind, dtype):
+    """A norm of another type than its input returns what it itself does. T5's goes by its weight, Llama's by the wider
+    type, Gemma's by the input."""
     norm = kind(64).half()
     x = torch.randn(5, 64)
     weight = norm.weight.float() + 0.01
@@ -194,8 +204,9 @@ def kept_bytes(call) -> int:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", [torch.nn.LayerNorm, LlamaRMSNorm, T5LayerNorm])
-def test_trained_norms_keep_no_activation_that_the_frozen_norm_does_not(kind, dtype):
-    """x is (100, 64): what a trained norm may keep beside what the frozen one keeps are its 64 weights and biases."""
+def test_norm_stored(kind, dtype):
+    """Trained norms keep no activation that the frozen norm doesn't. x is (100, 64): what a trained norm may keep
+    beside what the frozen one keeps are its 64 weights and biases."""
     norm = kind(64).to(dtype).requires_grad_(False)
     x = torch.randn(100, 64).to(dtype).requires_grad_()
     frozen = kept_bytes(lambda: norm(x))
@@ -219,7 +230,8 @@ def test_trained_norms_keep_no_activation_that_the_frozen_norm_does_not(kind, dt
 
 
 @pytest.mark.parametrize("kind", [torch.nn.LayerNorm, LlamaRMSNorm])
-def test_under_autocast_a_trained_norm_gives_the_type_that_the_frozen_one_gives(kind):
+def test_norm_autocast(kind):
+    """Under autocast a trained norm gives the type that the frozen one gives."""
     norm, x = kind(64).to(torch.bfloat16).requires_grad_(False), torch.randn(9, 64).to(torch.bfloat16)
     weight = norm.weight + torch.nn.Parameter(torch.randn(64))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -227,7 +239,8 @@ def test_under_autocast_a_trained_norm_gives_the_type_that_the_frozen_one_gives(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_norm_of_which_only_the_bias_trains_keeps_nothing(dtype):
+def test_norm_bias_stored(dtype):
+    """A norm of which only the bias trains keeps nothing."""
     norm, x = torch.nn.LayerNorm(64).to(dtype).requires_grad_(False), torch.randn(100, 64).to(dtype)
     delta = torch.nn.Parameter(torch.randn(64))
     assert kept_bytes(lambda: norm_with(norm, x, norm.weight, norm.bias + delta)) <= 2 * 64 * 4
@@ -239,9 +252,10 @@ def test_a_norm_of_which_only_the_bias_trains_keeps_nothing(dtype):
 
 
 @pytest.mark.parametrize("length", [5, 8])
-def test_the_bias_of_a_norm_with_features_elsewhere_gets_its_gradient_there(length):
-    """GroupNorm's channels are the second dimension: d sum(y * w) / d bias_c = sum over rows and positions of w. Of 8
-    positions and 8 channels a sum over the wrong dimension would have the right shape."""
+def test_norm_bias_gradient(length):
+    """The bias of a norm with features elsewhere gets its gradient there. GroupNorm's channels are the second
+    dimension: d sum(y * w) / d bias_c = sum over rows and positions of w. Of 8 positions and 8 channels a sum over the
+    wrong dimension would have the right shape."""
     norm = torch.nn.GroupNorm(2, 8).requires_grad_(False)
     x, w = torch.randn(3, 8, length), torch.randn(3, 8, length)
     delta = torch.nn.Parameter(torch.randn(8))

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from test_compile import nothing_compiled  # noqa: F401
-from test_functional_gradients import call, make
+from problems import call, make
 from torch import Tensor
 from torch._dynamo.utils import counters
 
 from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
+pytestmark = pytest.mark.usefixtures("nothing_compiled")
 AB = {"x", "a0", "b0"}
 
 
@@ -51,7 +51,8 @@ def same(compiled: list[Tensor], eager: list[Tensor], rtol: float | None = None)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_each_path_is_one_graph(name):
+def test_one_graph(name):
+    """Each path is one graph."""
     path, problem, options = CASES[name]
     run = lambda tensors: call(path, problem, tensors, **options)  # noqa: E731
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
@@ -61,7 +62,8 @@ def test_each_path_is_one_graph(name):
 
 @pytest.mark.parametrize("rest", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_cut_layers_are_one_graph(axis, rest):
+def test_cut_one_graph(axis, rest):
+    """Cut layers are one graph."""
     generator = torch.Generator().manual_seed(0)
     draw = lambda *shape: torch.randn(shape, generator=generator)  # noqa: E731
     values = draw(2, 6) if axis == 0 else draw(7, 2)
@@ -79,7 +81,8 @@ def test_cut_layers_are_one_graph(axis, rest):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_one_graph_under_autocast():
+def test_autocast_one_graph():
+    """One graph under autocast."""
     problem = make(3, (40,), 6, 7, (2,), 1, dtype=torch.float32)
 
     def run(tensors: dict[str, Tensor]) -> Tensor:
@@ -91,8 +94,9 @@ def test_one_graph_under_autocast():
     same(step(compiled, problem.tensors), step(run, problem.tensors), rtol=0.05)
 
 
-def test_other_numbers_of_rows_compile_once_per_path():
-    """6 * 7 / 13 = 3.2 rows: one graph below, one above, where backward also asks for 7 rows."""
+def test_dynamic_rows():
+    """Other numbers of rows compile once per path. 6 * 7 / 13 = 3.2 rows: one graph below, one above, where backward
+    also asks for 7 rows."""
     problems = {rows: make(3, (rows,), 6, 7, (2,), trains=AB) for rows in (20, 30, 40, 3, 2)}
     compiled = torch.compile(
         lambda t: call(linear_with_updates, problems[20], t), fullgraph=True, backend="aot_eager", dynamic=True

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 import training
 import zoo
-from test_functional_gradients import call, make
-from test_functional_types import stored_bytes
+from problems import call, make, stored_bytes
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -42,7 +41,8 @@ def forward_and_backward(path: Callable[..., Tensor], problem: Any, **options: A
 
 @pytest.mark.parametrize("rank", [2, 15, 16, 20])
 @pytest.mark.parametrize("rows", [3, 22, 23, 100])  # 22 = out_features: (g B) A is added up to there
-def test_flops_of_the_effective_path(rows, rank):
+def test_flops_effective(rows, rank):
+    """The effective path costs what its formula says."""
     d, h = 20, 22
     n, t, r, rho_n = d * h, rows, rank, rank * (d + h)
     forward = 2 * t * n + 2 * r * n
@@ -63,7 +63,8 @@ def test_flops_of_the_effective_path(rows, rank):
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 @pytest.mark.parametrize("rank", [2, 15, 16, 20])
 @pytest.mark.parametrize("rows", [3, 32, 33])  # up to 32 rows D is multiplied by itself
-def test_flops_of_the_separate_path(rows, rank, dropout):
+def test_flops_separate(rows, rank, dropout):
+    """The separate path costs what its formula says."""
     d, h = 20, 22
     n, t, rho_n = d * h, rows, rank * (d + h)
     forward, dx, low = 2 * t * n + 2 * rho_n * t, 2 * t * n + 2 * rho_n * t, 2 * t * rho_n
@@ -81,7 +82,8 @@ def test_flops_of_the_separate_path(rows, rank, dropout):
 
 @pytest.mark.parametrize("axis", [0, 1])
 @pytest.mark.parametrize("rest", [False, True])
-def test_flops_of_a_cut_layer(axis, rest):
+def test_flops_cut(axis, rest):
+    """A cut layer costs what its formula says."""
     t, d, h, k = 40, 20, 22, 3
     x, weight = torch.randn(t, d, requires_grad=True), torch.randn(h, d)
     values = torch.randn((k, d) if axis == 0 else (h, k), requires_grad=True)
@@ -95,7 +97,8 @@ def test_flops_of_a_cut_layer(axis, rest):
 SHAPES = [(rows, d, h) for d, h in ((8, 8), (8, 24), (24, 8)) for rows in (1, 3, 4, 5, 6, 7, 8, 23, 24, 25, 60)]
 
 
-def test_the_forward_path_taken_is_the_cheaper_one():
+def test_cheaper_path():
+    """The path taken forward is the cheaper one."""
     paths = (linear_with_updates, separate_linear, effective_linear)
     for rows, d, h in SHAPES:
         problem = make(0, (rows,), d, h, (2,), trains=AB)
@@ -104,8 +107,9 @@ def test_the_forward_path_taken_is_the_cheaper_one():
 
 
 @pytest.mark.parametrize("trains", ["x a0 b0", "x a0", "x b0", "x", "x bias"])
-def test_backward_of_the_effective_path_gets_the_gradient_of_x_the_cheaper_way(trains):
-    """`g W'` for `2 r N`; or `g W + (g B) A` for `2 T r d`, and `2 T r h` more where A's gradient doesn't need g B."""
+def test_cheaper_backward(trains):
+    """Backward of the effective path gets the gradient of x the cheaper way. `g W'` for `2 r N`; or `g W + (g B) A`
+    for `2 T r d`, and `2 T r h` more where A's gradient doesn't need g B."""
     names = trains.split()
     counted, wanted = {}, {}
     for t, d, h in SHAPES:
@@ -117,7 +121,8 @@ def test_backward_of_the_effective_path_gets_the_gradient_of_x_the_cheaper_way(t
     assert counted == wanted
 
 
-def test_low_rank_gradients_without_the_gradient_of_x_cost_what_they_need():
+def test_flops_without_dx():
+    """Low-rank gradients without that of x cost what they need."""
     t, d, h, r = 6, 20, 22, 2
     for trains in ({"a0"}, {"b0"}):
         for path in (separate_linear, effective_linear):
@@ -140,7 +145,8 @@ def stored_by(path: Callable[..., Tensor], problem: Any, **options: Any) -> int:
 
 @pytest.mark.parametrize("entries", [(), ("a0",), ("a0", "b0")])
 @pytest.mark.parametrize("dense", [0, 1])
-def test_stored_are_x_and_on_the_separate_path_its_product_with_a(entries, dense):
+def test_stored(entries, dense):
+    """Stored are x and, on the separate path, its product with A."""
     problem = make(0, (T,), D_IN, D_OUT, (R,), dense, entries=entries, dtype=torch.float32)
     assert stored_by(effective_linear, problem) == X_BYTES
     assert stored_by(separate_linear, problem) == X_BYTES + MIDDLE_BYTES
@@ -150,8 +156,9 @@ def test_stored_are_x_and_on_the_separate_path_its_product_with_a(entries, dense
 @pytest.mark.parametrize("path", [separate_linear, effective_linear])
 @pytest.mark.parametrize("trains", ["x", "x bias", "bias"])
 @pytest.mark.parametrize("dense", [0, 1])
-def test_nothing_is_stored_that_no_gradient_needs(path, trains, dense):
-    """A frozen linear layer keeps its weight alone, whether its bias trains or not."""
+def test_stored_frozen(path, trains, dense):
+    """Nothing is stored that no gradient needs. A frozen linear layer keeps its weight alone, whether its bias trains
+    or not."""
     x, weight = torch.randn(T, D_IN, requires_grad=True), torch.randn(D_OUT, D_IN)
     plain = stored_bytes(lambda: F.linear(x, weight, torch.randn(D_OUT, requires_grad=True)), weight)
     assert plain == 0
@@ -160,21 +167,24 @@ def test_nothing_is_stored_that_no_gradient_needs(path, trains, dense):
         assert stored_by(path, problem) == 0
 
 
-def test_the_product_with_a_is_stored_for_the_gradient_of_b_alone():
+def test_stored_product():
+    """The product with A is stored for the gradient of B alone."""
     problem = make(0, (T,), D_IN, D_OUT, (R,), dtype=torch.float32, trains={"x", "a0"})
     assert stored_by(separate_linear, problem) == X_BYTES
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_a_frozen_cut_layer_stores_nothing(axis):
+def test_stored_frozen_cut(axis):
+    """A frozen cut layer stores nothing."""
     x, weight, kept = torch.randn(T, D_IN, requires_grad=True), torch.randn(D_OUT, D_IN), torch.tensor([0, 2])
     values = torch.randn((2, D_IN) if axis == 0 else (D_OUT, 2))
     run = lambda: cut_linear(x, weight, None, values, None, None, None, kept, axis)  # noqa: E731
     assert stored_bytes(run, weight, values, kept) == 0
 
 
-def test_entries_of_a_large_factor_are_stored_as_entries():
-    """Four entries of A and B of 2 x 1000 numbers: x, and their few values and positions."""
+def test_stored_entries():
+    """Entries of a large factor are stored as entries. Four entries of A and B of 2 x 1000 numbers: x, and their few
+    values and positions."""
     x, weight = torch.randn(40, 1000, requires_grad=True), torch.randn(1000, 1000)
     at = torch.tensor([0, 5, 999, 1200], dtype=torch.int32)
     values = [torch.randn(4, requires_grad=True) for _ in range(2)]
@@ -191,8 +201,9 @@ def stored_by_model(model: torch.nn.Module) -> int:
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-def test_norms_and_biases_of_a_learner_store_no_activation(rows):
-    """By hand: each of 4 norms keeps a sum for its weight and one for its bias, of 16 numbers; biases keep nothing."""
+def test_stored_norms(rows):
+    """Norms and biases of a Learner store no activation. By hand: each of 4 norms keeps a sum for its weight and one
+    for its bias, of 16 numbers; biases keep nothing."""
     settings = {"priming_epochs": 0, "train_biases": False, "train_norms": False}
     plain = stored_by_model(training.learner(**settings))
     biases = stored_by_model(training.learner(**{**settings, "train_biases": True}))
@@ -210,8 +221,9 @@ def pruned_nas_layer(positions: dict[str, list[int]]) -> Any:
     return layer
 
 
-def test_a_pruned_nas_layer_stores_no_dense_factor():
-    """x of 60 rows, values and positions of 3 entries; (r, d) and (h, r) would be 4 * 16 numbers each."""
+def test_stored_pruned():
+    """A pruned NAS-LoRA layer stores no dense factor. x of 60 rows, values and positions of 3 entries; (r, d) and (h,
+    r) would be 4 * 16 numbers each."""
     layer = pruned_nas_layer({"U": [0, 3], "V": [1], "bias": [2]})
     x = torch.randn(60, 16, requires_grad=True)
     assert stored_bytes(lambda: layer(x), *layer.parameters(), *layer.buffers()) == 60 * 16 * 4
@@ -219,7 +231,8 @@ def test_a_pruned_nas_layer_stores_no_dense_factor():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [3, 60])
-def test_a_nas_layer_of_which_a_bias_is_left_stores_no_activation(rows, dtype):
+def test_stored_bias_alone(rows, dtype):
+    """A NAS-LoRA layer of which a bias is left stores no activation."""
     layer = pruned_nas_layer({"bias": [2, 5]})
     layer.get_base_layer().to(dtype)
     x = torch.randn(rows, 16, dtype=dtype, requires_grad=True)

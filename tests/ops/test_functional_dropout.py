@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_functional_gradients import call, make, near, reference, results, upstream
-from test_functional_types import lora, ours, parts_of, stored_bytes
+from problems import call, lora, make, near, ours, parts_of, reference, results, stored_bytes, upstream
 from torch import Tensor
 
 from peft_learners.ops import linear_with_updates, separate_linear
@@ -27,7 +26,8 @@ def mask_of(rows: int, d: int, p: float, seed: int) -> Tensor:
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_entries_are_kept_at_the_asked_rate_and_scaled_up(p):
+def test_rate(p):
+    """Entries are kept at the asked rate, and scaled up."""
     mask = mask_of(200, 50, p, seed=1)
     assert set(mask.unique().tolist()) == {0.0, 1 / (1 - p)}
     # 10 000 draws: a standard deviation of sqrt(p (1 - p) / 10 000) <= 0.005
@@ -38,7 +38,8 @@ def test_entries_are_kept_at_the_asked_rate_and_scaled_up(p):
 
 @pytest.mark.parametrize("dense", [0, 1])
 @pytest.mark.parametrize("rows", [4, 40])
-def test_values_and_gradients_agree_with_the_reference_at_the_same_mask(rows, dense):
+def test_reference(rows, dense):
+    """Values and gradients agree with the reference at the same mask."""
     problem = make(1, (rows,), 6, 7, (3,), dense)
     mask, g = mask_of(rows, 6, 0.4, seed=5), upstream(problem)
     wanted = results(lambda t: reference(problem, t, mask), problem.tensors, g)
@@ -46,7 +47,8 @@ def test_values_and_gradients_agree_with_the_reference_at_the_same_mask(rows, de
     near(got, wanted, [t.abs().amax().expand_as(t) for t in wanted], 1000 * TINY)
 
 
-def test_the_mean_over_many_draws_approaches_the_undropped_output():
+def test_mean():
+    """The mean over many draws approaches the output without dropout."""
     problem = make(1, (3,), 6, 7, (2,), 1)
     draws = torch.stack([draw(problem, 0.3, seed).detach() for seed in range(2000)])
     exact = reference(problem, problem.tensors).detach()
@@ -55,7 +57,8 @@ def test_the_mean_over_many_draws_approaches_the_undropped_output():
     assert (error < 5 * draws.std(0) / 2000**0.5).all()  # 21 outputs, five standard errors
 
 
-def test_no_dropout_is_exact_and_full_dropout_leaves_the_base():
+def test_extremes():
+    """No dropout is exact, and full dropout leaves the base."""
     problem = make(1, (40,), 6, 7, (2,), 1)
     assert torch.equal(draw(problem, 0.0), call(linear_with_updates, problem))
     without = problem._replace(ranks=())
@@ -65,7 +68,8 @@ def test_no_dropout_is_exact_and_full_dropout_leaves_the_base():
     assert not by_name["a0"].any() and not by_name["b0"].any() and by_name["D0"].any()
 
 
-def test_the_generators_seed_decides_and_each_call_draws_anew():
+def test_seed():
+    """The generator's seed decides, and each call draws anew."""
     problem = make(1, (5,), 6, 7, (2,))
     assert torch.equal(draw(problem, 0.5, 3), draw(problem, 0.5, 3))
     assert not torch.equal(draw(problem, 0.5, 3), draw(problem, 0.5, 4))
@@ -74,7 +78,8 @@ def test_the_generators_seed_decides_and_each_call_draws_anew():
 
 
 @pytest.mark.parametrize("entries", [(), ("a0", "b0")])
-def test_backward_takes_the_mask_of_its_forward_pass(entries):
+def test_backward_mask(entries):
+    """Backward takes the mask of its forward pass."""
     problem = make(1, (4,), 5, 6, (3,), entries=entries)
 
     def run(*tensors: Tensor) -> Tensor:
@@ -88,7 +93,8 @@ def test_backward_takes_the_mask_of_its_forward_pass(entries):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_byte_per_entry_is_stored_and_less_than_by_lora(dtype):
+def test_stored(dtype):
+    """A byte per entry is stored, and less than by LoRA."""
     layer = lora(0.2, dtype).train()
     parts, (rows, d, rank) = parts_of(layer), (30, 64, 4)
     x = torch.randn(rows, d, dtype=dtype, requires_grad=True)
@@ -99,7 +105,8 @@ def test_a_byte_per_entry_is_stored_and_less_than_by_lora(dtype):
     assert its >= own + rows * d * (4 - dtype.itemsize)
 
 
-def test_no_mask_is_drawn_or_kept_where_there_is_nothing_to_drop():
+def test_nothing_to_drop():
+    """No mask is drawn or kept where there is nothing to drop."""
     problem = make(1, (5,), 6, 7, (), 1)
     state = torch.get_rng_state()
     own = stored_bytes(lambda: call(linear_with_updates, problem, dropout=0.5), *problem.tensors.values())

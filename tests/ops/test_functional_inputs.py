@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 import training
 import zoo
-from test_functional_gradients import PATHS, call, make, near, reference, results, upstream
+from problems import PATHS, call, make, near, reference, results, upstream
 from torch import Tensor
 
 from peft_learners.ops import cut_linear, linear_with_updates
@@ -28,8 +28,9 @@ def agrees(path, problem, tensors: dict[str, Tensor]) -> None:
 
 @each_path
 @pytest.mark.parametrize("rows", [3, 40])
-def test_any_layout_of_any_tensor(path, rows):
-    """Transposed (as Conv1D's weight is read), every second entry, expanded, reversed."""
+def test_layouts(path, rows):
+    """Each tensor may have any layout. Transposed (as Conv1D's weight is read), every second entry, expanded,
+    reversed."""
     problem = make(6, (rows,), 6, 7, (2,), 1)
     for name, tensor in problem.tensors.items():
         value = tensor.detach()
@@ -41,7 +42,8 @@ def test_any_layout_of_any_tensor(path, rows):
 
 @each_path
 @pytest.mark.parametrize("layout", ["transposed", "strided rows", "expanded batch"])
-def test_leading_dimensions_that_do_not_flatten(path, layout):
+def test_leading_dimensions(path, layout):
+    """Leading dimensions that don't flatten into a view work."""
     problem = make(6, (2, 3, 4), 5, 7, (2,), 1)
     x = problem.tensors["x"].detach()
     turned = {"transposed": x.transpose(0, 2), "strided rows": x[:, ::2], "expanded batch": x[:1].expand(6, 3, 4, 5)}
@@ -50,7 +52,8 @@ def test_leading_dimensions_that_do_not_flatten(path, layout):
 
 @each_path
 @pytest.mark.parametrize("lead", [(), (0,), (2, 0), (0, 3), (1,), (1, 1, 1, 1)])
-def test_shapes_are_those_of_the_plain_layer(path, lead):
+def test_shapes(path, lead):
+    """Shapes are those of the plain layer."""
     problem = make(6, lead, 5, 7, (2,), 1)
     plain = F.linear(problem.tensors["x"], problem.tensors["weight"])
     out = call(path, problem)
@@ -62,7 +65,8 @@ def test_shapes_are_those_of_the_plain_layer(path, lead):
 
 
 @each_path
-def test_layers_without_inputs_give_their_bias_as_the_plain_layer_does(path):
+def test_no_inputs(path):
+    """Layers without inputs give their bias, as the plain layer does."""
     problem = make(6, (3,), 0, 7, (2,))
     t = problem.tensors
     assert torch.equal(F.linear(t["x"], t["weight"], t["bias"]), call(path, problem))
@@ -70,7 +74,8 @@ def test_layers_without_inputs_give_their_bias_as_the_plain_layer_does(path):
 
 @each_path
 @pytest.mark.parametrize("lead", [(5,), (2, 20)])
-def test_callers_may_write_to_the_output(path, lead):
+def test_output_written(path, lead):
+    """Callers may write to the output."""
     problem = make(6, lead, 5, 7, (2,), 1)
     tensors = list(problem.tensors.values())
     out = call(path, problem)
@@ -83,7 +88,8 @@ def test_callers_may_write_to_the_output(path, lead):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_callers_may_write_to_the_output_of_a_cut_layer(axis):
+def test_cut_output_written(axis):
+    """Callers may write to the output of a cut layer."""
     torch.manual_seed(0)
     x, weight = torch.randn(2, 5, 4, requires_grad=True), torch.randn(6, 4)
     values = torch.randn((2, 4) if axis == 0 else (6, 2), requires_grad=True)
@@ -94,7 +100,8 @@ def test_callers_may_write_to_the_output_of_a_cut_layer(axis):
 
 
 @each_path
-def test_writes_to_what_backward_needs_are_noticed(path):
+def test_saved_written(path):
+    """Writes to what backward needs are noticed."""
     problem = make(6, (40,), 5, 7, (2,))
     x = problem.tensors["x"].detach().clone()
     out = call(path, problem, {**problem.tensors, "x": x})
@@ -104,7 +111,8 @@ def test_writes_to_what_backward_needs_are_noticed(path):
 
 
 @each_path
-def test_inputs_and_parameters_are_not_written_to(path):
+def test_inputs_untouched(path):
+    """Inputs and parameters aren't written to."""
     for rows in (3, 40):
         problem = make(6, (rows,), 6, 7, (2,), 1)
         before = {name: tensor.detach().clone() for name, tensor in problem.tensors.items()}
@@ -122,7 +130,8 @@ def test_inputs_and_parameters_are_not_written_to(path):
 
 
 @each_path
-def test_a_layer_called_twice_in_one_graph_sums_its_gradients(path):
+def test_called_twice(path):
+    """A layer that is called twice in one graph sums its gradients."""
     problem = make(6, (4,), 6, 6, (2,), 1)
     tensors = list(problem.tensors.values())
 
@@ -137,7 +146,8 @@ def test_a_layer_called_twice_in_one_graph_sums_its_gradients(path):
 
 
 @each_path
-def test_without_gradients_nothing_is_recorded(path):
+def test_no_grad(path):
+    """Without gradients nothing is recorded."""
     problem = make(6, (40,), 6, 7, (2,), 1)
     exact = reference(problem, problem.tensors).detach()
     for mode in (torch.no_grad, torch.inference_mode):
@@ -148,7 +158,8 @@ def test_without_gradients_nothing_is_recorded(path):
 
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas"])
-def test_models_are_copied_and_pickled_after_a_call(tuner):
+def test_copy_after_call(tuner):
+    """Models are copied and pickled after a call."""
     model = {"learner": training.learner, "far": training.far, "nas": training.nas}[tuner]()
     inputs = zoo.inputs_of("distilbert", model)
     out = model.train()(**inputs)

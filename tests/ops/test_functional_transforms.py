@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 import training
 import zoo
 from peft import PeftModel
-from test_functional_gradients import PATHS, call, make, reference
+from problems import PATHS, call, make, reference
 from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
@@ -36,7 +36,8 @@ def stacked(tensor: Tensor, count: int = 3) -> Tensor:
 
 @each_path
 @each_problem
-def test_vmap_over_any_one_of_the_tensors_is_a_loop(name, path):
+def test_vmap_one(name, path):
+    """vmap over any one of the tensors is a loop."""
     problem = PROBLEMS[name]
     for key, tensor in problem.tensors.items():
         many = stacked(tensor)
@@ -49,8 +50,8 @@ def test_vmap_over_any_one_of_the_tensors_is_a_loop(name, path):
 
 @each_path
 @each_problem
-def test_vmap_over_all_of_them_at_once_with_gradients(name, path):
-    """Model ensembling: each has tensors of its own."""
+def test_vmap_all(name, path):
+    """vmap over all of them at once is a loop, gradients included. Model ensembling: each has tensors of its own."""
     problem = PROBLEMS[name]
     many = {key: stacked(tensor) for key, tensor in problem.tensors.items()}
     gradients = grad(lambda tensors: call(path, problem, tensors).pow(2).sum())
@@ -64,7 +65,7 @@ def test_vmap_over_all_of_them_at_once_with_gradients(name, path):
 
 @each_path
 @each_problem
-def test_gradients_per_sample(name, path):
+def test_per_sample_gradients(name, path):
     problem = PROBLEMS[name]
     many = stacked(problem.tensors["x"])
     shared = {key: value.detach() for key, value in problem.tensors.items() if key != "x"}
@@ -78,7 +79,8 @@ def test_gradients_per_sample(name, path):
 
 @each_path
 @each_problem
-def test_jacobians_of_jacobians_are_those_of_the_plain_formula(name, path):
+def test_hessian(name, path):
+    """Jacobians of Jacobians are those of the plain formula."""
     problem = PROBLEMS[name]
     fixed = {key: value.detach() for key, value in problem.tensors.items()}
     for key in [key for key in fixed if key not in ("weight", "bias")]:
@@ -91,8 +93,9 @@ def test_jacobians_of_jacobians_are_those_of_the_plain_formula(name, path):
 
 @each_path
 @each_problem
-def test_a_batch_of_upstream_gradients(name, path):
-    """What `torch.autograd.functional.jacobian(vectorize=True)` does: backward under vmap, forward not."""
+def test_batched_upstream(name, path):
+    """A batch of upstream gradients is a loop over them. What `torch.autograd.functional.jacobian(vectorize=True)`
+    does: backward under vmap, forward not."""
     problem = PROBLEMS[name]
     out, inputs = call(path, problem), list(problem.tensors.values())
     many = stacked(out)
@@ -103,7 +106,8 @@ def test_a_batch_of_upstream_gradients(name, path):
 
 
 @pytest.mark.parametrize("path", [*PATHS, linear_with_updates])
-def test_forward_mode_says_that_it_is_not_there(path):
+def test_forward_mode(path):
+    """Forward mode says that it isn't there."""
     problem = make(4, (3,), 4, 5, (2,))
     fixed = {key: value.detach() for key, value in problem.tensors.items()}
     run = lambda x: call(path, problem, {**fixed, "x": x})  # noqa: E731
@@ -119,8 +123,8 @@ def test_forward_mode_says_that_it_is_not_there(path):
 
 
 @pytest.mark.parametrize("key", ["x", "a0", "b0"])
-def test_dropout_under_vmap_draws_as_asked(key):
-    """As `F.dropout`, whichever of the tensors carries the batch."""
+def test_vmap_dropout(key):
+    """Dropout under vmap draws as asked. As `F.dropout`, whichever of the tensors carries the batch."""
     problem = make(4, (20,), 8, 5, (2,))
     fixed = {name: value.detach() for name, value in problem.tensors.items()}
     same = fixed[key].expand(3, *fixed[key].shape)
@@ -157,7 +161,8 @@ def run_cut(t: dict[str, Tensor], kept: Tensor, axis: int) -> Tensor:
     "axis,rest,key",
     [(axis, rest, key) for axis in (0, 1) for rest in (False, True) for key in cut_case(axis, rest)[0]],
 )
-def test_vmap_over_any_part_of_a_cut_layer_is_a_loop(axis, rest, key):
+def test_vmap_cut(axis, rest, key):
+    """vmap over any part of a cut layer is a loop."""
     tensors, kept = cut_case(axis, rest)
     many = stacked(tensors[key])
     run = lambda one: run_cut({**tensors, key: one}, kept, axis)  # noqa: E731
@@ -172,8 +177,9 @@ def test_vmap_over_any_part_of_a_cut_layer_is_a_loop(axis, rest, key):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_second_derivatives_of_a_cut_layer_mix_x_and_values(axis):
-    """d/dx of the gradient of the values; with axis 1 it goes through the kept columns of x."""
+def test_cut_hessian(axis):
+    """Second derivatives of a cut layer mix x and values. d/dx of the gradient of the values; with axis 1 it goes
+    through the kept columns of x."""
     tensors, kept = cut_case(axis, True)
 
     def plain(x: Tensor, values: Tensor) -> Tensor:
@@ -207,8 +213,9 @@ def adapted(tuner: str) -> PeftModel:
 
 
 @pytest.mark.parametrize("tuner", ["learner", "far", "nas"])
-def test_stacked_adapters_of_one_base_run_as_an_ensemble(tuner):
-    """Three adapters' values stacked, the base shared: outputs, and gradients per adapter, are those of a loop."""
+def test_ensemble(tuner):
+    """Stacked adapters of one base run as an ensemble. Three adapters' values stacked, the base shared: outputs, and
+    gradients per adapter, are those of a loop."""
     model = adapted(tuner)
     inputs = zoo.inputs_of("distilbert", model)
     inputs = {k: v for k, v in inputs.items() if k != "labels"}
@@ -227,7 +234,8 @@ def test_stacked_adapters_of_one_base_run_as_an_ensemble(tuner):
             torch.testing.assert_close(got[n][i], g, rtol=1e-3, atol=1e-5, msg=n)
 
 
-def test_whole_models_can_be_stacked():
+def test_stacked_models():
+    """Whole models can be stacked."""
     models = [adapted("learner") for _ in range(2)]
     with torch.no_grad():
         for p in models[1].parameters():
@@ -246,7 +254,8 @@ def test_whole_models_can_be_stacked():
 @pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_checkpointed_gradients_are_the_same_bits(rows, dropout, autocast, reentrant):
+def test_checkpointing(rows, dropout, autocast, reentrant):
+    """Checkpointed gradients are the same bits."""
     problem = make(5, (rows,), 6, 7, (2,), 1, dtype=torch.float32)
     inputs, results = list(problem.tensors.values()), []
     for again in (False, True):
@@ -267,7 +276,8 @@ def test_checkpointed_gradients_are_the_same_bits(rows, dropout, autocast, reent
 
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_checkpointed_cut_layers_too(axis, reentrant):
+def test_cut_checkpointing(axis, reentrant):
+    """Those of cut layers too."""
     tensors, kept = cut_case(axis, True)
     results = []
     for again in (False, True):

@@ -7,73 +7,36 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import LoraConfig, get_peft_model
-from test_functional_gradients import (
+from problems import (
     CORNERS,
+    D_IN,
+    D_OUT,
     PATHS,
+    RANK,
+    SCALE,
     bound_of,
     call,
     exact_results,
+    lora,
     make,
     near,
+    ours,
+    parts_of,
     reference,
     results,
+    stored_bytes,
     upstream,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
 
 BF16 = torch.bfloat16
-D_IN, D_OUT, RANK, SCALE = 64, 48, 4, 2.0
-
-
-def lora(dropout: float = 0.0, dtype: torch.dtype = BF16) -> nn.Module:
-    """PEFT's LoRA on a linear layer in half precision: A and B are float32."""
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(D_IN, D_OUT)).to(dtype)
-    config = LoraConfig(
-        target_modules=["0"], r=RANK, lora_alpha=SCALE * RANK, init_lora_weights=False, lora_dropout=dropout
-    )
-    layer = get_peft_model(base, config).base_model.model[0]
-    assert layer.lora_A["default"].weight.dtype == torch.float32
-    return layer
-
-
-def parts_of(layer: nn.Module) -> dict[str, Tensor]:
-    """The layer's parameters by our names, as leaves of their own."""
-    own = {
-        "weight": layer.base_layer.weight,
-        "bias": layer.base_layer.bias,
-        "a": layer.lora_A["default"].weight,
-        "b": layer.lora_B["default"].weight,
-    }
-    return {name: p.detach().clone().requires_grad_(p.requires_grad) for name, p in own.items()}
-
-
-def ours(parts: dict[str, Tensor], x: Tensor, **options: float) -> Tensor:
-    return linear_with_updates(x, parts["weight"], parts["bias"], [(parts["a"], parts["b"], SCALE)], **options)
-
-
-def stored_bytes(run: Callable[[], Tensor], *known: Tensor) -> int:
-    """Bytes kept for backward, beside those of known tensors."""
-    addresses = {t.untyped_storage().data_ptr() for t in known}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in addresses:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = run()  # alive as long as its graph is counted
-    assert out is not None
-    return sum(kept.values())
 
 
 @pytest.mark.parametrize("rows", [5, 300])
-def test_mixed_types_are_as_near_to_the_exact_result_as_lora(rows):
+def test_mixed_near_as_lora(rows):
+    """Mixed types come as near to the exact result as LoRA."""
     layer = lora()
     parts = parts_of(layer)
     inputs = torch.randn(rows, D_IN).to(BF16)
@@ -99,7 +62,8 @@ def test_mixed_types_are_as_near_to_the_exact_result_as_lora(rows):
 
 @pytest.mark.parametrize("rows", [5, 300])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_mixed_types_store_no_more_than_lora(rows, dropout):
+def test_mixed_stored(rows, dropout):
+    """Mixed types store no more than LoRA."""
     layer = lora(dropout).train()
     parts = parts_of(layer)
     x = torch.randn(rows, D_IN).to(BF16).requires_grad_()
@@ -134,7 +98,8 @@ def tiny_update(kind: str) -> tuple[Tensor, Callable[[Tensor], Tensor], float]:
     [(kind, rows) for kind in ("low rank", "dense", "bias") for rows in (1, 40, 300)]
     + [(kind, 40) for kind in ("FAR", "FAR, cut rows", "FAR, cut columns")],
 )
-def test_updates_below_the_weights_resolution_are_not_swallowed(kind, rows):
+def test_small_updates(kind, rows):
+    """Updates below the weight's resolution aren't swallowed."""
     weight, run, exact = tiny_update(kind)
     assert torch.equal(weight + torch.full((), 1e-3, dtype=BF16), weight)
     out = run(torch.ones(rows, D_IN, dtype=BF16))
@@ -142,8 +107,9 @@ def test_updates_below_the_weights_resolution_are_not_swallowed(kind, rows):
     torch.testing.assert_close(out.double(), torch.full_like(out, exact).double(), rtol=2**-7, atol=0)
 
 
-def test_float32_biases_reach_half_precision_outputs_in_full():
-    """W x = 256 and b = 1.5: 257.5 is 258 in bfloat16, but b rounded after W x + b would be lost twice."""
+def test_float32_bias():
+    """Biases in float32 reach half-precision outputs in full. W x = 256 and b = 1.5: 257.5 is 258 in bfloat16, but b
+    rounded after W x + b would be lost twice."""
     weight = torch.ones(3, 256, dtype=BF16)
     x = torch.ones(2, 256, dtype=BF16)
     out = linear_with_updates(
@@ -154,7 +120,8 @@ def test_float32_biases_reach_half_precision_outputs_in_full():
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", CORNERS)
-def test_autocast_agrees_with_the_reference_and_gives_gradients_in_the_parameters_types(name, path):
+def test_autocast(name, path):
+    """Autocast agrees with the reference, and gives gradients in the parameters' types."""
     tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in CORNERS[name].tensors.items()}
     problem = CORNERS[name]._replace(tensors=tensors)
     g = upstream(problem)
@@ -172,7 +139,8 @@ def test_autocast_agrees_with_the_reference_and_gives_gradients_in_the_parameter
 
 
 @pytest.mark.parametrize("path", [*PATHS, linear_with_updates])
-def test_double_precision_is_left_alone_by_autocast(path):
+def test_autocast_double(path):
+    """Autocast leaves double precision alone."""
     problem = make(0, (5,), 6, 7, (2,), 1)
     with torch.autocast("cpu", BF16):
         out = call(path, problem)
@@ -182,8 +150,9 @@ def test_double_precision_is_left_alone_by_autocast(path):
 @pytest.mark.parametrize("forward_inside", [False, True])
 @pytest.mark.parametrize("kind", ["float32", "mixed"])
 @pytest.mark.parametrize("rows", [3, 40])
-def test_backward_may_run_under_autocast(rows, kind, forward_inside):
-    """As that of `nn.Linear` may: in a region without autocast inside one with it, and `loss.backward()` in there."""
+def test_autocast_backward(rows, kind, forward_inside):
+    """Backward may run under autocast. As that of `nn.Linear` may: in a region without autocast inside one with it,
+    and `loss.backward()` in there."""
     problem = make(0, (rows,), 6, 7, (2,), 1, dtype=torch.float32)
     if kind == "mixed":
         for name in ("x", "weight", "bias"):
@@ -199,7 +168,8 @@ def test_backward_may_run_under_autocast(rows, kind, forward_inside):
 
 
 @pytest.mark.parametrize("axis", [0, 1])
-def test_cut_layers_of_mixed_types_keep_the_gradients_types(axis):
+def test_cut_gradient_types(axis):
+    """Cut layers of mixed types keep the gradients' types."""
     torch.manual_seed(0)
     x, weight = torch.randn(40, 6).to(BF16).requires_grad_(), torch.randn(7, 6).to(BF16)
     values = torch.randn((2, 6) if axis == 0 else (7, 2)).requires_grad_()
@@ -213,7 +183,8 @@ def test_cut_layers_of_mixed_types_keep_the_gradients_types(axis):
 
 
 @pytest.mark.parametrize("path", [separate_linear, effective_linear, linear_with_updates])
-def test_inputs_of_another_type_are_refused_as_by_the_plain_layer(path):
+def test_wrong_input_dtype(path):
+    """Inputs of another type are refused as by the plain layer."""
     problem = make(0, (5,), 6, 7, (2,))
     x = problem.tensors["x"].detach().float()
     with pytest.raises(RuntimeError) as plain:

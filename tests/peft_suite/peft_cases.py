@@ -154,7 +154,7 @@ def families() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         yield f"Learner {task}", family, LearnerConfig, {"task_type": task, "r": 8}
         yield f"Learner {task} unprimed", family, LearnerConfig, {"task_type": task, "r": 4, "priming_epochs": 0}
         # PEFT's training tests of the other families want a gradient on every adapter parameter, which the frozen
-        # deltas of a primed adapter can't have; tests/test_contract.py trains those.
+        # deltas of a primed adapter can't have; tests/contract/test_contract.py trains those.
         if family in ("sequence classification", "token classification", "question answering"):
             fields = {"task_type": task, "r": 4, "completed_phases": ["priming"]}
             yield f"Learner {task} primed", family, LearnerConfig, fields

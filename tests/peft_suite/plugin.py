@@ -1,6 +1,6 @@
 """pytest plugin: PEFT's tests that are parametrised over configs get ours in their place; all others are left out.
 
-    cd SUITE && PYTHONPATH=.../tests python -m pytest -p peft_suite.plugin tests/test_custom_models.py
+    cd SUITE && PYTHONPATH=tests:tests/support python -m pytest -p peft_suite.plugin tests/test_custom_models.py
 
 A parametrisation is known by its module and the names of its arguments.
 """

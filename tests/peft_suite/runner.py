@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-TESTS = Path(__file__).resolve().parents[1]
+import processes
+
 MODULES = (
     "test_custom_models",
     "test_decoder_models",
@@ -52,12 +53,11 @@ def arguments(suite: Path, report: Path, modules: Sequence[str] = MODULES) -> li
 
 
 def environment() -> dict[str, str]:
-    path = [str(TESTS), str(TESTS / "support"), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Only what the suite needs: a plugin that some environment has must not change what it does.
-    own = {"PYTHONPATH": os.pathsep.join(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
+    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    single = {"OMP_NUM_THREADS": "1", "HF_DEACTIVATE_ASYNC_LOAD": "1"}  # the models are tiny: threads only cost
-    return {**os.environ, **own, **offline, **single, "TRANSFORMERS_VERBOSITY": "error"}
+    single = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # the models are tiny: threads only cost
+    return processes.environment(**own, **offline, **single, TRANSFORMERS_VERBOSITY="error")
 
 
 def run(suite: Path, folder: Path, *options: str, modules: Sequence[str] = MODULES) -> Report:

@@ -1,4 +1,4 @@
-"""PEFT's own, unedited test-suite on our tuners (tests/peft_cases.py says on which, tests/peft_suite/ how)."""
+"""PEFT's own, unedited test-suite on our tuners (peft_cases.py says on which)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def suite() -> Path:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_peft_own_suite_has_no_failures(suite: Path, tmp_path: Path, record_property: Callable[[str, object], None]):
+def test_peft_suite(suite: Path, tmp_path: Path, record_property: Callable[[str, object], None]):
+    """PEFT's own suite has no failures."""
     report = runner.run(suite, tmp_path)
     assert report.status == 0, report.output[-8000:]
     assert report.total("failure") == report.total("error") == 0
@@ -38,7 +39,8 @@ def test_peft_own_suite_has_no_failures(suite: Path, tmp_path: Path, record_prop
 
 
 @pytest.mark.slow
-def test_two_processes_can_fetch_the_suite_at_once(suite: Path, tmp_path: Path):
+def test_fetched_twice(suite: Path, tmp_path: Path):
+    """Two processes can fetch the suite at once."""
     with ThreadPoolExecutor(2) as pool:
         fetched = list(pool.map(lambda _: source.fetch(cache=tmp_path), range(2)))
     assert fetched == [tmp_path / suite.name] * 2
@@ -48,7 +50,8 @@ def test_two_processes_can_fetch_the_suite_at_once(suite: Path, tmp_path: Path):
     assert ours.keys() >= {f"{module}.py" for module in runner.MODULES}
 
 
-def test_without_a_registry_it_is_said_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_no_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Without a registry it is said what is missing."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
     with pytest.raises(source.SuiteUnavailable, match=rf"peft {source.RELEASE} .* -- runs where pip reaches"):

@@ -31,13 +31,15 @@ def finished(tmp_path: Path, **config) -> PeftModel:
     return model
 
 
-def test_a_stray_update_after_training_changes_nothing(tmp_path: Path):
+def test_stray_update(tmp_path: Path):
+    """A stray update after training changes nothing."""
     model = finished(tmp_path)
     assert [s.phase for s in model.base_model.update_and_allocate(1)] == ["learning"]
     assert trained(model) == UNPRIMED and model.peft_config["default"].completed_phases == ["priming"]
 
 
-def test_steps_that_go_backwards_are_refused():
+def test_backwards_refused():
+    """Steps that go backwards are refused."""
     model = learner()
     model.base_model.set_schedule(6, 2)
     model.base_model.update_and_allocate(3)
@@ -45,7 +47,8 @@ def test_steps_that_go_backwards_are_refused():
         model.base_model.update_and_allocate(1)
 
 
-def test_training_and_evaluating_leave_a_complete_adapter_frozen(tmp_path: Path):
+def test_complete_stays_frozen(tmp_path: Path):
+    """Training and evaluating leave a complete adapter frozen."""
     model = finished(tmp_path)
     run = trainer(model, arguments(tmp_path))
     run.evaluate()
@@ -56,8 +59,9 @@ def test_training_and_evaluating_leave_a_complete_adapter_frozen(tmp_path: Path)
 
 
 @pytest.mark.parametrize("verb", ["evaluate", "predict"])
-def test_a_run_is_resumed_after_an_evaluation(tmp_path: Path, verb):
-    """The optimizer's groups must hold what the checkpoint's do, also if the adapter is loaded in its last phase."""
+def test_resume_after_evaluation(tmp_path: Path, verb):
+    """A run is resumed after an evaluation. The optimizer's groups must hold what the checkpoint's do, also if the
+    adapter is loaded in its last phase."""
     model = learner()
     trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=4)).train()
     again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "checkpoint-4", is_trainable=True)
@@ -70,7 +74,8 @@ def test_a_run_is_resumed_after_an_evaluation(tmp_path: Path, verb):
 
 
 @pytest.mark.parametrize("make", [learner, far, nas, bottleneck])
-def test_an_adapter_inside_another_module_is_driven(tmp_path: Path, make):
+def test_inside_module(tmp_path: Path, make):
+    """An adapter inside another module is driven."""
     around, alone = Around(make()), make()
     trainer(around, arguments(tmp_path)).train()
     trainer(alone, arguments(tmp_path)).train()
@@ -79,8 +84,8 @@ def test_an_adapter_inside_another_module_is_driven(tmp_path: Path, make):
     assert trained(around.encoders[0]) == trained(alone) and trained(around.head) == 6
 
 
-def test_a_learner_inside_another_module_is_resumed(tmp_path: Path):
-    """Trainer's checkpoint holds the whole module then."""
+def test_inside_module_resumed(tmp_path: Path):
+    """A Learner inside another module is resumed. Trainer's checkpoint holds the whole module then."""
     ends = []
     for step in (None, 2, 4):
         torch.manual_seed(0)
@@ -92,12 +97,14 @@ def test_a_learner_inside_another_module_is_resumed(tmp_path: Path):
     assert all(torch.equal(value, end[name]) for end in ends[1:] for name, value in ends[0].items())
 
 
-def test_adapters_of_two_parts_are_not_driven_together(tmp_path: Path):
+def test_two_parts_refused(tmp_path: Path):
+    """Adapters of two parts aren't driven together."""
     with pytest.raises(ValueError, match="several parts of it with adapters"):
         trainer(Around(learner(), learner()), arguments(tmp_path))
 
 
-def test_a_loop_that_ends_early_says_so_and_saves_in_the_type_for_saving(tmp_path: Path):
+def test_finish_phases(tmp_path: Path):
+    """A loop that ends early says so, and saves in the type for saving."""
     model = learner(save_dtype="bfloat16", priming_epochs=0)
     model.base_model.set_schedule(9, 3)
     model.base_model.update_and_allocate(4)
@@ -112,7 +119,8 @@ def test_a_loop_that_ends_early_says_so_and_saves_in_the_type_for_saving(tmp_pat
     assert types() == {torch.bfloat16}
 
 
-def test_evaluation_metrics_hold_numbers_only(tmp_path: Path):
+def test_metrics_are_numbers(tmp_path: Path):
+    """Evaluation metrics hold numbers only."""
     model = learner()
     run = trainer(model, arguments(tmp_path, eval_strategy="epoch"))
     run.train()
@@ -120,7 +128,8 @@ def test_evaluation_metrics_hold_numbers_only(tmp_path: Path):
         assert all(isinstance(value, (int, float)) for value in logs.values())
 
 
-def test_a_schedule_without_updates_is_told_at_save_and_merge(tmp_path: Path):
+def test_missing_updates_told(tmp_path: Path):
+    """A schedule without updates is told at save and merge."""
     model = learner()
     model.base_model.set_schedule(6, 2)
     inputs = zoo.inputs_of("distilbert", model)
@@ -134,7 +143,8 @@ def test_a_schedule_without_updates_is_told_at_save_and_merge(tmp_path: Path):
         model.merge_and_unload()
 
 
-def test_an_adapter_that_is_inactive_at_its_boundary_is_recorded_all_the_same():
+def test_inactive_at_boundary():
+    """An adapter that is inactive at its boundary is recorded all the same."""
     model = learner()
     model.add_adapter("other", LearnerConfig(r=2, priming_epochs=0, task_type="SEQ_CLS"))
     model.base_model.set_schedule(6, 2)
@@ -145,7 +155,8 @@ def test_an_adapter_that_is_inactive_at_its_boundary_is_recorded_all_the_same():
     assert not any(p.requires_grad for p in dense_parameters(model))
 
 
-def test_a_deleted_adapter_leaves_no_mark_on_the_next_of_its_name():
+def test_deleted_adapter():
+    """A deleted adapter leaves no mark on the next of its name."""
     model = learner()
     model.add_adapter("other", LearnerConfig(r=2, priming_epochs=0, task_type="SEQ_CLS"))
     model.base_model.set_schedule(6, 2)
@@ -157,21 +168,24 @@ def test_a_deleted_adapter_leaves_no_mark_on_the_next_of_its_name():
     assert len(dense_parameters(model)) == 8 and all(p.requires_grad for p in dense_parameters(model))
 
 
-def test_a_merged_adapter_is_not_trained(tmp_path: Path):
+def test_merged_refused(tmp_path: Path):
+    """A merged adapter isn't trained."""
     model = learner()
     model.merge_adapter()
     with pytest.raises(ScheduleError, match="'default' is merged and can't train"):
         trainer(model, arguments(tmp_path)).train()
 
 
-def test_the_last_checkpoint_keeps_full_precision_too(tmp_path: Path):
+def test_last_checkpoint_dtype(tmp_path: Path):
+    """The last checkpoint keeps full precision too."""
     model = learner(save_dtype="bfloat16")
     trainer(model, arguments(tmp_path, save_strategy="steps", save_steps=1)).train()
     saved = load_file(tmp_path / "checkpoint-6" / "adapter_model.safetensors")
     assert {value.dtype for value in saved.values()} == {torch.float32}
 
 
-def test_a_config_that_only_says_it_is_complete_is_told(tmp_path: Path):
+def test_complete_by_name_told(tmp_path: Path):
+    """A config that only says that it is complete is told."""
     config = copy.deepcopy(finished(tmp_path).peft_config["default"])
     model = get_peft_model(zoo.build("distilbert"), config)
     with pytest.warns(UserWarning, match="says that priming is complete, but the adapter has nothing of it"):
@@ -179,21 +193,25 @@ def test_a_config_that_only_says_it_is_complete_is_told(tmp_path: Path):
 
 
 @pytest.mark.parametrize("field", ["priming_lr_scale", "scaling"])
-def test_a_resume_that_would_rescale_the_adapter_is_refused(tmp_path: Path, field):
+def test_rescaled_resume_refused(tmp_path: Path, field):
+    """A resume that would rescale the adapter is refused."""
     trainer(learner(), arguments(tmp_path, save_strategy="steps", save_steps=1)).train()
     run = trainer(learner(**{field: 0.5}), arguments(tmp_path))
     with pytest.raises(ScheduleError, match=rf"trained with {field}=1.0, but the adapter 'default' has {field}=0.5"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
-def test_an_adapter_loaded_for_inference_is_not_trained(tmp_path: Path):
+def test_inference_refused(tmp_path: Path):
+    """An adapter loaded for inference isn't trained."""
     learner().save_pretrained(tmp_path / "adapter")
     model = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"active and trained\. Load it with .*is_trainable=True"):
         trainer(model, arguments(tmp_path)).train()
 
 
-def test_an_interrupted_training_goes_on_where_it_stood(tmp_path: Path):
+def test_interrupted(tmp_path: Path):
+    """An interrupted training goes on where it stood."""
+
     class Stop(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 4:
@@ -224,7 +242,8 @@ class InPlace(nn.Module):
         return out
 
 
-def test_outputs_may_be_written_to_in_place():
+def test_output_written():
+    """Outputs may be written to in place."""
     torch.manual_seed(0)
     base, x = InPlace(), torch.randn(2, 9, 8, requires_grad=True)
     plain = copy.deepcopy(base)
@@ -246,7 +265,8 @@ class ReadsWeight(nn.Module):
         return x @ self.attention["q_proj"].weight.t() + self.attention["v_proj"](x)
 
 
-def test_layers_that_priming_could_not_move_are_named():
+def test_unmoved_layers_told():
+    """Layers that priming couldn't move are named."""
     model = get_peft_model(ReadsWeight(), LearnerConfig(r=2, priming_steps=1))
     model.base_model.set_schedule(3)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
@@ -256,15 +276,17 @@ def test_layers_that_priming_could_not_move_are_named():
         model.base_model.update_and_allocate(1)
 
 
-def test_priming_at_a_learning_rate_of_zero_accuses_no_layer(tmp_path: Path):
+def test_zero_learning_rate(tmp_path: Path):
+    """Priming at a learning rate of zero accuses no layer."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="Priming moved nothing.*")
         trainer(learner(), arguments(tmp_path, learning_rate=0.0)).train()
 
 
 @pytest.mark.parametrize("arch,names", [("llama", ["norm"]), ("roberta", ["dense"]), ("bert", ["LayerNorm"])])
-def test_modules_to_save_may_have_any_name(arch, names):
-    """PEFT matches them by endings, so no container of ours, and no layer of ours, may answer to one."""
+def test_modules_to_save_names(arch, names):
+    """`modules_to_save` may have any name. PEFT matches them by endings, so no container of ours, and no layer of
+    ours, may answer to one."""
     model = get_peft_model(zoo.build(arch), LearnerConfig(r=2, modules_to_save=names))
     inputs = zoo.inputs_of(arch, model)
     model(**inputs).loss.backward()
@@ -273,21 +295,24 @@ def test_modules_to_save_may_have_any_name(arch, names):
     assert not [n for n in whole if "learner_" in n]
 
 
-def test_nothing_left_to_adapt_is_told():
+def test_nothing_to_adapt_told():
+    """Nothing left to adapt is told."""
     with pytest.raises(ValueError, match=r"No linear layer of the backbone is left to adapt with .*\[7\]"):
         learner(layers_to_transform=[7])
     with pytest.warns(UserWarning, match=r"exclude_modules=\['nowhere'\] match no module"):
         learner(exclude_modules=["nowhere"])
 
 
-def test_a_wrong_input_type_is_refused_as_by_the_plain_layer():
+def test_wrong_input_dtype():
+    """A wrong input type is refused as by the plain layer."""
     model = get_peft_model(InPlace(), LearnerConfig(r=2, priming_epochs=0))
     for rows in (1, 50):
         with pytest.raises(RuntimeError, match="dtype"):
             model(torch.randn(rows, 8, dtype=torch.bfloat16))
 
 
-def test_a_copy_and_a_pickle_of_a_model_in_training_stand_alone(tmp_path: Path):
+def test_copy_in_training(tmp_path: Path):
+    """A copy and a pickle of a model in training stand alone."""
     model = learner()
     model.base_model.set_schedule(6, 2)
     twin = copy.deepcopy(model)

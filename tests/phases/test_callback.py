@@ -37,8 +37,9 @@ class Grads(TrainerCallback):
         self.dense.append(all(p.grad is not None for p in dense_parameters(model)))
 
 
-def test_boundary_lies_between_two_steps(tmp_path: Path):
-    """Two steps per epoch, one epoch of priming: steps 1 and 2 are whole, step 3 has no gradient of what froze."""
+def test_boundary(tmp_path: Path):
+    """The boundary lies between two steps. Two steps per epoch, one epoch of priming: steps 1 and 2 are whole, step 3
+    has no gradient of what froze."""
     grads = Grads()
     run = trainer(learner(), arguments(tmp_path), callbacks=[PhaseCallback(), grads])
     run.train()
@@ -46,7 +47,8 @@ def test_boundary_lies_between_two_steps(tmp_path: Path):
     assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
 
 
-def test_optimizer_state_and_gradients_are_freed(tmp_path: Path):
+def test_state_freed(tmp_path: Path):
+    """Optimizer state and gradients of what froze are freed."""
     model = learner()
     run = trainer(model, arguments(tmp_path))
     run.train()
@@ -56,7 +58,8 @@ def test_optimizer_state_and_gradients_are_freed(tmp_path: Path):
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
 
 
-def test_frozen_deltas_keep_what_priming_gave_them_in_spite_of_weight_decay(tmp_path: Path):
+def test_frozen_deltas_kept(tmp_path: Path):
+    """Frozen deltas keep what priming gave them, in spite of weight decay."""
     at_boundary = {}
 
     class Capture(TrainerCallback):
@@ -72,7 +75,8 @@ def test_frozen_deltas_keep_what_priming_gave_them_in_spite_of_weight_decay(tmp_
             assert torch.equal(p, at_boundary[name]) and p.any()
 
 
-def test_norm_and_bias_deltas_are_exempt_from_weight_decay(tmp_path: Path):
+def test_weight_decay(tmp_path: Path):
+    """Norm and bias deltas are exempt from weight decay."""
     model = learner()
     run = trainer(model, arguments(tmp_path))
     decayed = set(run.get_decay_parameter_names(model))
@@ -84,7 +88,8 @@ def test_norm_and_bias_deltas_are_exempt_from_weight_decay(tmp_path: Path):
     }
 
 
-def test_one_line_goes_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+def test_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    """One line goes to the log."""
     with caplog.at_level(logging.INFO, logger="peft_learners"):
         trainer(learner(), arguments(tmp_path)).train()
     lines = [record.getMessage() for record in caplog.records if record.name == "peft_learners"]
@@ -94,7 +99,8 @@ def test_one_line_goes_to_the_log(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     ]  # fmt: skip
 
 
-def test_trainer_logs_carry_phase_and_trained_parameters_of_the_step(tmp_path: Path):
+def test_trainer_logs(tmp_path: Path):
+    """Trainer's logs carry phase and trained parameters of the step."""
     run = trainer(learner(), arguments(tmp_path))
     run.train()
     logs = [(log["step"], log["phase"], log["trained_parameters"]) for log in run.state.log_history if "loss" in log]
@@ -111,7 +117,8 @@ def test_trainer_logs_carry_phase_and_trained_parameters_of_the_step(tmp_path: P
         ({"per_device_train_batch_size": 7}, 4),
     ],
 )
-def test_epochs_become_optimizer_steps_as_trainer_counts_them(tmp_path: Path, settings, boundary):
+def test_epochs_to_steps(tmp_path: Path, settings, boundary):
+    """Epochs become optimizer steps as Trainer counts them."""
     run = trainer(learner(), arguments(tmp_path, **settings))
     run.train()
     assert phase_starts(run)[1][1] == boundary
@@ -133,7 +140,8 @@ def test_fractional_epochs(tmp_path: Path):
     ],
     ids=["checkpointing", "checkpointing-reentrant", "bf16", "evaluation"],
 )
-def test_trainer_options_behave(tmp_path: Path, settings):
+def test_trainer_options(tmp_path: Path, settings):
+    """Trainer's options behave."""
     model = learner()
     run = trainer(model, arguments(tmp_path, **settings))
     run.train()
@@ -143,7 +151,8 @@ def test_trainer_options_behave(tmp_path: Path, settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"eval_strategy": "steps", "eval_steps": 1}], ids=["plain", "evaluated"])
-def test_checkpointing_and_evaluation_change_no_value(tmp_path: Path, settings):
+def test_options_change_nothing(tmp_path: Path, settings):
+    """Checkpointing and evaluation change no value."""
     reference, other = learner(), learner()
     trainer(reference, arguments(tmp_path)).train()
     more = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
@@ -165,8 +174,9 @@ def test_torch_compile(tmp_path: Path):
         torch.testing.assert_close(value, theirs[name], rtol=1e-3, atol=1e-4)
 
 
-def test_load_best_model_at_end_from_priming_says_so_and_corrects_the_record(tmp_path: Path):
-    """The best checkpoint is forced to be the first, by a metric that only grows worse."""
+def test_best_from_priming(tmp_path: Path):
+    """`load_best_model_at_end` from priming says so, and corrects the record. The best checkpoint is forced to be the
+    first, by a metric that only grows worse."""
     scores = iter(range(10))
     model = learner(priming_epochs=2)
     run = trainer(
@@ -185,7 +195,8 @@ def test_load_best_model_at_end_from_priming_says_so_and_corrects_the_record(tmp
     assert all(torch.equal(value, theirs[name]) for name, value in adapter_values(model).items())
 
 
-def test_load_best_model_at_end_from_the_last_phase(tmp_path: Path):
+def test_best_from_last_phase(tmp_path: Path):
+    """`load_best_model_at_end` from the last phase leaves the adapter complete."""
     scores = iter(range(10))
     model = learner()
     run = trainer(
@@ -202,7 +213,8 @@ def test_load_best_model_at_end_from_the_last_phase(tmp_path: Path):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == UNPRIMED
 
 
-def test_early_stopping_in_priming_is_told(tmp_path: Path):
+def test_early_stopping_told(tmp_path: Path):
+    """Early stopping in priming is told."""
     model = learner(priming_epochs=3)
     run = trainer(
         model,
@@ -217,8 +229,9 @@ def test_early_stopping_in_priming_is_told(tmp_path: Path):
     assert run.state.global_step == 3
 
 
-def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
-    """Out of memory after the boundary: Trainer starts over with a smaller batch, and so do the phases."""
+def test_auto_find_batch_size(tmp_path: Path):
+    """`auto_find_batch_size` begins the phases again. Out of memory after the boundary: Trainer starts over with a
+    smaller batch, and so do the phases."""
 
     model = learner()
     run = TightTrainer(
@@ -235,7 +248,8 @@ def test_auto_find_batch_size_begins_the_phases_again(tmp_path: Path):
     assert run.state.global_step == 3 * steps
 
 
-def test_second_training_does_not_prime_again_unless_asked(tmp_path: Path):
+def test_second_training(tmp_path: Path):
+    """A second training doesn't prime again unless asked."""
     model = learner()
     trainer(model, arguments(tmp_path)).train()
     second = trainer(model, arguments(tmp_path))
@@ -247,7 +261,8 @@ def test_second_training_does_not_prime_again_unless_asked(tmp_path: Path):
     assert phase_starts(third) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
 
 
-def test_second_train_call_of_one_trainer(tmp_path: Path):
+def test_second_train_call(tmp_path: Path):
+    """A second call of `train` goes on in the last phase."""
     model = learner()
     run = trainer(model, arguments(tmp_path))
     run.train()
@@ -257,7 +272,8 @@ def test_second_train_call_of_one_trainer(tmp_path: Path):
     assert all(torch.equal(a, b) for a, b in zip(dense, dense_parameters(model), strict=True))
 
 
-def test_adapter_loaded_for_training_does_not_prime_again(tmp_path: Path):
+def test_loaded_trainable(tmp_path: Path):
+    """An adapter loaded for training doesn't prime again."""
     model = learner()
     trainer(model, arguments(tmp_path)).train()
     model.save_pretrained(tmp_path / "adapter")
@@ -268,7 +284,8 @@ def test_adapter_loaded_for_training_does_not_prime_again(tmp_path: Path):
     assert set(raw_optimizer(run.optimizer).state) == {p for p in again.parameters() if p.requires_grad}
 
 
-def test_config_object_can_be_used_for_the_next_model(tmp_path: Path):
+def test_config_reused(tmp_path: Path):
+    """A config object can be used for the next model."""
     config = LearnerConfig(r=4, priming_epochs=1, task_type="SEQ_CLS")
     first = get_peft_model(zoo.build("distilbert"), config)
     trainer(first, arguments(tmp_path)).train()
@@ -280,7 +297,8 @@ def test_config_object_can_be_used_for_the_next_model(tmp_path: Path):
     assert [start[0] for start in phase_starts(run)] == ["priming", "learning"]
 
 
-def test_transformers_own_add_adapter_is_driven_too(tmp_path: Path):
+def test_transformers_add_adapter(tmp_path: Path):
+    """An adapter of transformers' own `add_adapter` is driven too."""
     model = zoo.build("distilbert")
     model.add_adapter(LearnerConfig(r=4, priming_epochs=1))
     run = trainer(model, arguments(tmp_path))
@@ -291,7 +309,8 @@ def test_transformers_own_add_adapter_is_driven_too(tmp_path: Path):
 # -- told before training starts --------------------------------------------------------------------------------------
 
 
-def test_fewer_steps_than_priming_needs(tmp_path: Path):
+def test_too_few_steps(tmp_path: Path):
+    """Fewer steps than priming needs are told."""
     run = trainer(learner(priming_epochs=4), arguments(tmp_path))
     with pytest.raises(ScheduleError, match=r"priming needs 8 optimizer steps, but training has only 6\. "
                                             r"priming_epochs=4 at 2 steps per epoch is too long: set priming_epochs "
@@ -300,7 +319,8 @@ def test_fewer_steps_than_priming_needs(tmp_path: Path):
     assert run.state.global_step == 0
 
 
-def test_priming_as_long_as_training_is_allowed(tmp_path: Path):
+def test_priming_whole_training(tmp_path: Path):
+    """Priming as long as the training is allowed."""
     model = learner(priming_epochs=3)
     trainer(model, arguments(tmp_path)).train()
     assert model.peft_config["default"].completed_phases == ["priming"]
@@ -313,7 +333,9 @@ def test_model_without_attention(tmp_path: Path):
         run.train()
 
 
-def test_data_without_a_length(tmp_path: Path):
+def test_iterable_dataset(tmp_path: Path):
+    """Data without a length are taken."""
+
     class Stream(torch.utils.data.IterableDataset):
         def __iter__(self):
             return iter(Rows(24))
@@ -332,7 +354,8 @@ def test_callback_without_an_adapter(tmp_path: Path):
         trainer(zoo.build("distilbert"), arguments(tmp_path))
 
 
-def test_training_without_the_callback_is_told_at_save_and_merge(tmp_path: Path):
+def test_missing_callback_told(tmp_path: Path):
+    """Training without the callback is told at save and merge."""
     model = learner()
     trainer(model, arguments(tmp_path), callbacks=[]).train()
     with pytest.warns(UserWarning, match=r"about to be saved, but its phases were never driven.*PhaseCallback\(\)"):
@@ -341,7 +364,8 @@ def test_training_without_the_callback_is_told_at_save_and_merge(tmp_path: Path)
         model.merge_and_unload()
 
 
-def test_a_fresh_or_a_driven_adapter_is_saved_and_merged_in_silence(tmp_path: Path):
+def test_silent_save_and_merge(tmp_path: Path):
+    """A fresh or a driven adapter is saved and merged in silence."""
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*never driven.*")
         learner().save_pretrained(tmp_path / "fresh")
@@ -351,8 +375,9 @@ def test_a_fresh_or_a_driven_adapter_is_saved_and_merged_in_silence(tmp_path: Pa
         PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "trained").merge_and_unload()
 
 
-def test_learning_rate_of_primed_deltas_is_scaled_without_parameter_groups(tmp_path: Path):
-    """The first Adam step moves every entry by lr * g / (|g| + eps'), so by lr, and D by priming_lr_scale * lr."""
+def test_priming_lr_scale(tmp_path: Path):
+    """The learning rate of primed deltas is scaled without parameter groups. The first Adam step moves every entry by
+    lr * g / (|g| + eps'), so by lr, and D by priming_lr_scale * lr."""
     scale, lr = 0.25, 1e-3
     model = learner(priming_lr_scale=scale)
     settings = {"max_steps": 1, "learning_rate": lr, "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 0.0}

@@ -1,18 +1,16 @@
-"""Two real gloo processes by torchrun, against one process on the joined batch."""
+"""Two real gloo processes, against one process on the joined batch. test_loop.py has two that torchrun starts."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
+from forks import Warm
 
-SCRIPT = Path(__file__).resolve().parents[1] / "runs" / "ddp_tiny.py"
 CASES = (
     "far",
     "far-output-node",
@@ -28,24 +26,30 @@ CASES = (
 )
 
 
-def launch(out: Path, *prefix: str) -> dict:
+def launch(warm: Warm, out: Path, ranks: int) -> dict:
     out.mkdir()
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([*prefix, str(SCRIPT), str(out)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    jobs = []
+    for rank in map(str, range(ranks)):
+        own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+        jobs.append(warm.start("runs.ddp_tiny:main", str(out), log=out / f"log-{rank}", **own))
+    assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
     return json.loads((out / "results.json").read_text())
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
+def runs(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     folder = tmp_path_factory.mktemp("ddp")
-    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    return folder, launch(folder / "two", *torchrun), launch(folder / "one", sys.executable)
+    return folder, launch(warm, folder / "two", 2), launch(warm, folder / "one", 1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_ranks_are_equal_after_every_step(runs, case):
+def test_ranks_equal(runs, case):
+    """Ranks are equal after every step."""
     _, two, _ = runs
     result = two["cases"][case]
     assert two["world"] == 2 and result["steps"] == 9
@@ -54,7 +58,8 @@ def test_ranks_are_equal_after_every_step(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
+def test_same_as_one_process(runs, case):
+    """Two ranks do what one process does on the joined batch."""
     folder, two, one = runs
     assert one["world"] == 1
     first_steps = {
@@ -71,8 +76,9 @@ def test_two_ranks_do_what_one_process_does_on_the_joined_batch(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_no_buffers_are_sent_but_those_of_the_base_model(runs, case):
-    """DDP sends buffers before each forward; what a boundary makes of parameters is none of its business."""
+def test_buffers(runs, case):
+    """No buffers are sent but those of the base model. DDP sends buffers before each forward; what a boundary makes of
+    parameters is none of its business."""
     _, two, _ = runs
     own = sum(buffer.numel() for buffer in zoo.build("distilbert").buffers())
     assert own > 0 and len(two["cases"][case]["sent"]) >= 9 and set(two["cases"][case]["sent"]) == {own}
@@ -80,7 +86,8 @@ def test_no_buffers_are_sent_but_those_of_the_base_model(runs, case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_only_gradients_that_still_train_are_reduced(runs, case):
+def test_reduced_bytes(runs, case):
+    """Only gradients of what still trains are reduced."""
     _, two, _ = runs
     result = two["cases"][case]
     assert result["reduced"] == result["trained"]
@@ -90,7 +97,7 @@ def test_only_gradients_that_still_train_are_reduced(runs, case):
         "far": 2 * 24 * (16 + 16 + 1),
         # 24 of 32 rows of 16 and 12 of 16 rows of 32, with their bias entries
         "far-output-node": 2 * (24 * 17 + 12 * 33),
-        # of a space of 1,840 (tests/test_nas_lora.py) a fifth, 368, is kept
+        # of a space of 1,840 (tests/methods/test_nas_lora.py) a fifth, 368, is kept
         "nas": 1840 - 368,
         # one phase: all that trains is exchanged to the end
         "bottleneck": 0,

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 import zoo
+from forks import Warm
 from peft import PeftConfig, PeftModel
 from training import Rows, adapter_values, dense_parameters, learner
 
@@ -19,20 +20,24 @@ from peft_learners import ScheduleError
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "accelerate_loop.py"
 
 
-def run_script(out: Path, *prefix: str) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*prefix, str(SCRIPT), "--output_dir", str(out)], env=environment, capture_output=True, text=True
-    )
+def in_one_process(out: Path, warm: Warm) -> str:
+    run = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    return warm.python(run, "--output_dir", str(out), log=out.with_name("log"))
+
+
+def in_two_processes(out: Path, warm: Warm) -> str:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    command = [sys.executable, *torchrun, str(SCRIPT), "--output_dir", str(out)]
+    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("processes", [1, 2])
-def test_the_accelerate_example_goes_through_its_phases(tmp_path: Path, processes):
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    out = run_script(tmp_path / "adapter", sys.executable, *(torchrun if processes == 2 else ()))
+@pytest.mark.parametrize("start", [in_one_process, in_two_processes])
+def test_accelerate_example(tmp_path: Path, warm: Warm, start):
+    """The Accelerate example goes through its phases."""
+    out = start(tmp_path / "adapter", warm)
     trained = [int(n.replace(",", "")) for n in re.findall(r"([\d,]+) parameters trained", out)]
     # the boundary at the end of the second epoch takes the dense deltas of 8 layers of 32 x 32
     assert trained[0] - trained[1] == 8 * 32 * 32 and trained[1] == trained[2] == trained[3]
@@ -41,7 +46,8 @@ def test_the_accelerate_example_goes_through_its_phases(tmp_path: Path, processe
     assert PeftConfig.from_pretrained(tmp_path / "adapter").completed_phases == ["priming"]
 
 
-def test_the_example_marks_at_most_three_lines():
+def test_example_lines():
+    """The example marks at most three lines."""
     assert len(re.findall(r"  # \d: ", SCRIPT.read_text())) == 3
 
 
@@ -58,8 +64,9 @@ def by_hand(model, steps):
     return optimizer
 
 
-def test_a_hand_written_loop_resumed_from_a_saved_adapter_keeps_its_boundary(tmp_path: Path):
-    """The steps per epoch have changed, but the boundary recorded in the adapter's config stays."""
+def test_resumed_loop(tmp_path: Path):
+    """A hand-written loop that is resumed from a saved adapter keeps its boundary. The steps per epoch have changed,
+    but the boundary recorded in the adapter's config stays."""
     model = learner(priming_epochs=2)  # 2 steps per epoch: the boundary is step 4
     model.base_model.set_schedule(8, 2)
     model.save_pretrained(tmp_path)
@@ -70,8 +77,9 @@ def test_a_hand_written_loop_resumed_from_a_saved_adapter_keeps_its_boundary(tmp
     assert (start.phase, start.first_step) == ("learning", 4)
 
 
-def test_scaled_learning_rate_holds_by_hand_and_means_this_for_sgd():
-    """D = s theta: plain SGD moves D by s^2 lr g, as its gradient and its step are both scaled."""
+def test_priming_lr_scale():
+    """The scaled learning rate holds by hand, and means this for SGD. D = s theta: plain SGD moves D by s^2 lr g, as
+    its gradient and its step are both scaled."""
     scale, lr = 0.25, 0.1
     deltas = {}
     for s in (1.0, scale):
@@ -85,18 +93,21 @@ def test_scaled_learning_rate_holds_by_hand_and_means_this_for_sgd():
         torch.testing.assert_close(scaled, scale**2 * one)
 
 
-def test_update_without_a_schedule_says_what_to_call():
+def test_missing_schedule():
+    """An update without a schedule says what to call."""
     with pytest.raises(ScheduleError, match=r"before the adapter 'default' had a schedule.*set_schedule\(total_steps"):
         learner().base_model.update_and_allocate(1)
 
 
-def test_update_without_a_schedule_works_where_priming_is_given_in_steps():
+def test_priming_steps():
+    """An update without a schedule works where priming is given in steps."""
     model = learner(priming_steps=3)
     assert not [s for step in (1, 2) for s in model.base_model.update_and_allocate(step) if s.phase == "learning"]
     assert [s.phase for s in model.base_model.update_and_allocate(3)] == ["learning"]
 
 
-def test_updates_are_idempotent_and_may_skip_steps():
+def test_skipped_steps():
+    """Updates are idempotent, and may skip steps."""
     model = learner(priming_epochs=1)
     model.base_model.set_schedule(10, 4)
     assert model.base_model.update_and_allocate(3) == []
@@ -104,7 +115,8 @@ def test_updates_are_idempotent_and_may_skip_steps():
     assert model.base_model.update_and_allocate(9) == []
 
 
-def test_only_active_adapters_are_driven():
+def test_active_adapters():
+    """Only active adapters are driven."""
     model = learner(priming_epochs=1)
     other = learner(priming_epochs=2).peft_config["default"]
     model.add_adapter("other", other)
@@ -119,7 +131,8 @@ def test_only_active_adapters_are_driven():
     assert all(torch.equal(v, before[n]) for n, v in adapter_values(model).items())
 
 
-def test_optimizer_by_hand_keeps_state_for_what_trains_only():
+def test_optimizer_state():
+    """An optimizer by hand keeps state for what trains only."""
     model = learner(priming_epochs=1)
     optimizer = by_hand(model, 5)
     assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}

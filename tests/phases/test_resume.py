@@ -1,48 +1,56 @@
 """Runs killed anywhere and resumed in a fresh process end bit for bit like one that was never stopped.
 
-Every run is a process of its own. Those that resume are fresh interpreters, as a user's are, with a hash seed of their
-own; the others are forked from a process that has done nothing but import, which takes most of such a run's time.
+Every run is a process of its own, forked from one that has done nothing but import, which takes most of such a run's
+time. Those that resume have another parent with a hash seed of its own, or are fresh interpreters as a user's are.
 
-Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/training.py).
+Weight decay, warm-up, dropout, a scaled priming rate, and a clip norm that bites are on (tests/support/training.py).
 """
 
 from __future__ import annotations
 
 import functools
-import multiprocessing
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import processes
 import pytest
 import torch
+from forks import Warm
 from runs import train_tiny
 
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["peft_learners", "transformers.trainer"])
+Run = Callable[..., int]
 
 
-@pytest.fixture(autouse=True)
-def one_thread(monkeypatch):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def forked(warm: Warm) -> Run:
+    """What gives the exit status of a run; negative for a signal."""
+
+    def run(out: Path, *options: str) -> int:
+        job = warm.start("runs.train_tiny:main", [str(out), *options], log=out / "log.txt")
+        status = job.wait()
+        assert status in (0, -9), job.output()[-3000:]
+        return status
+
+    return run
 
 
-def run(out: Path, *options: str) -> int:
-    """The exit status of a run that is forked; negative for a signal."""
-    log = out / "stderr.txt"
-    process = FORKS.Process(target=train_tiny.logged, args=([str(out), *options], log))
-    process.start()
-    process.join()
-    assert process.exitcode in (0, -9), log.read_text()[-3000:]
-    return process.exitcode
+@pytest.fixture(scope="module")
+def run(warm: Warm) -> Run:
+    return forked(warm)
 
 
-def resume(out: Path, *options: str) -> int:
-    """The exit status of a run that goes on in a fresh interpreter."""
+@pytest.fixture(scope="module")
+def resume() -> Iterator[Run]:
+    warm = Warm("peft", "transformers.trainer", PYTHONHASHSEED="random")
+    yield lambda out, *options: forked(warm)(out, "--resume", *options)
+    warm.close()
+
+
+def resume_afresh(out: Path, *options: str) -> int:
     command = [sys.executable, train_tiny.__file__, str(out), "--resume", *options]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode in (0, -9), done.stderr[-3000:]
+    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
     return done.returncode
 
 
@@ -58,7 +66,7 @@ TUNERS = {
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
+def uninterrupted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict]:
     @functools.cache
     def train(tuner: str) -> dict:
         out = tmp_path_factory.mktemp("uninterrupted")
@@ -81,11 +89,13 @@ CASES = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize("tuner,kill_after", CASES)
-def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tuner, kill_after):
+def test_killed(tmp_path: Path, run, resume, uninterrupted, tuner, kill_after):
+    """A run that was killed and resumed ends with the same bits."""
     expected = uninterrupted(tuner)
     starts, let_go = TUNERS[tuner]
     assert run(tmp_path, "--tuner", tuner, "--kill_after", str(kill_after)) == -9
     assert not (tmp_path / "final.pt").exists()
+    resume = resume_afresh if (tuner, kill_after) == ("learner", 5) else resume
     assert resume(tmp_path, "--tuner", tuner) == 0
     resumed = torch.load(tmp_path / "final.pt")
     assert expected["starts"] == starts
@@ -104,7 +114,8 @@ def test_killed_and_resumed_is_bit_identical(tmp_path: Path, uninterrupted, tune
     [["per_device_train_batch_size=4"], ["num_train_epochs=5"], ["ignore_data_skip=true"]],
     ids=lambda changed: changed[0].split("=")[0],
 )
-def test_a_resumed_run_keeps_its_boundary_whatever_else_was_changed(tmp_path: Path, changed):
+def test_changed_settings(tmp_path: Path, run, resume, changed):
+    """A resumed run keeps its boundary, whatever else was changed."""
     assert run(tmp_path, "--kill_after", "2") == -9
     assert resume(tmp_path, "--set", *changed) == 0
     assert torch.load(tmp_path / "final.pt")["starts"] == {"priming": 0, "learning": 5}

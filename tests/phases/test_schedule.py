@@ -19,7 +19,8 @@ def two(first: int) -> Schedule:
     "epochs,per_epoch,steps",
     [(0, 10, 0), (1, 10, 10), (2, 230, 460), (0.5, 7, 4), (0.5, 10, 5), (0.25, 10, 3), (1e-9, 10, 1), (1.5, 3, 5)],
 )
-def test_epochs_to_steps_rounds_half_up_and_is_at_least_one(epochs, per_epoch, steps):
+def test_epochs_to_steps(epochs, per_epoch, steps):
+    """Epochs are rounded half up to steps, at least one."""
     assert epochs_to_steps(epochs, per_epoch) == steps
 
 
@@ -29,7 +30,8 @@ def test_epochs_to_steps_refuses(epochs, per_epoch):
         epochs_to_steps(epochs, per_epoch)
 
 
-def test_a_phase_owns_the_steps_that_begin_at_or_after_its_first():
+def test_phase_at():
+    """A phase owns the steps that begin at or after its first."""
     schedule = two(3)
     assert [schedule.phase_at(step).name for step in range(5)] == ["one", "one", "one", "two", "two"]
     assert [schedule.completed(step) for step in (2, 3)] == [[], ["one"]]
@@ -39,23 +41,27 @@ def test_a_phase_owns_the_steps_that_begin_at_or_after_its_first():
     "phases",
     [(), (Phase("a", 1, A),), (Phase("a", 0, A), Phase("b", 0, B)), (Phase("a", 0, A), Phase("a", 2, B))],
 )
-def test_impossible_schedules_are_refused(phases):
+def test_impossible_schedules(phases):
+    """Impossible schedules are refused."""
     with pytest.raises(ScheduleError):
         Schedule(phases)
 
 
-def test_recorded_boundaries_win():
+def test_recorded_boundaries():
+    """Recorded boundaries win."""
     assert two(3).with_first_steps({"one": 0, "two": 8}).first_steps == {"one": 0, "two": 8}
     assert two(3).with_first_steps({"two": 0}).first_steps == {"two": 0}
     with pytest.raises(ScheduleError, match=r"\['three'\] are not phases"):
         two(3).with_first_steps({"three": 0})
 
 
-def test_a_phase_of_no_length_is_left_out():
+def test_empty_phase():
+    """A phase of no length is left out."""
     assert lay_out([("one", 0, A), ("two", None, B)], 10).first_steps == {"two": 0}
 
 
-def test_lay_out_names_what_is_needed_and_what_there_is():
+def test_too_few_steps():
+    """The error names what is needed and what there is."""
     assert lay_out([("one", 10, A), ("two", None, B)], 10).first_steps == {"one": 0, "two": 10}
     with pytest.raises(ScheduleError, match=r"one needs 10 optimizer steps, but training has only 9\. Do this\."):
         lay_out([("one", 10, A), ("two", None, B)], 9, "Do this.")
@@ -70,7 +76,8 @@ def test_learner_schedule():
     assert LearnerConfig(priming_steps=0).schedule(10, None).first_steps == {"learning": 0}
 
 
-def test_schedule_needs_no_torch():
+def test_no_torch():
+    """The module needs no torch."""
     code = (
         "import importlib.util as u, sys; s = u.spec_from_file_location('schedule', sys.argv[1]); "
         "m = u.module_from_spec(s); sys.modules['schedule'] = m; s.loader.exec_module(m); "

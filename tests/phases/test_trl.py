@@ -11,7 +11,8 @@ import zoo
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl (tested with the version in constraints.txt)")
 
 
-def test_sft_trainer_goes_through_the_phases(tmp_path: Path):
+def test_sft_trainer(tmp_path: Path):
+    """TRL's SFTTrainer goes through the phases."""
     from datasets import Dataset
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast

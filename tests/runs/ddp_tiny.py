@@ -1,6 +1,6 @@
-"""Trains tiny adapters under `torchrun` (or alone, as the reference) and writes what the test compares.
+"""Trains tiny adapters in one of two processes (or alone, as the reference) and writes what the test compares.
 
-Run by `torchrun --nproc_per_node 2 ddp_tiny.py OUT`, or by `python ddp_tiny.py OUT`.
+The environment says which of them this is, as `torchrun` has it: `torchrun --nproc_per_node 2 ddp_tiny.py OUT`.
 """
 
 # No postponed annotations: DDP checks those of a communication hook.
@@ -8,8 +8,6 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
-
-sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
 
 import torch
 import torch.distributed as dist
@@ -88,7 +86,8 @@ class Watch(TrainerCallback):
             self.equal.append(all(torch.equal(flat, o) for o in other))
 
 
-def main(out: Path) -> None:
+def main(folder: str) -> None:
+    out = Path(folder)
     results = {}
     world = 1
     for name, settings in CASES.items():
@@ -120,4 +119,4 @@ def main(out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(sys.argv[1])

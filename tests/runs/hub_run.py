@@ -26,10 +26,10 @@ import zoo
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import http_backoff
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
-from test_contract import logits_of
 from test_model_card import results
 from training import arguments, trainer
 from transformers import AutoModelForSequenceClassification
+from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export

@@ -9,11 +9,8 @@ import argparse
 import json
 import os
 import signal
-import sys
 from functools import partial
 from pathlib import Path
-
-sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
 
 import torch
 from training import adapted, adapter_values, arguments, far, learner, nas, trainer
@@ -66,13 +63,6 @@ def main(words: list[str] | None = None) -> None:
     state = {f"{names[p]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
     starts = {log["phase"]: log["step"] for log in run.state.log_history if "phase_first_step" in log}
     torch.save({"adapter": adapter_values(model), "optimizer": state, "starts": starts}, args.out / "final.pt")
-
-
-def logged(words: list[str], log: Path) -> None:
-    """`main`, with stderr in a file."""
-    with log.open("w") as file:
-        os.dup2(file.fileno(), 2)
-    main(words)
 
 
 if __name__ == "__main__":

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
 import zoo
 from peft import PeftConfig, PeftModel, get_peft_model
-from test_contract import _TRAINED, Trained, logits_of, train
+from trained import trained
 from tuners import TUNERS
+from zoo import logits_of
 
 PHASES = ("first", "last")
-
-
-def trained(tuner: str, arch: str) -> Trained:
-    """A copy of the model that went through all phases (trained once for all tests of a process)."""
-    if (tuner, arch) not in _TRAINED:
-        _TRAINED[tuner, arch] = train(tuner, arch)
-    return copy.deepcopy(_TRAINED[tuner, arch])
 
 
 def config_of(tuner: str, arch: str, **settings: Any) -> PeftConfig:

@@ -143,3 +143,19 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
 
 def inputs_of(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return ZOO[name].inputs(model)
+
+
+def logits_of(model: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What the model makes of its inputs in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        return model(**inputs).logits
+
+
+def causal_lm(arch: str) -> torch.nn.Module:
+    """A causal model: one without a new head."""
+    if arch == "llama":
+        return build("llama")
+    torch.manual_seed(0)
+    config = tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32)
+    return tf.GPT2LMHeadModel(config).eval()
