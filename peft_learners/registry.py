@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import peft.mapping as tables
+from peft.config import PeftConfig
 from peft.utils import PeftType, register_peft_method
 
 
@@ -101,6 +102,11 @@ def register(name: str, config_cls: type, model_cls: type) -> None:
     expected = (config_cls, model_cls, f"{name}_")
     if registered != expected:
         raise RuntimeError(_shape_error(f"PEFT's tables hold {registered} for {name!r}, expected {expected}"))
+
+
+def tuner_of(config: PeftConfig) -> Any:
+    """The tuner class that a config belongs to."""
+    return tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
 
 
 def _shape_error(what: str) -> str:

@@ -18,7 +18,7 @@ from torch.optim import optimizer as torch_optimizer
 from peft_learners.far import FARModel
 from peft_learners.learner import LearnerModel
 from peft_learners.nas_lora import NASLoRAModel
-from peft_learners.nas_lora.importance import Gatherer
+from peft_learners.nas_lora.budget import Gatherer
 
 # The zoo's BERT: 2 layers, d = 16, h = 32. NAS-LoRA's low-rank updates of rank 16 are on query, key, the attention's
 # output and both layers of the FFN; biases on these, the value, the pooler and the norms (2 per layer, and the
