@@ -15,6 +15,7 @@ import torch
 import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
+from training import sgd
 from tuners import TUNERS, refuses_to_merge
 
 from peft_learners.structure.attention import attention_names
@@ -191,7 +192,7 @@ def test_adapter_loaded_for_training_goes_on_in_its_last_phase(run, tmp_path: Pa
     starts = again.base_model.set_schedule(total_steps=1, steps_per_epoch=1)
     assert [s.phase for s in starts] == [TUNERS[run.tuner].phases[-1]]
     again.base_model.restart_phases()
-    starts = again.base_model.set_schedule(total_steps=4, steps_per_epoch=2)
+    starts = again.base_model.set_schedule(total_steps=4, steps_per_epoch=2, optimizer=sgd(again))
     assert [s.phase for s in starts] == [TUNERS[run.tuner].phases[0]]
 
 

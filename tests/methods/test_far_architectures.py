@@ -90,7 +90,7 @@ def test_trains_what_full_fine_tuning_trains_and_merges_to_it(arch, tmp_path: Pa
                 expected = torch.zeros_like(value) if expected is None else expected
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=f"{module_name}.{name}")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     for step in range(1, 5):
         model(**inputs).loss.backward()
         optimizer.step()

@@ -300,7 +300,7 @@ def test_an_architecture_found_on_one_task_serves_another(tmp_path: Path):
     with pytest.raises(ValueError, match="Target modules .* not found in the base model"):
         get_peft_model(zoo.build("gpt2"), NASLoRAConfig.from_architecture(model))
     between = nas("bert", rounds=2, criterion="random")
-    between.base_model.set_schedule(total_steps=6)
+    between.base_model.set_schedule(total_steps=6, optimizer=adam(between))
     between.base_model.update_and_allocate(2)
     between.save_pretrained(tmp_path)
     for source in (nas("bert"), between):
@@ -347,7 +347,7 @@ def test_scores_are_in_the_file_during_a_search_and_in_none_after_it(tmp_path: P
 def test_adapters_of_any_form_load_onto_those_of_another(space, tmp_path: Path):
     config = {"parameter_budget": 0.3, **SPACES[space]}
     fresh = nas("bert", **config)
-    fresh.base_model.set_schedule(total_steps=2)
+    fresh.base_model.set_schedule(total_steps=2, optimizer=adam(fresh))
     inputs = zoo.inputs_of("bert", fresh)
     models = {"whole": fresh, "small": search("bert", **config)[0], "other": search("bert", steps=2, **config)[0]}
     for name, model in models.items():
@@ -410,7 +410,7 @@ def test_bad_input_is_refused_with_what_would_be_right():
 
 def test_a_search_that_no_optimizer_took_part_in_is_refused():
     model = nas("bert")
-    model.base_model.set_schedule(total_steps=4)
+    model.base_model.set_schedule(total_steps=4, optimizer=adam(model))
     with pytest.raises(ScheduleError, match="gathered no scores"):
         model.base_model.update_and_allocate(2)
 
