@@ -261,7 +261,7 @@ class FARModel(PhasedModel):
         return selections
 
     @classmethod
-    def restart(cls, root: nn.Module, adapter: str, config: FARConfig, optimizer: Optional[Optimizer]) -> None:
+    def restart(cls, root: nn.Module, adapter: str, config: FARConfig, optimizer: Optimizer | None) -> None:
         """All nodes train again, from where they are."""
         for layer in cls._cuttable(root, adapter):
             layer.undo_cut(adapter, optimizer)
@@ -308,7 +308,7 @@ class FARModel(PhasedModel):
 
     @classmethod
     def _fit_to_file(
-        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optional[Optimizer]
+        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
     ) -> None:
         config: Any = getattr(root, "peft_config", {})[adapter]
         for layer in cls._cuttable(root, adapter):

@@ -292,7 +292,7 @@ class NASLoRAModel(PhasedModel):
         config.write("completed_phases", [phase.name for phase in config.outline().phases[:rounds]])
 
     @classmethod
-    def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, optimizer: Optional[Optimizer]) -> None:
+    def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, optimizer: Optimizer | None) -> None:
         """The whole search space, at its initial values."""
         cls._take_forms(root, adapter, None, optimizer)
         rewind_saved_modules(root, adapter)
@@ -305,7 +305,7 @@ class NASLoRAModel(PhasedModel):
         root: nn.Module,
         adapter: str,
         positions: dict[str, dict[str, Tensor]] | None,
-        optimizer: Optional[Optimizer],
+        optimizer: Optimizer | None,
     ) -> None:
         for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
@@ -368,7 +368,7 @@ class NASLoRAModel(PhasedModel):
 
     @classmethod
     def _fit_to_file(
-        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optional[Optimizer]
+        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
     ) -> None:
         root = injected_model(root)
         config: Any = getattr(root, "peft_config", {})[adapter]
