@@ -49,11 +49,10 @@ class Gatherer:
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer) -> None:
-        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         scores, thetas, gradients = [], [], []
         for layer in self._layers:
             for part, theta in layer.scored(self._adapter):
-                if theta.grad is not None and id(theta) in held:
+                if theta.grad is not None:
                     own = layer.nas_lora_scores[self._adapter]
                     if part not in own:
                         own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
