@@ -12,6 +12,7 @@ import sys
 from typing import Any
 
 import peft.mapping as tables
+from peft.config import PeftConfig
 from peft.utils import PeftType, register_peft_method
 
 #: Config classes by the names of their methods.
@@ -111,6 +112,11 @@ def register(config_cls: type, model_cls: type) -> None:
 def methods() -> dict[str, type]:
     """The config classes of all methods that are registered, by name: what tools iterate over."""
     return dict(_METHODS)
+
+
+def tuner_of(config: PeftConfig) -> Any:
+    """The tuner class that a config belongs to."""
+    return tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
 
 
 def _shape_error(what: str) -> str:

@@ -15,7 +15,7 @@ from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .hub.card import attach
 from .layers.base import BASE_ADAPTER, DeltaLayer, check_adapter_name, check_mergeable
-from .phases.driver import Entry, PhaseDriver, PhaseStart, warn_if_never_driven
+from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .structure.targets import TargetChoice
@@ -39,6 +39,8 @@ class PhasedModel(TargetChoice):
 
     #: Whether it merges deltas into a weight that several modules use as what they all compute with.
     merges_shared_weights: ClassVar[bool] = False
+    #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
+    needs_optimizer: ClassVar[str] = ""
     _to_merge: list[str] | None = None
 
     # -- phases -----------------------------------------------------------------------------------------------------
@@ -59,18 +61,23 @@ class PhasedModel(TargetChoice):
             steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
             global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
                 adapter's config remembers stay as they are.
-            optimizer: its state of what freezes is freed at the boundary.
-            wrapper: the `DistributedDataParallel` model, if any; it is rebuilt at the boundary.
+            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR and NAS-LoRA can't do
+                without while a boundary lies ahead, at which its state shrinks with the parameters. Of Learners the
+                state of what freezes is freed; without it that state stays.
+            wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
+                or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
+                module (FSDP, an engine) is left alone.
 
         Raises:
-            ScheduleError: fewer steps than the phases need, or nothing to train in one of them.
+            ScheduleError: fewer steps than the phases need, nothing to train in one of them, or an optimizer or
+                wrapper that is needed and was not handed over.
         """
         return PhaseDriver.of(self).start(
             total_steps=total_steps,
             steps_per_epoch=steps_per_epoch,
             global_step=global_step,
             optimizer=optimizer,
-            wrapper=wrapper,
+            wrappers=() if wrapper is None else (wrapper,),
         )
 
     def update_and_allocate(self, global_step: int) -> list[PhaseStart]:
@@ -97,7 +104,11 @@ class PhasedModel(TargetChoice):
         PhaseDriver.of(self).finish()
 
     def restart_phases(self) -> None:
-        """Let the active adapters go through all their phases again in the next training."""
+        """Let the active adapters go through all their phases again in the next training.
+
+        Parameters that a boundary made smaller grow again, and so does their state in the optimizer that the last
+        training handed over. Make any other optimizer anew.
+        """
         PhaseDriver.of(self).restart()
 
     @classmethod
@@ -113,17 +124,23 @@ class PhasedModel(TargetChoice):
         """Called when `phase` ends: warn if it could not train what it was there for."""
 
     @classmethod
-    def enter_phase(cls, root: nn.Module, adapter: str, config: Any, phase: Phase, entry: Entry) -> None:
+    def enter_phase(
+        cls, root: nn.Module, adapter: str, config: Any, phase: Phase, entry: Entry, training: Training
+    ) -> None:
         """Change the adapter's layers for a phase that begins, before its parts are frozen. On all ranks alike.
 
         Args:
             entry: "new": a training begins in this phase; "resumed": it goes on there, with the adapter loaded;
                 "crossed": a boundary was reached. What was done already must not be done again.
+            training: what it handed over: the optimizer, whose state is resized with parameters, and DDP.
         """
 
     @classmethod
     def observer(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> Observer | None:
-        """What is to be called with an optimizer right before each of its steps in this phase, if anything."""
+        """What is to be called right before each optimizer step in this phase, if anything.
+
+        A tuner that observes says why in `needs_optimizer`.
+        """
         return None
 
     @classmethod
@@ -131,8 +148,12 @@ class PhasedModel(TargetChoice):
         """Let every parameter exist that ever trains, so that an optimizer has the groups of a run's beginning."""
 
     @classmethod
-    def restart(cls, root: nn.Module, adapter: str, config: Any) -> None:
-        """Undo what `enter_phase` did, so that the first phase can begin again."""
+    def restart(cls, root: nn.Module, adapter: str, config: Any, optimizer: torch.optim.Optimizer | None) -> None:
+        """Undo what `enter_phase` did, so that the first phase can begin again.
+
+        Args:
+            optimizer: that the last training handed over, if it is still there.
+        """
 
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str) -> bool:
@@ -353,7 +374,7 @@ class PhasedModel(TargetChoice):
         for key, value in model.state_dict().items():
             if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
                 values.setdefault(key, value)
-        driver = PhaseDriver.known(model)
+        driver = PhaseDriver.find(model)
         attach(model, config)
         cls._warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
@@ -369,7 +390,8 @@ class PhasedModel(TargetChoice):
         refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
         if expected != cls._own_shapes(model, adapter_name):
             refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
-            cls._fit_to_file(model, adapter_name, state_dict)
+            driver = PhaseDriver.find(model)
+            cls._fit_to_file(model, adapter_name, state_dict, driver.optimizer if driver is not None else None)
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -395,5 +417,15 @@ class PhasedModel(TargetChoice):
         return cls._own_shapes(root, adapter)
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
-        """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits."""
+    def _fit_to_file(
+        cls,
+        root: nn.Module,
+        adapter: str,
+        state_dict: dict[str, torch.Tensor],
+        optimizer: torch.optim.Optimizer | None,
+    ) -> None:
+        """Bring the adapter into the form that a file holds, if its form changes with its phases. The file fits.
+
+        Args:
+            optimizer: of the model's last training, if it is still there.
+        """

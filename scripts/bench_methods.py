@@ -172,9 +172,9 @@ def nas_lora(work: Workload, space: str, share: float) -> Variant:
 def nas_search(work: Workload, space: str, gathers: bool) -> Variant:
     """An adapter in its search, which gathers importance or doesn't.
 
-    The hook that gathers is called before the steps of all optimizers of the process. So it is there while its own
-    variant takes a step, and gone for the others. Both kinds are treated alike before their steps, because what that
-    does warms caches; but scores are held by the one that gathers alone.
+    The hook that gathers is on the variant's optimizer while that takes a step, and gone otherwise. Both kinds are
+    treated alike before their steps, because what that does warms caches; but scores are held by the one that gathers
+    alone.
     """
     variant = nas_lora(work, space, 0.5)
     tuner: Any = variant.model.base_model

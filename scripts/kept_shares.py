@@ -35,7 +35,8 @@ def shares(checkpoint: Path, base: torch.nn.Module, budget: float) -> dict[str, 
     config.phase_first_steps = {"search": 0, "retraining": 2}
     model = get_peft_model(base, config)
     model.load_adapter(str(checkpoint), "default", is_trainable=True)
-    model.base_model.set_schedule(total_steps=3, global_step=1)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.0)  # makes no step
+    model.base_model.set_schedule(total_steps=3, global_step=1, optimizer=optimizer)
     model.base_model.update_and_allocate(2)
     architecture = model.base_model.architecture()
     kept = {part: [0, 0] for part in ("U", "V", "bias")}

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 from ..config import PhasedConfig
 from ..layers.base import DeltaLayer, parameter_at, refuse_merged
 from ..ops.low_rank import Factored, joined, nearest, total, without_idle
-from ..phases.optimizer import for_float64
 from ..structure.modules import linear_names
-from ..structure.weights import sizes
+from ..structure.weights import for_float64, sizes
 
 Values = Mapping[str, Tensor]
 

@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..layers.base import TEST_STD, DeltaLayer, parameter_at
 from ..ops import others_of, uncut
-from ..phases.optimizer import Resized, for_float64, resize
-from ..structure.weights import base_of
+from ..phases.optimizer import resize
+from ..structure.weights import base_of, for_float64
 from .config import PARTS, FARConfig
 from .plan import Nodes, Target
 from .selection import kept_count
@@ -86,7 +87,7 @@ class FARLayer(DeltaLayer):
             if not config.init_weights:
                 count, total = len(kept), self._length(adapter)
                 kept = torch.randperm(total)[:count].sort().values
-            resize(self.cut(adapter, kept, config.discard_unkept))
+            self.cut(adapter, kept, config.discard_unkept)
 
     def _create(self, part: str, adapter: str, config: FARConfig) -> None:
         value = torch.zeros(self._shape(part, adapter))
@@ -217,17 +218,17 @@ class FARLayer(DeltaLayer):
         score = delta.abs().pow(power).sum(1 - nodes.axis, dtype=torch.float64)
         return score.view(nodes.copies, nodes.width).sum(0)
 
-    def cut(self, adapter: str, kept: Tensor, discard: bool) -> list[Resized]:
+    def cut(self, adapter: str, kept: Tensor, discard: bool, optimizer: Optimizer | None = None) -> None:
         """Keep `kept` of the rows or columns as trained values, and freeze or drop the others.
+
+        The parameters shrink in place.
 
         Args:
             kept: ascending indices, (k,) int64.
             discard: whether the others' deltas are dropped.
-
-        Returns:
-            The parameters that are to be resized (by `boundary.resize`), with their new values.
+            optimizer: whose state for the parameters shrinks with them.
         """
-        nodes, resized = self.far_nodes[adapter], []
+        nodes = self.far_nodes[adapter]
         delta = self.far_delta[adapter]
         other = others_of(kept.cpu(), self._length(adapter)).to(delta.device)
         kept = kept.to(delta.device)
@@ -239,22 +240,19 @@ class FARLayer(DeltaLayer):
             value = parameter.detach()
             if not discard:
                 rests[adapter] = value.index_select(axis, other)
-            resized.append(Resized(parameter, value.index_select(axis, kept), _selector(axis, kept)))
+            resize(parameter, value.index_select(axis, kept), optimizer, _selector(axis, kept))
         self.far_kept[adapter] = kept
-        return resized
 
-    def undo_cut(self, adapter: str) -> list[Resized]:
-        """The opposite of `cut`: all rows and columns train again, from where they are. Returns what `cut` does."""
-        resized = []
+    def undo_cut(self, adapter: str, optimizer: Optimizer | None = None) -> None:
+        """The opposite of `cut`: all rows and columns train again, from where they are."""
         for part in ("far_delta", "far_bias_delta"):
             if adapter in getattr(self, part):
                 parameter, full = getattr(self, part)[adapter], self._own_full_delta(part, adapter).detach()
                 if full.shape != parameter.shape:
-                    resized.append(Resized(parameter, full, None))
+                    resize(parameter, full, optimizer)
         for buffers in (self.far_kept, self.far_rest, self.far_bias_rest):
             if adapter in buffers:
                 del buffers[adapter]
-        return resized
 
     def shapes(self, adapter: str, config: FARConfig, cut: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the values of this layer that the cut concerns, before it or after it."""

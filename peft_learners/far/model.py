@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..checkpoint import Shapes
-from ..phases.ddp import agreed
-from ..phases.driver import Entry, tuner_layers
-from ..phases.optimizer import live_optimizers, resize
+from ..phases.ddp import broadcast_choice
+from ..phases.driver import Entry, Training, tuner_layers
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
@@ -48,6 +48,7 @@ class FARModel(PhasedModel):
     prefix = "far_"
     tuner_layer_cls = FARLayer
     merges_shared_weights = True
+    needs_optimizer = "cuts parameters at its boundary, and with them the state of their optimizer"
     supported = (
         "FAR supports linear layers in floating point, embeddings, norms, convolutions and modules with parameters of "
         "their own."
@@ -206,21 +207,21 @@ class FARModel(PhasedModel):
             raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(root, config)}")
 
     @classmethod
-    def enter_phase(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase, entry: Entry) -> None:
+    def enter_phase(
+        cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase, entry: Entry, training: Training
+    ) -> None:
         """Select the nodes, unless that was done (a resumed run, a loaded adapter)."""
         if phase.name != RECONFIGURED or config.reconfigured:
             return
         units: dict[str, list[FARLayer]] = {}
         for layer in cls._cuttable(root, adapter):
             units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
-        selections = agreed(root, cls.select_nodes(config, adapter, units))
-        changes = []
+        selections = broadcast_choice(cls.select_nodes(config, adapter, units), training.ddp)
         for unit, members in units.items():
             for layer in members:
                 nodes = layer.far_nodes[adapter]
                 rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
-                changes += layer.cut(adapter, rows, config.discard_unkept)
-        resize(changes, live_optimizers())
+                layer.cut(adapter, rows, config.discard_unkept, training.optimizer)
         config.write("reconfigured", True)
 
     @staticmethod
@@ -247,21 +248,11 @@ class FARModel(PhasedModel):
         return selections
 
     @classmethod
-    def restart(cls, root: nn.Module, adapter: str, config: FARConfig) -> None:
+    def restart(cls, root: nn.Module, adapter: str, config: FARConfig, optimizer: Optimizer | None) -> None:
         """All nodes train again, from where they are."""
-        cls._undo_cuts(root, adapter)
+        for layer in cls._cuttable(root, adapter):
+            layer.undo_cut(adapter, optimizer)
         config.write("reconfigured", False)
-
-    @classmethod
-    def _undo_cuts(cls, root: nn.Module, adapter: str) -> None:
-        changes = [
-            change
-            for layer in cls._cuttable(root, adapter)
-            if layer.is_cut(adapter)
-            for change in layer.undo_cut(adapter)
-        ]
-        if changes:
-            resize(changes, live_optimizers())
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
@@ -303,15 +294,16 @@ class FARModel(PhasedModel):
         return shapes
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+    def _fit_to_file(
+        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
+    ) -> None:
         config: Any = getattr(root, "peft_config", {})[adapter]
-        if config.reconfigured:
-            cls._undo_cuts(root, adapter)
-        else:
-            changes = []
-            for layer in cls._cuttable(root, adapter):
-                changes += layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept)
-            resize(changes, live_optimizers())
+        for layer in cls._cuttable(root, adapter):
+            if config.reconfigured:
+                layer.undo_cut(adapter, optimizer)
+            else:
+                first = torch.arange(layer.kept_rows(adapter, config))
+                layer.cut(adapter, first, config.discard_unkept, optimizer)
         config.write("reconfigured", not config.reconfigured)
 
 

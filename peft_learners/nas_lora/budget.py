@@ -1,21 +1,75 @@
-"""Scores in, what is kept out. Tensors only: no modules, no adapters. Exact, with a stated rule for ties."""
+"""How much each parameter of a search space matters, gathered while it trains, and what of it fits a budget.
+
+Source: arXiv 2305.16597, sections 3.1 and 3.2.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
 import warnings
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from ..phases.ddp import agreed
-from ..phases.optimizer import live_optimizers, resize
+from ..phases.ddp import broadcast_choice
+from ..phases.driver import Training
 from ..phases.schedule import ScheduleError
 from ..structure.modules import new_head
 from .config import NASLoRAConfig
 from .layer import NASLoRALayer, kept_of, layers_of, space_of
 from .rewind import generator_of, rewind_saved_modules, shuffled
+
+logger = logging.getLogger("peft_learners")
+
+
+def _unscaled(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> list[Tensor] | None:
+    """The gradients as the optimizer is about to use them; None if it is about to skip the step.
+
+    A fused optimizer is handed scaled gradients by GradScaler, with the scale beside them.
+    """
+    scale, found_inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
+    if found_inf is not None and bool(found_inf):
+        return None
+    return gradients if scale is None else [gradient / scale.to(gradient.device) for gradient in gradients]
+
+
+class Gatherer:
+    """Adds up the scores of an adapter's parameters, one optimizer step after the other.
+
+    Before a step with gradient g (of the whole step: accumulated, averaged over ranks, unscaled and clipped) each
+    parameter theta scores `-theta * g`, the first-order change of the loss if it were pruned; for the criterion
+    "magnitude", `|theta|`. Scores are summed over the steps, which ranks as their mean does, or only the last step's
+    are kept.
+    """
+
+    def __init__(self, layers: Sequence[NASLoRALayer], adapter: str, magnitude: bool, last: bool) -> None:
+        self._layers, self._adapter, self._magnitude, self._last = list(layers), adapter, magnitude, last
+
+    @torch.no_grad()
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        scores, thetas, gradients = [], [], []
+        for layer in self._layers:
+            for part, theta in layer.scored(self._adapter):
+                if theta.grad is not None:
+                    own = layer.nas_lora_scores[self._adapter]
+                    if part not in own:
+                        own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
+                    scores.append(own[part])
+                    thetas.append(theta.detach())
+                    gradients.append(theta.grad)
+        unscaled = _unscaled(optimizer, gradients) if scores else None
+        if unscaled is None:
+            return
+        if self._last:
+            torch._foreach_zero_(scores)
+        if any(theta.dtype != score.dtype for theta, score in zip(thetas, scores, strict=True)):
+            thetas, unscaled = [t.float() for t in thetas], [g.float() for g in unscaled]
+        if self._magnitude:
+            torch._foreach_add_(scores, torch._foreach_abs(thetas))
+        else:
+            torch._foreach_addcmul_(scores, thetas, unscaled, value=-1)
 
 
 def within_budget(scores: Tensor, costs: Tensor | int, budget: int) -> Tensor:
@@ -59,19 +113,15 @@ def budget_path(space: int, budget: int, rounds: int) -> list[int]:
     return [max(budget, math.floor(space * ratio**step + 0.5)) for step in range(1, rounds)] + [budget]
 
 
-logger = logging.getLogger("peft_learners")
-
-
-def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int) -> None:
+def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, training: Training) -> None:
     """Keep what fits the budget of a round, at its initial values; the head goes back to its own. On all ranks alike.
 
     Args:
         round_: counted from 1.
+        training: whose optimizer is pruned with the parameters, and whose ranks keep the same.
 
     Raises:
         ScheduleError: the search has gathered no scores.
-
-    Source: arXiv 2305.16597, sections 3.1 and 3.2.
     """
     layers = layers_of(root, adapter)
     space = space_of(layers, adapter)
@@ -83,7 +133,7 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int) -> 
         for (layer, part), own in zip(scored, scores, strict=True)
     ]
     mask = within_budget(torch.cat(scores), torch.cat(costs) if config.granularity == "structured" else 1, budget)
-    mask = agreed(root, {"kept": mask.to(torch.uint8)})["kept"].bool().cpu()
+    mask = broadcast_choice({"kept": mask.to(torch.uint8)}, training.ddp)["kept"].bool().cpu()
     nothing = torch.empty(0, dtype=torch.int32)
     positions = {
         id(layer): dict.fromkeys(layer.nas_lora_space[adapter].indexed(), nothing) for layer in layers.values()
@@ -91,8 +141,8 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int) -> 
     for (layer, part), own in zip(scored, mask.split([len(s) for s in scores]), strict=True):
         positions[id(layer)][part] = layer.kept_positions(adapter)[part][own]
     salt = f"/round {round_}" if config.rewind == "fresh" else ""
-    changes = [c for layer in layers.values() for c in layer.take_form(adapter, positions[id(layer)], salt)]
-    resize(changes, live_optimizers())
+    for layer in layers.values():
+        layer.take_form(adapter, positions[id(layer)], training.optimizer, salt)
     _rewind_head(root, adapter, config, salt)
     logger.info(
         "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",

@@ -9,12 +9,14 @@ from dataclasses import dataclass
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..layers.base import TEST_STD, DeltaLayer
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops import Entries, Factor, Pair
-from ..phases.optimizer import Resized, for_float64, resize
+from ..phases.optimizer import resize
+from ..structure.weights import for_float64
 from .config import CONTAINERS, NASLoRAConfig
 from .rewind import generator_of, initial_normal
 
@@ -144,7 +146,7 @@ class NASLoRALayer(DeltaLayer):
                 self.values(part)[adapter] = nn.Parameter(space.initial(part))
             self.nas_lora_active[adapter] = True
         else:
-            resize(self.take_form(adapter, self._given_positions(space, config)))
+            self.take_form(adapter, self._given_positions(space, config))
         if not config.init_weights:
             for part in space.shapes:
                 if adapter in self.values(part):
@@ -201,18 +203,24 @@ class NASLoRALayer(DeltaLayer):
 
     # -- the form of an adapter: in full, or what is kept ------------------------------------------------------------
 
-    def take_form(self, adapter: str, positions: Mapping[str, Tensor] | None, salt: str = "") -> list[Resized]:
+    def take_form(
+        self,
+        adapter: str,
+        positions: Mapping[str, Tensor] | None,
+        optimizer: Optimizer | None = None,
+        salt: str = "",
+    ) -> None:
         """Keep the units at `positions`, at their initial values.
+
+        Parameters are resized in place. Those of which nothing is left stay, empty, because an optimizer may hold
+        them; new ones are made where something is kept.
 
         Args:
             positions: of the kept units, for each indexed part; None: all parts in full.
+            optimizer: whose state for what is resized is dropped.
             salt: another draw of the initial values.
-
-        Returns:
-            The parameters that are to be resized (by `boundary.resize`). Those of which nothing is left stay, empty,
-            because an optimizer may hold them; new ones are made where something is kept.
         """
-        space, changes = self.nas_lora_space[adapter], []
+        space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
         for part in space.shapes:
             values, held = self.values(part), self.positions(part)
@@ -226,13 +234,12 @@ class NASLoRALayer(DeltaLayer):
                 del held[adapter]
             if adapter in values:
                 device = values[adapter].device
-                changes.append(Resized(values[adapter], value.to(device, values[adapter].dtype), None))
+                resize(values[adapter], value.to(device, values[adapter].dtype), optimizer)
             elif value.numel():
                 device = self._device()
                 values[adapter] = nn.Parameter(value.to(device))
             if own is not None and len(own) and part in space.indexed():
                 held[adapter] = own.to(device, torch.int32)
-        return changes
 
     def _device(self) -> torch.device:
         device, _ = self._get_base_layer_device_and_dtype(self.get_base_layer())

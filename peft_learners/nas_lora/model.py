@@ -7,10 +7,11 @@ from typing import Any, Optional
 import torch
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from ..checkpoint import Shapes
-from ..phases.driver import Entry, PhaseDriver, injected_model
-from ..phases.optimizer import Observer, live_optimizers, resize
+from ..phases.driver import Entry, Training, injected_model
+from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
@@ -19,11 +20,10 @@ from ..structure.weights import sizes
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
 from .architecture import Architecture, positions_in
-from .budget import budget_path, prune
+from .budget import Gatherer, budget_path, prune
 from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
 from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
-from .importance import Gatherer
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
 
@@ -51,6 +51,7 @@ class NASLoRAModel(PhasedModel):
 
     prefix = "nas_lora_"
     tuner_layer_cls = NASLoRALayer
+    needs_optimizer = "gathers importance before each step of its optimizer, whose state is pruned with the parameters"
     supported = (
         "NAS-LoRA puts low-rank updates on linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones); "
         "with r=0 it takes every module with a bias vector."
@@ -226,12 +227,14 @@ class NASLoRAModel(PhasedModel):
             )
 
     @classmethod
-    def enter_phase(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase, entry: Entry) -> None:
+    def enter_phase(
+        cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase, entry: Entry, training: Training
+    ) -> None:
         """Prune and rewind where a search is over; begin to gather scores where one starts."""
         index = [p.name for p in config.outline().phases].index(phase.name)
         layers = layers_of(root, adapter)
         if entry == "crossed":
-            prune(root, adapter, config, index)
+            prune(root, adapter, config, index, training)
             cls._record(root, adapter, config, index)
         elif entry == "resumed" and not config.phases_complete:
             if index and not any(layer.is_pruned(adapter) for layer in layers.values()):
@@ -253,7 +256,7 @@ class NASLoRAModel(PhasedModel):
             elif entry != "resumed" or adapter not in layer.nas_lora_scores:
                 layer.nas_lora_scores[adapter] = {}
         if entry == "resumed" and gathers:
-            under_way = PhaseDriver.of(root).global_step > phase.first_step
+            under_way = training.global_step > phase.first_step
             if under_way and not any(layer.nas_lora_scores[adapter] for layer in layers.values()):
                 raise ScheduleError(
                     f"The training is resumed in the phase {phase.name!r}, but the scores that the search has "
@@ -276,20 +279,24 @@ class NASLoRAModel(PhasedModel):
         config.write("completed_phases", [phase.name for phase in config.outline().phases[:rounds]])
 
     @classmethod
-    def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
+    def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, optimizer: Optimizer | None) -> None:
         """The whole search space, at its initial values."""
-        cls._take_forms(root, adapter, None)
+        cls._take_forms(root, adapter, None, optimizer)
         rewind_saved_modules(root, adapter)
         cls._record(root, adapter, config, 0)
         config.kept_positions = {}
 
     @classmethod
-    def _take_forms(cls, root: nn.Module, adapter: str, positions: dict[str, dict[str, Tensor]] | None) -> None:
-        changes = []
+    def _take_forms(
+        cls,
+        root: nn.Module,
+        adapter: str,
+        positions: dict[str, dict[str, Tensor]] | None,
+        optimizer: Optimizer | None,
+    ) -> None:
         for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
-            changes += layer.take_form(adapter, None if positions is None else positions[name])
-        resize(changes, live_optimizers())
+            layer.take_form(adapter, None if positions is None else positions[name], optimizer)
 
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
@@ -347,15 +354,17 @@ class NASLoRAModel(PhasedModel):
         return shapes_in_form_of(layers, adapter, state_dict)
 
     @classmethod
-    def _fit_to_file(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> None:
+    def _fit_to_file(
+        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
+    ) -> None:
         root = injected_model(root)
         config: Any = getattr(root, "peft_config", {})[adapter]
         layers = layers_of(root, adapter)
         if not is_pruned_file(state_dict):
-            cls._take_forms(root, adapter, None)
+            cls._take_forms(root, adapter, None, optimizer)
             cls._record(root, adapter, config, 0)
             return
-        cls._take_forms(root, adapter, positions_for(layers, adapter, positions_in(state_dict)))
+        cls._take_forms(root, adapter, positions_for(layers, adapter, positions_in(state_dict)), optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)
         kept = kept_of(layers, adapter)

@@ -7,25 +7,22 @@ import warnings
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 from ..config import PhasedConfig
 from ..hub.card import before_push
+from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
 from .schedule import ScheduleError
 
-#: Key of the entry in Trainer's log history that keeps the boundaries, which a resumed run reads.
-SCHEDULE_KEY = "phase_first_steps"
-#: Beside it: fields that a resumed run may not change.
-FIXED_KEY = "fixed_in_training"
 
-
-class PhaseCallback(TrainerCallback):
+class PhaseCallback(TrainerCallback, ExportableState):
     """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
 
     There is nothing to configure. At a boundary, between two optimizer steps, what the next phase does not train
     freezes, its gradients and optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The
-    boundaries are kept in the trainer's state, so a resumed run keeps them, whatever else was changed.
+    boundaries are kept in Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
 
     Raises (when training begins):
         ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
@@ -33,10 +30,17 @@ class PhaseCallback(TrainerCallback):
     """
 
     def __init__(self) -> None:
+        #: By adapter: the first steps of its phases, and the fields of its config that a resumed run may not change.
+        self.first_steps: dict[str, dict[str, int]] = {}
+        self.fixed: dict[str, dict[str, Any]] = {}
         self._driver: PhaseDriver | None = None
         self._batch_size: int | None = None
         self._fresh: list[str] = []
         self._in_training = False
+
+    def state(self) -> dict[str, Any]:
+        """What Trainer keeps of this callback in its checkpoints, as `ExportableState` asks for it."""
+        return {"args": {}, "attributes": {"first_steps": self.first_steps, "fixed": self.fixed}}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -65,21 +69,23 @@ class PhaseCallback(TrainerCallback):
                 "PhaseCallback found no adapter of peft_learners that is active and trained. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or make it active with model.set_adapter(...)."
             )
-        record = next((log for log in state.log_history if SCHEDULE_KEY in log), None)
-        recorded = record[SCHEDULE_KEY] if record is not None else None
-        if state.global_step > 0 and record is not None:
-            self._check_same(configs, record)
+        # Read here, since Trainer restores callbacks only with `restore_callback_states_from_checkpoint`.
+        name = type(self).__name__
+        recorded = state.stateful_callbacks.get(name, {}).get("attributes", {}) if state.global_step > 0 else {}
+        self._check_same(configs, recorded.get("fixed", {}))
         starts = driver.start(
             total_steps=state.max_steps,
             steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
             global_step=state.global_step,
-            first_steps=recorded if state.global_step > 0 else None,
+            first_steps=recorded.get("first_steps"),
             optimizer=kwargs.get("optimizer"),
+            wrappers=search_ddp_wrappers(model) or [model],  # under FSDP, or in an engine, there is no DDP to rebuild
             ends_by_itself=False,  # Trainer saves after the last step
         )
-        if recorded is None or state.global_step == 0:
-            fixed = {name: config.fixed_in_training() for name, config in configs.items()}
-            state.log_history.append({SCHEDULE_KEY: driver.first_steps(), FIXED_KEY: fixed, "step": state.global_step})
+        self.first_steps = {**recorded.get("first_steps", {}), **driver.first_steps()}
+        self.fixed = {**recorded.get("fixed", {}), **{n: config.fixed_in_training() for n, config in configs.items()}}
+        # Trainer adds to a list at each save if there are several of us, and fails where a checkpoint had none.
+        state.stateful_callbacks[name] = self.state()
         if len(driver.fresh_starts()) > 1:
             restart_schedule(kwargs.get("lr_scheduler"), args, driver.fresh_starts(), state.max_steps)
         self._record(driver, state, starts)
@@ -143,8 +149,8 @@ class PhaseCallback(TrainerCallback):
             before_push(model, args.output_dir, args.hub_model_id)
 
     @staticmethod
-    def _check_same(configs: dict[str, PhasedConfig], record: dict[str, Any]) -> None:
-        for name, fixed in record.get(FIXED_KEY, {}).items():
+    def _check_same(configs: dict[str, PhasedConfig], recorded: dict[str, dict[str, Any]]) -> None:
+        for name, fixed in recorded.items():
             now = configs[name].fixed_in_training() if name in configs else fixed
             for key, value in fixed.items():
                 if now[key] != value:

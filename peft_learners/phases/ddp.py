@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterable
-from typing import TypeVar, cast
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
-
-T = TypeVar("T")
+from torch.nn.parallel import DistributedDataParallel
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -17,48 +16,63 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if hasattr(model, "_orig_mod"):
             model = cast(nn.Module, model._orig_mod)
-        elif isinstance(model, nn.parallel.DistributedDataParallel):
+        elif isinstance(model, DistributedDataParallel):
             model = model.module
         else:
             return model
 
 
-def _living(kind: type[T]) -> list[T]:
-    """All objects of a class in this process."""
-    # type() rather than isinstance(): it runs no code of foreign objects.
-    return [thing for thing in gc.get_objects() if issubclass(type(thing), kind)]
+def processes() -> int | None:
+    """Number of processes that train together; None outside a process group."""
+    distributed = torch.distributed
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else None
 
 
-def ddp_wrappers(model: nn.Module) -> list[nn.parallel.DistributedDataParallel]:
-    """All DDP wrappers in this process that hold `model`, itself or somewhere inside.
+def holds(wrapper: nn.Module, model: nn.Module) -> bool:
+    """Whether `model` is `wrapper` or somewhere inside."""
+    return any(module is model for module in wrapper.modules())
 
-    Trainer gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it.
-    A Trainer that has finished may still be alive with a wrapper of its own.
+
+def ddp_modules(model: nn.Module, wrappers: Iterable[nn.Module]) -> list[DistributedDataParallel]:
+    """The DDP modules around `model`, among what forward is called on: such a one itself, or compiled, or inside."""
+    modules = {id(module): module for wrapper in wrappers for module in wrapper.modules()}
+    return [m for m in modules.values() if isinstance(m, DistributedDataParallel) and holds(m, model)]
+
+
+def search_ddp_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
+    """All DDP wrappers in this process that hold `model`. For Trainer alone, which leaves no other way.
+
+    It gives callbacks the bare model and keeps the wrapper in a local variable; the garbage collector knows it. A
+    Trainer that has finished may still be alive with a wrapper of its own.
     """
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if processes() is None:
         return []
-    target, wrappers = unwrapped(model), _living(nn.parallel.DistributedDataParallel)
-    return [wrapper for wrapper in wrappers if any(module is target for module in wrapper.modules())]
+    target = unwrapped(model)
+    # type() rather than isinstance(): it runs no code of foreign objects.
+    found = [thing for thing in gc.get_objects() if issubclass(type(thing), DistributedDataParallel)]
+    return [wrapper for wrapper in found if holds(wrapper, target)]
 
 
-def agreed(model: nn.Module, choices: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The choices of the first rank, on all ranks that train `model` in DDP; the same choices where there is no DDP.
+def broadcast_choice(
+    choices: dict[str, torch.Tensor], ddp: Sequence[DistributedDataParallel]
+) -> dict[str, torch.Tensor]:
+    """The choices of the first rank, on all ranks that train in DDP; the same choices where there is no DDP.
 
     Args:
         choices: index tensors by name, of the same names and sizes on all ranks. To be called by all ranks.
+        ddp: modules around the model.
     """
-    wrappers = ddp_wrappers(model)
-    if not wrappers or not choices:
+    if not ddp or not choices:
         return choices
-    group = wrappers[-1].process_group
-    device = next(model.parameters()).device
+    group = ddp[-1].process_group
+    device = next(ddp[-1].parameters()).device
     flat = torch.cat(list(choices.values())).to(device)
     torch.distributed.broadcast(flat, src=torch.distributed.get_global_rank(group, 0), group=group)
     pieces = flat.split([len(choice) for choice in choices.values()])
     return {name: piece.to(choice.device) for (name, choice), piece in zip(choices.items(), pieces, strict=True)}
 
 
-def rebuild_reducer(ddp: nn.parallel.DistributedDataParallel, constant: Iterable[torch.Tensor] = ()) -> None:
+def rebuild_reducer(ddp: DistributedDataParallel, constant: Iterable[torch.Tensor] = ()) -> None:
     """Let DDP reduce exactly the gradients that are trained now. To be called by all ranks between two steps.
 
     Nothing is sent: a wrapper that is no longer used may be rebuilt on one rank and not on another.

@@ -1,8 +1,9 @@
 """The driver of phases: it lays an adapter's phases over a training and moves the model from one to the next.
 
 It needs a model with injected adapters and nothing else, so it serves `PeftModel`, transformers' own `add_adapter`,
-Trainer (through `PhaseCallback`) and a hand-written loop alike. At a boundary everything happens here: the trained
-set, gradients, optimizer state, DDP, the record in the adapter's config, the line in the log.
+Trainer (through `PhaseCallback`) and a hand-written loop alike. `PhaseDriver._move_to` is what happens at a boundary,
+from top to bottom: the tuner's own change of its layers, the freeze, optimizer state, DDP, the record in the adapter's
+config, the line in the log. The optimizer and DDP's wrapper are those that were handed over.
 """
 
 from __future__ import annotations
@@ -10,21 +11,22 @@ from __future__ import annotations
 import logging
 import warnings
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
-from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils import PeftType
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import DeltaLayer
-from .ddp import ddp_wrappers, rebuild_reducer, unwrapped
-from .optimizer import StepObservers, free_optimizer_state, live_optimizers
+from ..registry import tuner_of
+from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
+from .optimizer import Observer, before_each_step, raw_optimizer
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")
@@ -53,6 +55,21 @@ class PhaseStart:
     begins_anew: bool = False
 
 
+@dataclass(frozen=True)
+class Training:
+    """A training as a tuner sees it at a boundary: where it stands, and what was handed over.
+
+    Attributes:
+        global_step: finished optimizer steps.
+        optimizer: torch's own, behind any wrapper; None if there is none.
+        ddp: the `DistributedDataParallel` modules around the model, if any.
+    """
+
+    global_step: int
+    optimizer: torch.optim.Optimizer | None
+    ddp: Sequence[DistributedDataParallel]
+
+
 def injected_model(model: nn.Module) -> nn.Module:
     """The original model that holds the tuner layers: behind wrappers, `PeftModel` and the tuner, or, where the model
     itself has no adapter, the one part of it that has (a user's own module around an encoder)."""
@@ -64,11 +81,6 @@ def injected_model(model: nn.Module) -> nn.Module:
         parts = [m for m in root.modules() if "peft_config" in vars(m) and not hasattr(type(m), "update_and_allocate")]
         root = parts[0] if len(parts) == 1 else root
     return root
-
-
-def _tuner_of(config: PhasedConfig) -> Any:
-    """The tuner class that a config belongs to."""
-    return PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]
 
 
 def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
@@ -110,12 +122,13 @@ class PhaseDriver:
         self.global_step = 0
         self._phase: dict[str, Phase] = {}
         self._marks: list[tuple[int, str, int]] = []
-        self._optimizer: object = None
-        self._wrapper: nn.Module | None = None
+        #: Not held on to: whoever trains with it does.
+        self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
+        self._ddp: list[DistributedDataParallel] = []
         self._running = False
         self._ends_by_itself = True
         self._updates = 0
-        self._observers = StepObservers()
+        self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
 
     @classmethod
     def of(cls, model: nn.Module) -> PhaseDriver:
@@ -128,7 +141,7 @@ class PhaseDriver:
         return driver
 
     @classmethod
-    def known(cls, model: nn.Module) -> PhaseDriver | None:
+    def find(cls, model: nn.Module) -> PhaseDriver | None:
         """The driver of a model if it has one already."""
         return injected_model(model).__dict__.get(_ATTRIBUTE)
 
@@ -166,6 +179,11 @@ class PhaseDriver:
         }
 
     @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer that was handed over last, behind any wrapper, if it is still there."""
+        return self._optimizer() if self._optimizer is not None else None
+
+    @property
     def running(self) -> bool:
         """Whether a training is under way (started, and neither finished nor at its last step)."""
         return self._running
@@ -195,7 +213,7 @@ class PhaseDriver:
         global_step: int = 0,
         first_steps: Mapping[str, Mapping[str, int]] | None = None,
         optimizer: object = None,
-        wrapper: nn.Module | None = None,
+        wrappers: Sequence[nn.Module] = (),
         ends_by_itself: bool = True,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
@@ -206,19 +224,20 @@ class PhaseDriver:
             global_step: optimizer steps that are finished; above 0 in a resumed run.
             first_steps: recorded boundaries of a resumed run, which stay whatever has been changed since. None: those
                 in the adapters' configs, where `global_step` is above 0.
-            optimizer: whose state is freed at boundaries.
-            wrapper: the DDP wrapper, if any; None: it is looked for.
+            optimizer: whose steps train the adapters. At boundaries its state is freed, or resized with parameters.
+            wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
 
         Raises:
-            ScheduleError: the phases don't fit the training, a phase has nothing to train, or an adapter is merged.
+            ScheduleError: the phases don't fit the training, a phase has nothing to train, an adapter is merged, or
+                something that is needed was not handed over.
         """
-        schedules, configs = {}, self.configs()
+        schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
         for name, config in configs.items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
                 recorded = config.phase_first_steps
-            tuner = _tuner_of(config)
+            tuner = tuner_of(config)
             if recorded:
                 schedule = config.outline().with_first_steps(recorded)
             elif config.phases_complete:
@@ -231,13 +250,17 @@ class PhaseDriver:
             if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
                 raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
             tuner.check_phases(self.root, name, config, schedule)
+            if schedule.phase_at(global_step) is not schedule.phases[-1]:
+                self._check_optimizer(name, tuner.needs_optimizer, schedule.phase_at(global_step), raw)
             schedules[name] = schedule
+        self._check_wrappers(wrappers)
+        self._stop_observing()
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
-        self._optimizer, self._wrapper = optimizer, wrapper
+        self._optimizer = weakref.ref(raw) if raw is not None else None
+        self._ddp = ddp_modules(self.root, wrappers)
         self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
-        self._observers.clear()
         return self._move_to(global_step, "new" if global_step == 0 else "resumed")
 
     def update(self, global_step: int) -> list[PhaseStart]:
@@ -265,15 +288,14 @@ class PhaseDriver:
     def prepare(self) -> None:
         """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
         for name, config in self.configs().items():
-            _tuner_of(config).make_whole(self.root, name, config)
-            self.hold(name, None)
+            tuner_of(config).make_whole(self.root, name, config)
+            self.freeze_for(name, None)
 
     def finish(self) -> None:
-        """Training is over: saved adapters may be cast from now on, and the optimizer is let go."""
+        """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
         self._running = False
-        self.schedules, self._phase, self.global_step = {}, {}, 0
-        self._optimizer = self._wrapper = None
-        self._observers.clear()
+        self.schedules, self._phase, self.global_step, self._ddp = {}, {}, 0, []
+        self._stop_observing()
 
     def restart(self, names: Collection[str] | None = None) -> None:
         """Begin all phases again with the next training: nothing is frozen, no phase is complete.
@@ -287,10 +309,10 @@ class PhaseDriver:
                 continue
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
-            _tuner_of(config).restart(self.root, name, config)
-            self.hold(name, None)
+            tuner_of(config).restart(self.root, name, config, self.optimizer)
+            self.freeze_for(name, None)
 
-    def hold(self, adapter: str, phase: Phase | None) -> list[nn.Parameter]:
+    def freeze_for(self, adapter: str, phase: Phase | None) -> list[nn.Parameter]:
         """Freeze what `phase` does not train of an adapter (None: nothing). Returns what stopped training by it."""
         stopped: list[nn.Parameter] = []
         for layer in tuner_layers(self.root):
@@ -322,11 +344,61 @@ class PhaseDriver:
                 ) from None
         return self.start()
 
+    def _check_optimizer(self, name: str, needs: str, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
+        """Tell the user when an adapter with a boundary ahead has no optimizer, or one that does not train it.
+
+        Args:
+            needs: why its tuner can't do without; "" where it can.
+            phase: the one that training begins in.
+        """
+        if optimizer is None and needs:
+            raise ScheduleError(
+                f"The adapter {name!r} {needs}: hand it over, model.base_model.set_schedule(..., optimizer=optimizer)."
+            )
+        if optimizer is None:
+            return
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        containers = [getattr(layer, part, {}) for layer in tuner_layers(self.root) for part in phase.trains]
+        own = [values[name] for values in containers if name in values]
+        own = [parameter for parameter in own if parameter.requires_grad and parameter.numel()]
+        lost = sum(id(parameter) not in held for parameter in own)
+        if lost:
+            message = (
+                f"The optimizer that was handed over holds {len(own) - lost} of the {len(own)} parameters of the "
+                f"adapter {name!r} that train now. Make it from [p for p in model.parameters() if p.requires_grad], "
+                "after the adapter has been added, loaded or restarted."
+            )
+            if needs:
+                raise ScheduleError(message)
+            warnings.warn(message, stacklevel=4)
+
+    def _check_wrappers(self, wrappers: Sequence[nn.Module]) -> None:
+        count = processes() or 1
+        if count > 1 and not any(holds(wrapper, self.root) for wrapper in wrappers):
+            raise ScheduleError(
+                f"{count} processes train together, but what wraps the model was not handed over. Pass what forward "
+                "is called on, as DistributedDataParallel or accelerator.prepare returned it: "
+                "model.base_model.set_schedule(..., wrapper=model)."
+            )
+
+    def _observe(self, name: str, observer: Observer | None) -> None:
+        """Call an adapter's observer before each step of the optimizer from now on, in place of the one before."""
+        if name in self._observing:
+            self._observing.pop(name)[1].remove()
+        if observer is not None and self.optimizer is not None:
+            self._observing[name] = observer, before_each_step(self.optimizer, observer)
+
+    def _stop_observing(self) -> None:
+        for _, handle in self._observing.values():
+            handle.remove()
+        self._observing = {}
+
     def _move_to(self, global_step: int, entry: Entry = "crossed") -> list[PhaseStart]:
+        """Let each adapter enter the phase that owns the next step, if it is not there: here a boundary is crossed."""
         self.global_step = global_step
         if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
             self._running = False
-            self._observers.clear()
+            self._stop_observing()
         configs = getattr(self.root, "peft_config", {})
         self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
         entering = {
@@ -336,28 +408,28 @@ class PhaseDriver:
         }
         if not entering:
             return []
-        root = self.root
+        root, training = self.root, Training(global_step, self.optimizer, self._ddp)
         before = trained_parameters(root)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
-            tuner = _tuner_of(configs[name])
+            tuner, config, schedule = tuner_of(configs[name]), configs[name], self.schedules[name]
             if name in self._phase:
-                tuner.check_trained(root, name, configs[name], self._phase[name])
-            tuner.enter_phase(root, name, configs[name], phase, entry)
-            stopped += self.hold(name, phase)
+                tuner.check_trained(root, name, config, self._phase[name])
+            tuner.enter_phase(root, name, config, phase, entry, training)
+            stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)
             self._phase[name] = phase
-            observer = tuner.observer(root, name, configs[name], phase) if self._running else None
-            self._observers.set(name, observer)
-            schedule = self.schedules[name]
+            self._observe(name, tuner.observer(root, name, config, phase) if self._running else None)
             if len(schedule.phases) > 1:
-                configs[name].write("completed_phases", schedule.completed(global_step))
-        for optimizer in live_optimizers() if stopped and self._optimizer is None else [self._optimizer]:
-            free_optimizer_state(optimizer, stopped)
+                config.write("completed_phases", schedule.completed(global_step))
+        if training.optimizer is not None:
+            # What stopped training stays in its groups, with `grad = None`, which optimizers skip (weight decay too):
+            # taking it out would make a later resume fail on the size of the groups, and break LambdaLR.
+            for parameter in stopped:
+                training.optimizer.state.pop(parameter, None)
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
-        given = self._wrapper
-        for ddp in [given] if isinstance(given, nn.parallel.DistributedDataParallel) else ddp_wrappers(root):
+        for ddp in self._ddp:
             rebuild_reducer(ddp, constant_buffers(root))
         after = trained_parameters(root)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
@@ -366,11 +438,7 @@ class PhaseDriver:
             PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
             for name, phase in entering.items()
         ]
-        if (
-            not torch.distributed.is_available()
-            or not torch.distributed.is_initialized()
-            or torch.distributed.get_rank() == 0
-        ):
+        if (processes() or 1) == 1 or torch.distributed.get_rank() == 0:
             for start in starts:
                 logger.info(
                     "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
@@ -383,7 +451,7 @@ def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, t
     """Tell the user at save or merge when an adapter was trained without its phases being driven."""
     if config.inference_mode or config.phases_complete or not trained:
         return
-    driver = PhaseDriver.known(model)
+    driver = PhaseDriver.find(model)
     scheduled = driver is not None and adapter in driver.schedules
     never_updated = driver is not None and scheduled and driver._updates == 0
     if not never_updated and (scheduled or config.phase_first_steps is not None):

@@ -140,7 +140,7 @@ def get_phased_scheduler(
     Raises:
         ScheduleError: no schedule was set, its number of steps is unknown, or the kind is no function of the step.
     """
-    driver = PhaseDriver.known(model)
+    driver = PhaseDriver.find(model)
     if driver is None or not driver.schedules or driver.total_steps is None:
         raise ScheduleError(
             "get_phased_scheduler() needs to know the phases: call model.base_model.set_schedule(total_steps=..., "

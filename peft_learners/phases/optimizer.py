@@ -1,18 +1,16 @@
-"""What a phase boundary does outside the model: optimizer state and the exchange of gradients between processes."""
+"""The optimizer's side of phases: parameters that change their shape, and what is called before its steps."""
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils.hooks import RemovableHandle
 
-from .ddp import _living
-
+#: Called with the optimizer right before each of its steps.
 Observer = Callable[[torch.optim.Optimizer], None]
 
 
@@ -24,58 +22,33 @@ def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     return raw_optimizer(inner) if inner is not None else optimizer
 
 
-def for_float64(values: torch.Tensor) -> torch.Tensor:
-    """The values on a device that has float64: where they are, and from MPS on the CPU."""
-    return values.cpu() if values.device.type == "mps" else values
+def resize(
+    parameter: nn.Parameter,
+    value: torch.Tensor,
+    optimizer: torch.optim.Optimizer | None = None,
+    carry: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
+    """Give a parameter values of another shape, and the optimizer what of its state belongs to those.
 
+    The parameter stays the same object, because optimizers, clipping and users' own lists hold on to it.
 
-def free_optimizer_state(optimizer: object, parameters: Iterable[nn.Parameter]) -> None:
-    """Drop the optimizer's state of parameters that stopped training.
-
-    They stay in their groups, with `grad = None`, which optimizers skip (weight decay too): taking them out would make
-    a later resume fail on the size of the groups, and a changed number of groups breaks LambdaLR.
+    Args:
+        value: the new values.
+        optimizer: may hold state for the parameter.
+        carry: takes the part of a state (a tensor of the old shape) that belongs to the new values; None: the
+            optimizer starts afresh.
     """
-    optimizer = raw_optimizer(optimizer)
-    if optimizer is not None:
-        for parameter in parameters:
-            optimizer.state.pop(parameter, None)
-
-
-@dataclass(frozen=True)
-class Resized:
-    """A parameter that keeps its identity and gets values of another shape.
-
-    Attributes:
-        parameter: the parameter.
-        value: its new values.
-        carry: takes the part of an optimizer's state (a tensor of the old shape) that belongs to the new values;
-            None: the optimizer starts afresh.
-    """
-
-    parameter: nn.Parameter
-    value: torch.Tensor
-    carry: Callable[[torch.Tensor], torch.Tensor] | None
-
-
-def resize(changes: Iterable[Resized], optimizers: Iterable[torch.optim.Optimizer] = ()) -> None:
-    """Give parameters their new values, and the optimizers that hold state for them what belongs to those.
-
-    A parameter stays the same object, because optimizers, clipping and users' own lists hold on to it.
-    """
-    optimizers = list(optimizers)
-    for change in changes:
-        parameter, before = change.parameter, change.parameter.shape
-        parameter.grad = None
-        # The node that accumulates the gradient remembers the old shape, and lives on with any graph that is still
-        # around (a loss, DDP's reducer). A change of type makes torch forget it (no float64: MPS has none).
-        other = torch.float32 if parameter.dtype == torch.float16 else torch.float16
-        parameter.data = parameter.data.new_empty(0, dtype=other)
-        parameter.data = change.value
-        for optimizer in optimizers:
-            state = optimizer.state.pop(parameter, None)
-            carried = _carried(state, before, change.carry) if state and change.carry is not None else None
-            if carried is not None:
-                optimizer.state[parameter] = carried
+    before = parameter.shape
+    parameter.grad = None
+    # The node that accumulates the gradient remembers the old shape, and lives on with any graph that is still
+    # around (a loss, DDP's reducer). A change of type makes torch forget it (no float64: MPS has none).
+    other = torch.float32 if parameter.dtype == torch.float16 else torch.float16
+    parameter.data = parameter.data.new_empty(0, dtype=other)
+    parameter.data = value
+    state = optimizer.state.pop(parameter, None) if optimizer is not None else None
+    carried = _carried(state, before, carry) if state and carry is not None else None
+    if optimizer is not None and carried is not None:
+        optimizer.state[parameter] = carried
 
 
 def _carried(
@@ -93,44 +66,19 @@ def _carried(
     return carried
 
 
-def live_optimizers() -> list[torch.optim.Optimizer]:
-    """All torch optimizers of this process, so that whoever made one need not hand it over."""
-    raw = (raw_optimizer(optimizer) for optimizer in _living(torch.optim.Optimizer))
-    return list({id(found): found for found in raw if found is not None and hasattr(found, "state")}.values())
+def before_each_step(optimizer: torch.optim.Optimizer, observer: Observer) -> RemovableHandle:
+    """Call an observer right before each step of an optimizer, until the handle that is returned removes it.
 
-
-class StepObservers:
-    """What is called, by name, with an optimizer right before each of its steps.
-
-    One hook on all optimizers of the process, while there is anything to call: it sees gradients as the optimizer does
-    (reduced over ranks, unscaled, clipped, and not at all where a step is skipped), in Trainer and in any loop. It
-    does not keep this object alive, and goes with it.
+    It sees gradients as the optimizer does: reduced over ranks, unscaled, clipped, and not at all where a step is
+    skipped. The optimizer does not keep the observer alive, and forgets it with its last holder.
     """
+    held = weakref.ref(observer)
 
-    def __init__(self) -> None:
-        self._observers: dict[str, Observer] = {}
-        self._hook: Any = None
+    def hook(stepping: torch.optim.Optimizer, *_: object) -> None:
+        called = held()
+        if called is not None:
+            called(stepping)
 
-    def set(self, name: str, observer: Observer | None) -> None:
-        """Call this one by that name from now on; None: nothing."""
-        self._observers.pop(name, None)
-        if observer is not None:
-            self._observers[name] = observer
-        if self._observers and self._hook is None:
-            own = weakref.ref(self)
-
-            def before_step(optimizer: torch.optim.Optimizer, *_: object) -> None:
-                observers = own()
-                for called in list(observers._observers.values()) if observers is not None else ():
-                    called(optimizer)
-
-            self._hook = register_optimizer_step_pre_hook(before_step)
-            weakref.finalize(self, self._hook.remove)
-        elif not self._observers and self._hook is not None:
-            self._hook.remove()
-            self._hook = None
-
-    def clear(self) -> None:
-        """Call nothing any more."""
-        for name in list(self._observers):
-            self.set(name, None)
+    handle = optimizer.register_step_pre_hook(hook)
+    weakref.finalize(observer, handle.remove)
+    return handle

@@ -26,7 +26,8 @@ class Phase:
     Attributes:
         name: the phase's name, as it appears in logs and in `completed_phases` of the adapter's config.
         first_step: number of optimizer steps that are finished when the phase begins.
-        trains: names of the adapter parts (containers of a tuner layer) that train in it.
+        trains: names of the adapter parts (containers of a tuner layer) that train in it. Learners alone freeze whole
+            parts: in FAR and NAS-LoRA all parts train in every phase, of which a boundary keeps some rows or entries.
         begins_anew: whether it is a training of its own: all values have been rewound, so the optimizer has no state
             and the learning rate goes through its whole schedule again.
     """

@@ -30,6 +30,11 @@ def float_weight(module: nn.Module) -> torch.Tensor | None:
     return weight if weight is not None and is_plain_float(weight) and weight.dim() == 2 else None
 
 
+def for_float64(values: torch.Tensor) -> torch.Tensor:
+    """The values on a device that has float64: where they are, and from MPS on the CPU."""
+    return values.cpu() if values.device.type == "mps" else values
+
+
 def is_computed(module: nn.Module, name: str) -> bool:
     """Whether a weight is made anew from other parameters in each call (weight norm, a parametrization)."""
     older = any(f"{name}_{end}" in module._parameters for end in ("g", "v", "orig"))

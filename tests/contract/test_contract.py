@@ -14,6 +14,7 @@ import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from trained import Trained, trained
+from training import sgd
 from tuners import TUNERS, refuses_to_merge
 from zoo import logits_of
 
@@ -145,7 +146,7 @@ def test_reload_trainable(run, tmp_path: Path):
     starts = again.base_model.set_schedule(total_steps=1, steps_per_epoch=1)
     assert [s.phase for s in starts] == [TUNERS[run.tuner].phases[-1]]
     again.base_model.restart_phases()
-    starts = again.base_model.set_schedule(total_steps=4, steps_per_epoch=2)
+    starts = again.base_model.set_schedule(total_steps=4, steps_per_epoch=2, optimizer=sgd(again))
     assert [s.phase for s in starts] == [TUNERS[run.tuner].phases[0]]
 
 

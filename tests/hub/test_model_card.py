@@ -10,6 +10,7 @@ import torch
 import zoo
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
+from training import sgd
 from transformers import AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
@@ -43,7 +44,7 @@ def saved(method: str, *, steps: int = 1, classes: int = 2, config=None, **setti
     """An adapter with noise in all its weights, in `my-adapter` beside its base model."""
     base = AutoModelForSequenceClassification.from_pretrained(Path("tiny-bert").resolve(), num_labels=classes)
     model = get_peft_model(base, config or CONFIGS[method](**settings))
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=sgd(model))
     torch.manual_seed(0)
     add_noise(model)
     for step in range(1, steps + 1):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import get_peft_model
+from training import sgd
 from transformers import DistilBertConfig, DistilBertForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig
@@ -68,7 +69,7 @@ def test_far_10(granularity, trained):
     config = FARConfig(retention_ratio=0.10, granularity=granularity, selection="random", task_type="SEQ_CLS")
     model = get_peft_model(distilbert(), config)
     assert model.get_nb_trainable_parameters()[0] == ALL == sum(p.numel() for p in distilbert().parameters())
-    model.base_model.set_schedule(total_steps=1000)
+    model.base_model.set_schedule(total_steps=1000, optimizer=sgd(model))
     (start,) = model.base_model.update_and_allocate(10)  # 1 % of 1,000 steps
     assert (start.trained_before, start.trained_after) == (ALL, trained)
     assert model.get_nb_trainable_parameters()[0] == trained == ALL - FROZEN[granularity]
@@ -78,7 +79,7 @@ def test_far_10_small():
     """The small variant of FAR-10 leaves the embeddings out."""
     model = get_peft_model(distilbert(), FARConfig(train_embeddings=False, selection="random"))
     assert model.get_nb_trainable_parameters()[0] == ALL - EMBEDDINGS
-    model.base_model.set_schedule(total_steps=100)
+    model.base_model.set_schedule(total_steps=100, optimizer=sgd(model))
     model.base_model.update_and_allocate(1)
     assert model.get_nb_trainable_parameters()[0] == 41_456_180 - EMBEDDINGS
 
@@ -86,7 +87,7 @@ def test_far_10_small():
 def test_far_10_pretrained():
     """FAR-10 selects by movement on real weights too."""
     model = get_peft_model(DistilBertForSequenceClassification(DistilBertConfig()), FARConfig(priming_steps=1))
-    model.base_model.set_schedule(total_steps=3)
+    model.base_model.set_schedule(total_steps=3, optimizer=sgd(model))
     for layer in model.base_model.model.distilbert.transformer.layer:
         torch.nn.init.normal_(layer.ffn.lin1.far_delta["default"])
     model.base_model.update_and_allocate(1)

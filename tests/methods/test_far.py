@@ -11,6 +11,7 @@ import torch
 import zoo
 from peft import get_peft_model
 from torch import nn
+from training import sgd
 
 from peft_learners import FARConfig, ScheduleError
 
@@ -50,7 +51,7 @@ def test_full_retention(arch, granularity):
     # At the usual eps Adam blows up the rounding of gradients that vanish (ViT's keys) to steps of their own.
     optimizers = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=LR, eps=1e-4, weight_decay=0.0)
                   for m in (full, model)]  # fmt: skip
-    model.base_model.set_schedule(total_steps=6)
+    model.base_model.set_schedule(total_steps=6, optimizer=optimizers[1])
     for step in range(1, 7):
         expected = steps(full, inputs, optimizers[0], 1)
         assert steps(model, inputs, optimizers[1], 1) == pytest.approx(expected, rel=1e-9), step
@@ -77,7 +78,7 @@ def ffn(model: nn.Module, layer: int) -> tuple[Any, Any]:
 
 
 def reconfigure(model: nn.Module) -> None:
-    model.base_model.set_schedule(total_steps=10)
+    model.base_model.set_schedule(total_steps=10, optimizer=sgd(model))
     model.base_model.update_and_allocate(2)
 
 
@@ -173,7 +174,7 @@ def test_frozen_entries(arch, granularity, discard, ratio):
     inputs = zoo.inputs_of(arch, model)
     inputs = {k: torch.cat([v] * 3) for k, v in inputs.items()}  # 63 rows: the path that forms W + D
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=LR)
-    model.base_model.set_schedule(total_steps=10)
+    model.base_model.set_schedule(total_steps=10, optimizer=optimizer)
     primed = merged_values(model)
     for step in (1, 2):
         steps(model, inputs, optimizer, 1)
@@ -228,7 +229,7 @@ def test_loss_still_around():
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     kept_alive = []
     for step in range(1, 6):
         loss = model(**inputs).loss
@@ -248,7 +249,7 @@ def test_optimizer_state_kept():
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     model.base_model.update_and_allocate(0)
     steps(model, inputs, optimizer, 2)
     lin1, lin2 = ffn(model, 0)
@@ -266,7 +267,7 @@ def test_factored_optimizer():
 
     model = far(zoo.build("distilbert"))
     optimizer = Adafactor([p for p in model.parameters() if p.requires_grad])
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     inputs = zoo.inputs_of("distilbert", model)
     for step in range(1, 5):
         steps(model, inputs, optimizer, 1)
@@ -288,7 +289,7 @@ def test_shared_weights():
     assert model.get_nb_trainable_parameters()[0] == total
     inputs = zoo.inputs_of("llama", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     steps(model, inputs, optimizer, 2)
     model.eval()
     with torch.no_grad():
@@ -365,7 +366,7 @@ def test_restart_phases():
     model = far(zoo.build("distilbert"))
     inputs = zoo.inputs_of("distilbert", model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LR)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     for step in range(1, 5):
         steps(model, inputs, optimizer, 1)
         model.base_model.update_and_allocate(step)
@@ -374,7 +375,7 @@ def test_restart_phases():
     assert all(torch.equal(v, before[n]) for n, v in merged_values(model).items())
     assert model.get_nb_trainable_parameters()[0] > trained
     assert not model.peft_config["default"].reconfigured
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     for step in range(1, 5):
         steps(model, inputs, optimizer, 1)
         model.base_model.update_and_allocate(step)

@@ -91,7 +91,7 @@ def test_trains_everything(arch, tmp_path: Path):
                 expected = torch.zeros_like(value) if expected is None else expected
                 torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-6, msg=f"{module_name}.{name}")
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=optimizer)
     for step in range(1, 5):
         model(**inputs).loss.backward()
         optimizer.step()

@@ -270,7 +270,7 @@ def test_architecture_reused(tmp_path: Path):
     with pytest.raises(ValueError, match="Target modules .* not found in the base model"):
         get_peft_model(zoo.build("gpt2"), NASLoRAConfig.from_architecture(model))
     between = nas("bert", rounds=2, criterion="random")
-    between.base_model.set_schedule(total_steps=6)
+    between.base_model.set_schedule(total_steps=6, optimizer=adam(between))
     between.base_model.update_and_allocate(2)
     between.save_pretrained(tmp_path)
     for source in (nas("bert"), between):
@@ -320,7 +320,7 @@ def test_load_onto_other_form(space, tmp_path: Path):
     """Adapters of any form load onto those of another."""
     config = {"parameter_budget": 0.3, **SPACES[space]}
     fresh = nas("bert", **config)
-    fresh.base_model.set_schedule(total_steps=2)
+    fresh.base_model.set_schedule(total_steps=2, optimizer=adam(fresh))
     inputs = zoo.inputs_of("bert", fresh)
     models = {"whole": fresh, "small": search("bert", **config)[0], "other": search("bert", steps=2, **config)[0]}
     for name, model in models.items():
@@ -386,7 +386,7 @@ def test_bad_values():
 def test_missing_optimizer():
     """A search that no optimizer took part in is refused."""
     model = nas("bert")
-    model.base_model.set_schedule(total_steps=4)
+    model.base_model.set_schedule(total_steps=4, optimizer=adam(model))
     with pytest.raises(ScheduleError, match="gathered no scores"):
         model.base_model.update_and_allocate(2)
 

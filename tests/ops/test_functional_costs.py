@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from peft_learners.nas_lora.layer import NASLoRALinear
 from peft_learners.ops import Entries, cut_linear, effective_linear, linear_with_updates, separate_linear
-from peft_learners.phases.optimizer import resize
 
 AB = frozenset({"x", "a0", "b0"})
 
@@ -217,7 +216,7 @@ def pruned_nas_layer(positions: dict[str, list[int]]) -> Any:
     model = training.nas("distilbert", granularity="unstructured")
     layer = next(module for module in model.modules() if isinstance(module, NASLoRALinear))
     every = {part: torch.tensor(positions.get(part, []), dtype=torch.long) for part in ("U", "V", "bias")}
-    resize(layer.take_form("default", every))
+    layer.take_form("default", every)
     return layer
 
 

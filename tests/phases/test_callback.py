@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from pathlib import Path
@@ -10,7 +11,18 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, dense_parameters, learner, trainer
+from training import (
+    KEEP_BEST,
+    Rows,
+    TightTrainer,
+    adapter_values,
+    arguments,
+    dense_parameters,
+    far,
+    learner,
+    nas,
+    trainer,
+)
 from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
 
 from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
@@ -304,6 +316,66 @@ def test_transformers_add_adapter(tmp_path: Path):
     run = trainer(model, arguments(tmp_path))
     run.train()
     assert phase_starts(run) == [("priming", 0, PRIMED), ("learning", 2, UNPRIMED)]
+
+
+# -- what checkpoints keep ------------------------------------------------------------------------------------------
+
+
+def kept_in(checkpoint: Path) -> dict:
+    return json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["PhaseCallback"]
+
+
+def test_checkpoints_keep_the_boundaries_beside_the_log(tmp_path: Path):
+    run = trainer(learner(scaling=0.5), arguments(tmp_path, save_strategy="steps", save_steps=3))
+    run.train()
+    expected = {
+        "first_steps": {"default": {"priming": 0, "learning": 2}},
+        "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 1.0}},
+    }
+    for name in ("checkpoint-3", "checkpoint-6"):
+        assert kept_in(tmp_path / name) == {"args": {}, "attributes": expected}
+    assert all(set(log) & {"loss", "phase_first_step", "train_runtime"} for log in run.state.log_history)
+
+
+@pytest.mark.parametrize("make,callbacks,restored", [(learner, 1, False), (learner, 2, False), (nas, 2, True)])
+def test_a_resumed_run_keeps_its_boundary(tmp_path: Path, make, callbacks, restored):
+    """With half the batch the boundary would be step 4, or NAS-LoRA's 6. With `restored`, Trainer makes the callbacks
+    anew; with two of them, it keeps a list."""
+
+    def run(**settings) -> Trainer:
+        own = [PhaseCallback() for _ in range(callbacks)]
+        settings = {"restore_callback_states_from_checkpoint": restored, "save_steps": 1, **settings}
+        return trainer(make(), arguments(tmp_path, save_strategy="steps", **settings), callbacks=own)
+
+    whole = run()
+    whole.train()
+    boundary = phase_starts(whole)[1][1]
+    again = run(per_device_train_batch_size=6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [start[1] for start in phase_starts(again)] == [0, boundary] and again.state.global_step == 12
+    kept = kept_in(tmp_path / "checkpoint-12")["attributes"]["first_steps"]["default"]
+    assert sorted(kept.values()) == [0, boundary]
+
+
+@pytest.mark.parametrize("restored", [False, True], ids=["by-default", "restored"])
+def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path: Path, restored):
+    settings = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": restored}
+    whole, again = far(), far()
+    trainer(whole, arguments(tmp_path, **settings)).train()
+    trainer(again, arguments(tmp_path, **settings)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    ours = adapter_values(again)
+    assert all(torch.equal(ours[name], value) for name, value in adapter_values(whole).items())
+
+
+def test_a_checkpoint_that_was_written_without_the_callback_can_be_resumed_with_it(tmp_path: Path):
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    trainer(learner(), arguments(tmp_path, **settings), callbacks=[]).train()
+    run = trainer(learner(), arguments(tmp_path, **settings))
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [start[1] for start in phase_starts(run)] == [1, 2]
+    assert kept_in(tmp_path / "checkpoint-6")["attributes"]["first_steps"] == {
+        "default": {"priming": 0, "learning": 2}
+    }
 
 
 # -- told before training starts --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from training import adapter_values, arguments, bottleneck, far, learner, nas, t
 from transformers import TrainerCallback
 
 from peft_learners import PhaseCallback
-from peft_learners.phases.ddp import ddp_wrappers
+from peft_learners.phases.ddp import search_ddp_wrappers
 
 #: With it DDP sends buffers.
 BROADCAST = getattr(dist, "_broadcast_coalesced", None)
@@ -67,7 +67,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         dist._broadcast_coalesced = self.broadcast
-        for ddp in ddp_wrappers(model):
+        for ddp in search_ddp_wrappers(model):
             ddp.register_comm_hook(None, self.hook)
 
     def on_train_end(self, args, state, control, **kwargs):

@@ -27,7 +27,7 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.utils import http_backoff
 from peft import AutoPeftModelForSequenceClassification, PeftModel, get_peft_model
 from test_model_card import results
-from training import arguments, trainer
+from training import arguments, sgd, trainer
 from transformers import AutoModelForSequenceClassification
 from zoo import logits_of
 
@@ -50,7 +50,7 @@ def trained(config, name: str = BASE) -> PeftModel:
     """An adapter that has gone through its phases, with noise in its weights."""
     torch.manual_seed(1)
     model = get_peft_model(base(name), config)
-    starts = model.base_model.set_schedule(total_steps=2, steps_per_epoch=1)
+    starts = model.base_model.set_schedule(total_steps=2, steps_per_epoch=1, optimizer=sgd(model))
     for step in (0, 1, 2):
         starts += model.base_model.update_and_allocate(step)
         for parameter in model.parameters():

@@ -13,12 +13,11 @@ import zoo
 from bench_methods import GROUPS, METHODS
 from peft import AdaLoraModel
 from peft.tuners.lora import LoraLayer
-from torch.optim import optimizer as torch_optimizer
 
 from peft_learners.far import FARModel
 from peft_learners.learner import LearnerModel
 from peft_learners.nas_lora import NASLoRAModel
-from peft_learners.nas_lora.importance import Gatherer
+from peft_learners.nas_lora.budget import Gatherer
 
 # The zoo's BERT: 2 layers, d = 16, h = 32. NAS-LoRA's low-rank updates of rank 16 are on query, key, the attention's
 # output and both layers of the FFN; biases on these, the value, the pooler and the norms (2 per layer, and the
@@ -241,11 +240,11 @@ def test_other_heads_train_whole_in_all_methods(name):
 
 
 def hooks_in_rounds(work, variants: dict[str, bench_common.Variant]) -> dict[str, list[int]]:
-    """How many hooks on all optimizers of the process there are in each step of each variant."""
+    """How many hooks of ours its optimizer has in each step of each variant."""
     seen: dict[str, list[int]] = {name: [] for name in variants}
     for name, variant in variants.items():
         variant.optimizer.register_step_pre_hook(
-            lambda *_, name=name: seen[name].append(len(torch_optimizer._global_optimizer_pre_hooks))
+            lambda optimizer, *_, name=name: seen[name].append(len(optimizer._optimizer_step_pre_hooks) - 1)
         )
     bench_common.take_rounds(variants, work.rows, ROUNDS)
     return seen

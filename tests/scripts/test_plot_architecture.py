@@ -11,7 +11,7 @@ import torch
 import zoo
 from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
-from training import adapted, arguments, trainer
+from training import adapted, arguments, sgd, trainer
 
 from peft_learners import Architecture, FARConfig, NASLoRAConfig
 
@@ -36,7 +36,7 @@ def saved(folder: Path, arch: str = "bert", *, past_search: bool = True, **setti
     """An adapter that keeps a random half of its search space, saved to `folder`."""
     settings = {"r": 4, "search_steps": 1, "criterion": "random", "task_type": zoo.ZOO[arch].task_type, **settings}
     model = get_peft_model(zoo.build(arch), NASLoRAConfig(**settings))
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=sgd(model))
     if past_search:
         model.base_model.update_and_allocate(1)
     with warnings.catch_warnings():

@@ -9,6 +9,7 @@ import torch
 import zoo
 from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
+from training import sgd
 
 from peft_learners import FARConfig
 
@@ -25,7 +26,7 @@ def saved(
     """An adapter with a quarter of the nodes kept after noise on all weights, saved to `folder`."""
     settings = {"priming_steps": 1, "retention_ratio": 0.25, "task_type": zoo.ZOO[arch].task_type, **settings}
     model = get_peft_model(zoo.build(arch), FARConfig(**settings))
-    model.base_model.set_schedule(total_steps=5)
+    model.base_model.set_schedule(total_steps=5, optimizer=sgd(model))
     torch.manual_seed(seed)
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -134,6 +134,11 @@ def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return [p for name, p in model.named_parameters() if ".learner_dense_delta." in name]
 
 
+def sgd(model: torch.nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:
+    """An optimizer over what trains: also one to hand over where a boundary is crossed and no step is made."""
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
+
+
 def take_steps(model: PeftModel, batch: dict[str, torch.Tensor], steps: int) -> tuple[list[float], list[str]]:
     """Losses and phases of a training by hand, whose first epoch ends halfway; all that trains has a gradient."""
     model.train()
