@@ -19,7 +19,8 @@ from torch.optim import optimizer as torch_optimizer
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from training import bottleneck, far, learner, nas, sgd
 
-from peft_learners import PhaseDriver, ScheduleError
+from peft_learners import NASLoRAConfig, PhaseDriver, ScheduleError
+from peft_learners.nas_lora import NASLoRAModel
 
 
 def hooks(optimizer: torch.optim.Optimizer) -> int:
@@ -102,7 +103,10 @@ def test_the_right_optimizer_and_one_without_a_boundary_ahead_are_not(make):
 # -- its steps --------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_optimizer_that_was_handed_over_is_watched_and_only_in_the_search():
+def test_only_the_optimizer_that_was_handed_over_is_watched_and_only_in_the_search(monkeypatch):
+    observers = []  # held, so that they do not go by themselves
+    made = NASLoRAModel.observer
+    monkeypatch.setattr(NASLoRAModel, "observer", lambda *args: observers.append(made(*args)) or observers[-1])
     model, stranger = nas(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
     optimizer = sgd(model)
     model.base_model.set_schedule(total_steps=4, optimizer=optimizer)
@@ -110,7 +114,7 @@ def test_only_the_optimizer_that_was_handed_over_is_watched_and_only_in_the_sear
     for number in (1, 2):
         step(model, optimizer)
         model.base_model.update_and_allocate(number)
-    assert hooks(optimizer) == 0
+    assert hooks(optimizer) == 0 and len(observers) == 2
     model.base_model.restart_phases()
     model.base_model.set_schedule(total_steps=4, optimizer=optimizer)
     assert hooks(optimizer) == 1
@@ -128,6 +132,11 @@ def test_a_second_start_leaves_no_hook_on_the_first_optimizer():
     assert scores(model) == []
     step(model, second)
     assert scores(model)
+    model.add_adapter("other", NASLoRAConfig(r=2))
+    model.set_adapter("other")
+    third = sgd(model)
+    model.base_model.set_schedule(total_steps=4, optimizer=third)
+    assert (hooks(second), hooks(third)) == (0, 1)
 
 
 def test_an_optimizer_keeps_no_model_alive_and_is_copied_without_what_watches_it():
