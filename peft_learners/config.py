@@ -14,7 +14,7 @@ from typing import Any, ClassVar, Optional, TypeVar, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .phases.schedule import Schedule
+from .phases.schedule import Schedule, lay_out
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 C = TypeVar("C", bound=type)
@@ -210,11 +210,11 @@ class PhasedConfig(PeftConfig):
 
         complete_saved(self, save_directory)
 
-    # -- what a tuner's config answers about its phases ------------------------------------------------------------
+    # -- what a config answers about its phases: one, unless the method has more ------------------------------------
 
     def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
         """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
-        raise NotImplementedError
+        return self.outline()
 
     def whole_schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
         """The schedule of a run that is resumed without a record of its boundaries: phases that are over count too."""
@@ -222,7 +222,7 @@ class PhasedConfig(PeftConfig):
 
     def outline(self) -> Schedule:
         """All phases in order, on steps of no meaning: for schedules whose steps are recorded or no longer matter."""
-        raise NotImplementedError
+        return lay_out([("training", None)], None)
 
     def fixed_in_training(self) -> dict[str, Any]:
         """Fields that decide what the stored values mean: a resumed run may not change them."""
@@ -231,4 +231,4 @@ class PhasedConfig(PeftConfig):
     @property
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""
-        raise NotImplementedError
+        return True

@@ -7,9 +7,7 @@ from typing import Any, ClassVar, Literal, Optional
 from transformers.activations import ACT2FN
 
 from ..config import FLAG, Check, PhasedConfig, is_number, is_positive_int, names_unknown_fields, one_of, option
-from ..phases.schedule import Schedule, lay_out
 
-TRAINING = "training"
 #: Containers of the layers by what they hold. Those of biases and norms hold what Trainer exempts from weight decay.
 ADAPTER_PARTS = ("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias")
 NORM_PARTS = ("bottleneck_layernorm_delta", "bottleneck_bias_delta")
@@ -91,17 +89,6 @@ class BottleneckConfig(PhasedConfig):
 
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}
-
-    @property
-    def phases_complete(self) -> bool:
-        return True
-
-    def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        """One phase, in which everything trains."""
-        return self.outline()
-
-    def outline(self) -> Schedule:
-        return lay_out([(TRAINING, None, frozenset((*ADAPTER_PARTS, *NORM_PARTS)))], None)
 
 
 _ACTIVATION = "the name of an activation without parameters in transformers.activations.ACT2FN"

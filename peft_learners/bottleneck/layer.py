@@ -81,10 +81,10 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_scaling[adapter] = float(config.scaling)
         self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
         self.bottleneck_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        self._add("bottleneck_down", adapter, config, width, features, kaiming=True)
-        self._add("bottleneck_down_bias", adapter, config, width)
-        self._add("bottleneck_up", adapter, config, self.out_features, width)
-        self._add("bottleneck_up_bias", adapter, config, self.out_features)
+        self.add_parameter("bottleneck_down", adapter, config, width, features, kaiming=True)
+        self.add_parameter("bottleneck_down_bias", adapter, config, width)
+        self.add_parameter("bottleneck_up", adapter, config, self.out_features, width)
+        self.add_parameter("bottleneck_up_bias", adapter, config, self.out_features)
 
     def is_parallel(self, adapter: str) -> bool:
         """Whether the adapter is here, and gets the feed-forward network's input."""
@@ -160,9 +160,9 @@ class BottleneckNorm(BottleneckLayer, DeltaModule):
 
     def update_layer(self, adapter: str, config: BottleneckConfig) -> None:
         """Create the parameters of a new adapter."""
-        self._add("bottleneck_layernorm_delta", adapter, config, self.out_features)
+        self.add_parameter("bottleneck_layernorm_delta", adapter, config, self.out_features)
         if getattr(self.get_base_layer(), "bias", None) is not None:
-            self._add("bottleneck_bias_delta", adapter, config, self.out_features)
+            self.add_parameter("bottleneck_bias_delta", adapter, config, self.out_features)
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         containers = {"weight": self.bottleneck_layernorm_delta, "bias": self.bottleneck_bias_delta}

@@ -171,8 +171,7 @@ class FARConfig(PhasedConfig):
 
     @staticmethod
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
-        parts = frozenset(PARTS)
-        return lay_out([(PRIMING, priming, parts), (RECONFIGURED, None, parts)], total_steps, advice)
+        return lay_out([(PRIMING, priming), (RECONFIGURED, None)], total_steps, advice)
 
     def _unknown(self, name: str, what: str) -> ScheduleError:
         return ScheduleError(

@@ -120,11 +120,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
 
+    def parts_of(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
+        """`(name of the container, parameter)` of what the adapter has here."""
+        for part in self.adapter_layer_names:
+            if adapter in getattr(self, part):
+                yield part, getattr(self, part)[adapter]
+
     def is_pruned_away(self, adapter: str, part: str) -> bool:
         """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
         return False
 
-    def _add(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
+    def add_parameter(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
         """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
         value = torch.empty(*shape)
         if kaiming:

@@ -18,11 +18,7 @@ from ..config import (
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
-#: Containers of a Learner layer by what they hold; they are the parts that phases speak of. Their names end in nothing
-#: a model calls a module (PEFT matches modules_to_save by endings), and those of biases and norms hold what Trainer
-#: exempts from weight decay.
-LOW_RANK_PARTS = ("learner_P1", "learner_P2")
-SMALL_PARTS = ("learner_bias_delta", "learner_layernorm_delta")
+#: The container of the primed dense deltas.
 DENSE_PART = "learner_dense_delta"
 
 
@@ -148,5 +144,5 @@ class LearnerConfig(PhasedConfig):
 
     @staticmethod
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
-        small = frozenset((*LOW_RANK_PARTS, *SMALL_PARTS))
-        return lay_out([(PRIMING, priming, small | {DENSE_PART}), (LEARNING, None, small)], total_steps, advice)
+        lengths = [(PRIMING, priming), (LEARNING, None)]
+        return lay_out(lengths, total_steps, advice, freezes={LEARNING: frozenset({DENSE_PART})})

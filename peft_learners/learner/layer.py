@@ -33,7 +33,9 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
     Source: arXiv 2208.02070, equation 2 (collapse) and section 4 (priming).
     """
 
-    adapter_layer_names = ("learner_P1", "learner_P2", "learner_bias_delta", "learner_dense_delta")
+    # A container's name ends in nothing a model calls a module (PEFT matches modules_to_save by endings), and those of
+    # biases and norms hold what Trainer exempts from weight decay.
+    adapter_layer_names = ("learner_P1", "learner_P2", "learner_bias_delta", DENSE_PART)
     other_param_names = ("learner_r", "learner_scaling", "learner_lr_scale", "learner_dropout")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -59,12 +61,12 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_lr_scale[adapter] = float(config.priming_lr_scale)
         dropout = nn.Dropout(config.learner_dropout) if config.learner_dropout > 0 else nn.Identity()
         self.learner_dropout[adapter] = dropout
-        self._add("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
-        self._add("learner_P2", adapter, config, self.out_features, rank)
+        self.add_parameter("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
+        self.add_parameter("learner_P2", adapter, config, self.out_features, rank)
         if config.train_biases and getattr(self.get_base_layer(), "bias", None) is not None:
-            self._add("learner_bias_delta", adapter, config, self.out_features)
+            self.add_parameter("learner_bias_delta", adapter, config, self.out_features)
         if primed:
-            self._add("learner_dense_delta", adapter, config, self.out_features, self.in_features)
+            self.add_parameter("learner_dense_delta", adapter, config, self.out_features, self.in_features)
         if PRIMING in config.completed_phases:
             self.frozen_peft_weight_names[adapter] = (DENSE_PART,)
 
@@ -98,9 +100,9 @@ class LearnerNorm(LearnerLayer, DeltaModule):
 
     def update_layer(self, adapter: str, config: LearnerConfig) -> None:
         """Create the parameters of a new adapter."""
-        self._add("learner_layernorm_delta", adapter, config, self.out_features)
+        self.add_parameter("learner_layernorm_delta", adapter, config, self.out_features)
         if getattr(self.get_base_layer(), "bias", None) is not None:
-            self._add("learner_bias_delta", adapter, config, self.out_features)
+            self.add_parameter("learner_bias_delta", adapter, config, self.out_features)
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         bias = self.bias_delta(adapter)

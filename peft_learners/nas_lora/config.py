@@ -273,9 +273,8 @@ class NASLoRAConfig(PhasedConfig):
         return self._phases(1)
 
     def _phases(self, steps: int, over: int = 0, total_steps: int | None = None) -> Schedule:
-        parts = frozenset(CONTAINERS.values())
-        searches = [(search_phase(i, self.rounds), steps, parts) for i in range(over, self.rounds)]
-        return lay_out([*searches, (RETRAINING, None, parts)], total_steps, begin_anew=True)
+        searches = [(search_phase(i, self.rounds), steps) for i in range(over, self.rounds)]
+        return lay_out([*searches, (RETRAINING, None)], total_steps, begin_anew=True)
 
     def _unknown(self, name: str, what: str) -> ScheduleError:
         return ScheduleError(

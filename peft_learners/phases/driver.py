@@ -316,9 +316,11 @@ class PhaseDriver:
         """Freeze what `phase` does not train of an adapter (None: nothing). Returns what stopped training by it."""
         stopped: list[nn.Parameter] = []
         for layer in tuner_layers(self.root):
-            trains = layer.adapter_layer_names if phase is None else phase.trains
-            empty = {part for part in layer.adapter_layer_names if phase and layer.is_pruned_away(adapter, part)}
-            frozen = tuple(part for part in layer.adapter_layer_names if part not in trains or part in empty)
+            frozen = tuple(
+                part
+                for part in layer.adapter_layer_names
+                if phase is not None and (part in phase.freezes or layer.is_pruned_away(adapter, part))
+            )
             stopped += layer.set_frozen_parts(adapter, frozen)
         return stopped
 
@@ -358,8 +360,7 @@ class PhaseDriver:
         if optimizer is None:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        containers = [getattr(layer, part, {}) for layer in tuner_layers(self.root) for part in phase.trains]
-        own = [values[name] for values in containers if name in values]
+        own = [p for layer in tuner_layers(self.root) for part, p in layer.parts_of(name) if part not in phase.freezes]
         own = [parameter for parameter in own if parameter.requires_grad and parameter.numel()]
         lost = sum(id(parameter) not in held for parameter in own)
         if lost:

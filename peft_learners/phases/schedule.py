@@ -21,20 +21,19 @@ class ScheduleError(ValueError):
 
 @dataclass(frozen=True)
 class Phase:
-    """One stretch of training with a fixed set of trained parts.
+    """One stretch of training.
 
     Attributes:
         name: the phase's name, as it appears in logs and in `completed_phases` of the adapter's config.
         first_step: number of optimizer steps that are finished when the phase begins.
-        trains: names of the adapter parts (containers of a tuner layer) that train in it. Learners alone freeze whole
-            parts: in FAR and NAS-LoRA all parts train in every phase, of which a boundary keeps some rows or entries.
+        freezes: names of the adapter's parts (containers of a tuner layer) that don't train in it.
         begins_anew: whether it is a training of its own: all values have been rewound, so the optimizer has no state
             and the learning rate goes through its whole schedule again.
     """
 
     name: str
     first_step: int
-    trains: frozenset[str]
+    freezes: frozenset[str] = frozenset()
     begins_anew: bool = False
 
 
@@ -124,28 +123,30 @@ def ratio_to_steps(ratio: float, total_steps: int) -> int:
 
 
 def lay_out(
-    lengths: Sequence[tuple[str, int | None, frozenset[str]]],
+    lengths: Sequence[tuple[str, int | None]],
     total_steps: int | None,
     advice: str = "",
     begin_anew: bool = False,
+    freezes: Mapping[str, frozenset[str]] | None = None,
 ) -> Schedule:
     """Put phases of given lengths one behind the other.
 
     Args:
-        lengths: `(name, number of optimizer steps, trained parts)`; a length of 0 leaves the phase out, and only the
-            last may be None (whatever is left).
+        lengths: `(name, number of optimizer steps)`; a length of 0 leaves the phase out, and only the last may be
+            None (whatever is left).
         total_steps: optimizer steps of the whole training; None if unknown (then nothing can be checked).
         advice: what the user can do when the steps don't suffice; ends the error's sentence.
         begin_anew: whether each phase is a training of its own.
+        freezes: parts that don't train, by the phase's name.
 
     Raises:
         ScheduleError: the phases before the last need more steps than training has.
     """
     phases, step = [], 0
-    for name, length, trains in lengths:
+    for name, length in lengths:
         if length == 0:
             continue
-        phases.append(Phase(name, step, trains, begin_anew))
+        phases.append(Phase(name, step, (freezes or {}).get(name, frozenset()), begin_anew))
         step += length or 0
     if total_steps is not None and step > total_steps:
         raise ScheduleError(

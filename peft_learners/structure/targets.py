@@ -38,6 +38,10 @@ class TargetChoice(BaseTuner):
 
     def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
         """All modules to adapt, with what goes with the chosen ones (norms, biases); may complete the config."""
+        if not names_modules(config.target_modules):
+            if not chosen:
+                raise NoMatchingPeftModuleError(f"{type(config).__name__} leaves no module of the model to adapt.")
+            self._write_targets(config, chosen)
         return chosen
 
     def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
