@@ -106,8 +106,8 @@ class PhasedModel(TargetChoice):
     def restart_phases(self) -> None:
         """Let the active adapters go through all their phases again in the next training.
 
-        Parameters that a boundary made smaller grow again, and so does their state in the optimizer that the last
-        training handed over. Make any other optimizer anew.
+        Parameters that a boundary made smaller grow again. The optimizer that the last training handed over drops its
+        state for them; make any other one anew.
         """
         PhaseDriver.of(self).restart()
 

@@ -142,7 +142,7 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, tra
         positions[id(layer)][part] = layer.kept_positions(adapter)[part][own]
     salt = f"/round {round_}" if config.rewind == "fresh" else ""
     for layer in layers.values():
-        layer.take_form(adapter, positions[id(layer)], training.optimizer, salt)
+        layer.set_kept(adapter, positions[id(layer)], training.optimizer, salt)
     _rewind_head(root, adapter, config, salt)
     logger.info(
         "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",

@@ -146,7 +146,7 @@ class NASLoRALayer(DeltaLayer):
                 self.values(part)[adapter] = nn.Parameter(space.initial(part))
             self.nas_lora_active[adapter] = True
         else:
-            self.take_form(adapter, self._given_positions(space, config))
+            self.set_kept(adapter, self._given_positions(space, config))
         if not config.init_weights:
             for part in space.shapes:
                 if adapter in self.values(part):
@@ -203,7 +203,7 @@ class NASLoRALayer(DeltaLayer):
 
     # -- the form of an adapter: in full, or what is kept ------------------------------------------------------------
 
-    def take_form(
+    def set_kept(
         self,
         adapter: str,
         positions: Mapping[str, Tensor] | None,

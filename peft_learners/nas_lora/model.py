@@ -281,13 +281,13 @@ class NASLoRAModel(PhasedModel):
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, optimizer: Optimizer | None) -> None:
         """The whole search space, at its initial values."""
-        cls._take_forms(root, adapter, None, optimizer)
+        cls._set_kept(root, adapter, None, optimizer)
         rewind_saved_modules(root, adapter)
         cls._record(root, adapter, config, 0)
         config.kept_positions = {}
 
     @classmethod
-    def _take_forms(
+    def _set_kept(
         cls,
         root: nn.Module,
         adapter: str,
@@ -296,7 +296,7 @@ class NASLoRAModel(PhasedModel):
     ) -> None:
         for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
-            layer.take_form(adapter, None if positions is None else positions[name], optimizer)
+            layer.set_kept(adapter, None if positions is None else positions[name], optimizer)
 
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
@@ -361,10 +361,10 @@ class NASLoRAModel(PhasedModel):
         config: Any = getattr(root, "peft_config", {})[adapter]
         layers = layers_of(root, adapter)
         if not is_pruned_file(state_dict):
-            cls._take_forms(root, adapter, None, optimizer)
+            cls._set_kept(root, adapter, None, optimizer)
             cls._record(root, adapter, config, 0)
             return
-        cls._take_forms(root, adapter, positions_for(layers, adapter, positions_in(state_dict)), optimizer)
+        cls._set_kept(root, adapter, positions_for(layers, adapter, positions_in(state_dict)), optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)
         kept = kept_of(layers, adapter)

@@ -216,7 +216,7 @@ def pruned_nas_layer(positions: dict[str, list[int]]) -> Any:
     model = training.nas("distilbert", granularity="unstructured")
     layer = next(module for module in model.modules() if isinstance(module, NASLoRALinear))
     every = {part: torch.tensor(positions.get(part, []), dtype=torch.long) for part in ("U", "V", "bias")}
-    layer.take_form("default", every)
+    layer.set_kept("default", every)
     return layer
 
 
