@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Optional, Union
+from typing import Any, ClassVar, Optional, Union
 
 from ..config import PhasedConfig, is_number, is_positive_int, names_unknown_fields, require
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
@@ -33,6 +35,13 @@ class LearnerConfig(PhasedConfig):
         ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
         TypeError: an unknown field.
     """
+
+    display_name: ClassVar[str] = "Learner"
+    about: ClassVar[str] = (
+        "Learners put a low-rank module on every linear layer, and in a first phase, *priming*, train the attention's "
+        "own weights too. Then those freeze, and the low-rank modules, biases, norms and the head go on training "
+        "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
+    )
 
     r: int = field(default=64, metadata={"help": "Rank of the Learner modules (the paper's hidden size l)."})
     priming_epochs: float = field(
@@ -140,3 +149,9 @@ class LearnerConfig(PhasedConfig):
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
         small = frozenset((*LOW_RANK_PARTS, *SMALL_PARTS))
         return lay_out([(PRIMING, priming, small | {DENSE_PART}), (LEARNING, None, small)], total_steps, advice)
+
+    def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
+        count = sum(math.prod(shape) for shape in shapes.values())
+        dense = sum(math.prod(shape) for key, shape in shapes.items() if f".{DENSE_PART}" in key)
+        phases = [phase.name for phase in self.outline().phases]
+        return {phase: count if phase == PRIMING else count - dense for phase in phases}

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ..config import PhasedConfig
-from ..hub.card import before_push
+from ..hub.readme import warn_of_local_base
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
 from .schedule import ScheduleError
@@ -140,7 +140,7 @@ class PhaseCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            before_push(model, args.output_dir, args.hub_model_id)
+            warn_of_local_base(getattr(model, "peft_config", {}))
 
     @staticmethod
     def _check_same(configs: dict[str, PhasedConfig], record: dict[str, Any]) -> None:
