@@ -37,12 +37,7 @@ AUTO_CLASSES = {
 _BASE_TAG = "base_model:adapter:"
 _MARK = "<!-- Written by peft-learners "
 #: Beginnings of lines that PEFT and transformers add to a template.
-_ADDED = (
-    _MARK,
-    "### Framework versions",
-    "- PEFT ",
-    "This is the model card of a 🤗 transformers model that has been",
-)
+_ADDED = (_MARK, "### Framework versions", "- PEFT ", "This is the model card of a 🤗 transformers model that")
 
 
 def write_readme(config: Any, folder: Path, model: Any = None, auto_mapping: Optional[dict[str, str]] = None) -> None:
@@ -114,7 +109,7 @@ def is_untouched(text: str) -> bool:
     """Whether a card's text is ours, or huggingface_hub's template with nothing filled in, and nobody changed it."""
     lines = _lines(text)
     written = re.search(rf"^{re.escape(_MARK)}\((\w+)\)", text, re.M)
-    return written[1] == _digest(text) if written else lines in ([], _template())
+    return written[1] == _digest(text) if written else not lines or lines == _template()
 
 
 def _lines(text: str) -> list[str]:

@@ -81,7 +81,11 @@ def test_copies_save_themselves(make, tmp_path: Path):
     for name, twin in copies.items():
         twin.peft_config["default"].base_model_name_or_path = f"somebody/{name}"
         twin.save_pretrained(tmp_path / name)
-        assert card_in(tmp_path / name).data.base_model == f"somebody/{name}"
+        card = card_in(tmp_path / name)
+        assert (
+            card.data.base_model == f"somebody/{name}"
+            and f'from_pretrained("somebody/{name}", num_labels=2' in card.text
+        )
         again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / name)
         assert torch.equal(logits_of(again, zoo.inputs_of("distilbert", again)), before)
 
@@ -195,6 +199,10 @@ def test_no_readme_without_adapter(tmp_path: Path):
     learner(init_weights=False).save_pretrained(tmp_path / "rank 1", is_main_process=False)
     LearnerConfig().save_pretrained(tmp_path / "config")
     assert not list(tmp_path.glob("*/README.md")) and not list((tmp_path / "rank 1").iterdir())
+    learner(init_weights=False).save_pretrained(tmp_path)
+    before = (tmp_path / "README.md").read_bytes()
+    NASLoRAConfig().save_pretrained(tmp_path / "config")
+    assert (tmp_path / "README.md").read_bytes() == before and not (tmp_path / "config" / "README.md").exists()
 
 
 def test_readme_beside_pickled_weights(tmp_path: Path):
