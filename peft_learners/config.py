@@ -7,8 +7,9 @@ import difflib
 import functools
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, ClassVar, Optional, TypeVar, Union
 
 from peft.config import PeftConfig
@@ -114,6 +115,10 @@ class PhasedConfig(PeftConfig):
 
     #: Name under which the method is registered with PEFT, in lower case: parameters' names begin with it.
     method: ClassVar[str]
+    #: What people call the method; "": as its class.
+    display_name: ClassVar[str] = ""
+    #: What the method does, with its sources: some sentences of a model card, in Markdown.
+    about: ClassVar[str] = ""
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
@@ -202,13 +207,15 @@ class PhasedConfig(PeftConfig):
         self._written[name] = (given, copy.deepcopy(value))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written", "_saved_by")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        from .hub.card import complete_saved
+        from .hub.readme import write_readme  # `hub` itself exports what is built on configs
 
-        complete_saved(self, save_directory)
+        owner = self.__dict__.get("_owner")
+        model = owner[0]() if owner is not None else None
+        write_readme(self, Path(save_directory), model, kwargs.get("auto_mapping_dict"))
 
     # -- what a config answers about its phases: one, unless the method has more ------------------------------------
 
@@ -232,3 +239,19 @@ class PhasedConfig(PeftConfig):
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""
         return True
+
+    # -- what a model card says of an adapter ------------------------------------------------------------------------
+
+    def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
+        """Number of parameters that each of the adapter's phases trains; None where its file does not tell.
+
+        Args:
+            shapes: of the values in its file, by name.
+        """
+        phases = [phase.name for phase in self.outline().phases]
+        count = sum(math.prod(shape) for shape in shapes.values())
+        return dict.fromkeys(phases, count if len(phases) == 1 else None)
+
+    def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        """Further sections of the adapter's card: Markdown by heading."""
+        return {}

@@ -13,7 +13,6 @@ from torch import nn
 
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
-from .hub.card import attach
 from .layers.base import BASE_ADAPTER, DeltaLayer, check_adapter_name, check_mergeable
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
@@ -375,7 +374,6 @@ class PhasedModel(TargetChoice):
             if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
                 values.setdefault(key, value)
         driver = PhaseDriver.find(model)
-        attach(model, config)
         cls._warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
             dtype = getattr(torch, config.save_dtype)

@@ -41,6 +41,14 @@ class BottleneckConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "bottleneck"
+    display_name: ClassVar[str] = "bottleneck"
+    about: ClassVar[str] = (
+        "Bottleneck adapters are small networks of two linear layers with an activation between them: *sequential* "
+        "ones follow each attention and each feed-forward network "
+        "([Houlsby et al., 2019](https://arxiv.org/abs/1902.00751)), *parallel* ones lie beside the feed-forward "
+        "networks ([He et al., 2022](https://arxiv.org/abs/2110.04366)). They, the norms of the blocks and the head "
+        "are trained. They are not linear, so that they can't be merged into the model."
+    )
     unmergeable: ClassVar[str] = (
         "A bottleneck adapter is not linear, so that no weight of the base model can hold it. Keep it beside the "
         "model; model.unload() takes it off, and `with model.disable_adapter():` calls the base model without it."

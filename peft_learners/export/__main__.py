@@ -20,7 +20,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
 from ..config import PhasedConfig
-from ..hub.card import auto_class, num_labels_in
+from ..hub.readme import auto_class, num_labels_in
 from .lora import LoraExport, save_as_lora
 
 Shapes = dict[str, tuple[int, ...]]
@@ -53,7 +53,7 @@ def load(adapter: str, base_model: Optional[str] = None, num_labels: Optional[in
     except SafetensorError as error:
         raise ValueError(f"The file of weights in {adapter} is damaged ({error}).") from error
     whole = {key.removeprefix("base_model.model."): shape for key, shape in shapes.items()}
-    base = _load_base(name, config, num_labels or num_labels_in(config, shapes), whole)
+    base = _load_base(name, config, num_labels or num_labels_in(config, auto_class(config), shapes), whole)
     if num_labels is None and (fitting := _fitting_num_labels(base, whole)) is not None:
         base = _load_base(name, config, fitting, whole)
     return PeftModel.from_pretrained(base, adapter)

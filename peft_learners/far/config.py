@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Optional
 
@@ -48,6 +50,13 @@ class FARConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "far"
+    display_name: ClassVar[str] = "FAR"
+    about: ClassVar[str] = (
+        "FAR, *Freeze And Reconfigure*, trains all weights for a short *priming*, and ranks the nodes of each "
+        "feed-forward network by how far it moved them. Then only the nodes that moved most go on training, beside "
+        "attention, embeddings, norms, biases and the head "
+        "([Vucetic et al., 2022](https://arxiv.org/abs/2205.01541))."
+    )
 
     retention_ratio: float = option(
         0.10,
@@ -178,3 +187,13 @@ class FARConfig(PhasedConfig):
             f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
             "Give priming in steps: FARConfig(priming_steps=...)."
         )
+
+    def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
+        def count(*parts: str) -> int:
+            return sum(math.prod(shape) for key, shape in shapes.items() if any(f".{part}" in key for part in parts))
+
+        rest = count("far_rest", "far_bias_rest")  # what the nodes that are not kept learned in priming
+        trained = sum(map(math.prod, shapes.values())) - rest - count("far_kept")
+        if not self.reconfigured:
+            return {PRIMING: trained, RECONFIGURED: None}
+        return {PRIMING: None if self.discard_unkept else trained + rest, RECONFIGURED: trained}

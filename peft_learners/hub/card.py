@@ -1,406 +1,287 @@
-"""Model cards: what the cards of PEFT, transformers and Trainer lack, or have wrong, for an adapter of this package.
-
-`PeftModel.push_to_hub` replaces PEFT's card by one of transformers', and Trainer's own card loses its tags to PEFT. So
-a PeftModel that saves an adapter of ours gets methods of its own for the two calls that end in a card (`attach`). No
-class is touched, and a merged or unloaded model knows nothing of it.
-"""
+"""The whole model card of a saved adapter: what it is, how it was trained, what came out, how it is loaded."""
 
 from __future__ import annotations
 
-import os
-import re
-import warnings
-import weakref
-from collections.abc import Mapping
-from functools import lru_cache
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
-import peft
-from huggingface_hub import ModelCard, ModelCardData
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-from peft import PeftConfig, PeftModel
-from torch import nn
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from safetensors import SafetensorError
 
-from .._version import __version__
 from ..config import PhasedConfig
-
-CARD = "README.md"
-TAG = "peft-learners"
-AUTO_CLASSES = {
-    "SEQ_CLS": "AutoModelForSequenceClassification",
-    "TOKEN_CLS": "AutoModelForTokenClassification",
-    "QUESTION_ANS": "AutoModelForQuestionAnswering",
-    "CAUSAL_LM": "AutoModelForCausalLM",
-    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
-    "FEATURE_EXTRACTION": "AutoModel",
-}
-_ROOT = "base_model.model."
-_NAMES = {"learner": "Learner", "far": "FAR", "nas_lora": "NAS-LoRA", "bottleneck": "bottleneck"}
-_BASE_TAG = "base_model:adapter:"
-_IMPORT = "import peft_learners"
-_VERSIONS = "### Framework versions"
-_BY_TRAINER = "the information the Trainer had access to"
-_BY_TRANSFORMERS = "This is the model card of a 🤗 transformers model that has been pushed on the Hub"
-_BY_US = "<!-- Written when the adapter was saved. Complete it, then remove this comment. -->"
-_UNFILLED_START = re.compile(r"(## How to Get Started with the Model\n[^#]*?)\[More Information Needed\]")
+from .readme import (
+    CARD,
+    CONFIG,
+    HERE,
+    TAG,
+    WEIGHTS,
+    auto_class,
+    display_name,
+    is_hub_id,
+    loading_code,
+    method_of,
+    num_labels_in,
+    shapes_in,
+    short_name,
+    usage_text,
+)
 
 
-# -- names and code --------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Results:
+    """What a card tells of the training that made an adapter.
+
+    Attributes:
+        evaluations: values, with the metrics and data that they are of: they go into the card's header.
+        text: the same for readers, in Markdown. None: a table of `evaluations`.
+        task: what the adapter does, as in "for GLUE's MRPC".
+        phases: name, optimizer steps and trained parameters of each phase. Empty: what the adapter's file tells.
+        training: sentences on data and settings.
+        limits: what the results must not be read as, in Markdown.
+        versions: of the packages that were used.
+    """
+
+    evaluations: Sequence[EvalResult] = ()
+    text: Optional[str] = None
+    task: Optional[str] = None
+    phases: Sequence[tuple[str, int, int]] = ()
+    training: Optional[str] = None
+    limits: Optional[str] = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def is_hub_id(name: object, beside: Optional[Path] = None) -> bool:
-    """Whether a model's name can be its id on the Hub: it has that form, and is no local folder.
+@dataclass(frozen=True)
+class Adapter:
+    """A saved adapter, as far as a card tells of it.
+
+    Attributes:
+        folder: where it lies.
+        config: its config.
+        shapes: shapes of its values by name.
+        base: name of its base model, to be shown.
+        base_id: the base model's id on the Hub, if it has one.
+    """
+
+    folder: Path
+    config: PhasedConfig
+    shapes: dict[str, tuple[int, ...]]
+    base: str
+    base_id: Optional[str]
+
+    @property
+    def folder_name(self) -> str:
+        return self.folder.resolve().name
+
+    @property
+    def title(self) -> str:
+        """The folder's name; one that is called "adapter" says less than the folder around it."""
+        return self.folder_name if self.folder_name != "adapter" else self.folder.resolve().parent.name
+
+
+def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None) -> Adapter:
+    """The adapter in a folder.
 
     Args:
-        beside: an adapter's folder: a name that leads from it, or from a folder above, to a saved model is relative.
+        folder: of the adapter.
+        base_model: id of its base model on the Hub, in place of the name in its config.
+
+    Raises:
+        ValueError: the folder holds no adapter of this package, or the base model is unknown.
     """
-    if not isinstance(name, str) or not name:
-        return False
+    folder = Path(folder)
+    if base_model is not None and not is_hub_id(base_model):
+        raise ValueError(f"`base_model=` must be the id of a model on the Hub (OWNER/NAME), got {base_model!r}.")
+    if fault := _fault(folder):
+        *names, last = (cls.display_name or cls.__name__ for cls in _methods())
+        raise ValueError(f"{folder} must be the folder of a saved {', '.join(names)} or {last} adapter, but {fault}.")
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    name = base_model or config.base_model_name_or_path
+    if not name:
+        raise ValueError(f"The config in {folder} names no base model: give it with `base_model=`.")
     try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    above = [beside.resolve(), *beside.resolve().parents] if beside is not None else []
-    return not Path(name).is_dir() and not any(os.path.isfile(folder / name / "config.json") for folder in above)
+        shapes = shapes_in(folder)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} is damaged ({error}).") from error
+    beside = folder if base_model is None else None
+    return Adapter(folder, config, shapes, short_name(name, beside), name if is_hub_id(name, beside) else None)
 
 
-def short_name(name: str, beside: Optional[Path] = None) -> str:
-    """A base model's name to be shown: its id on the Hub, or, of a local folder, the last part."""
-    return name if is_hub_id(name, beside) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
+def _methods() -> list[type[PhasedConfig]]:
+    return [cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, PhasedConfig)]
 
 
-def loading_code(
-    auto_class: Optional[str],
-    base: Optional[str],
-    adapter: str,
+def _fault(folder: Path) -> Optional[str]:
+    if not folder.is_dir():
+        return "it is a file" if folder.exists() else "there is no such folder"
+    if not (folder / CONFIG).is_file():
+        return f"it holds no {CONFIG}"
+    try:
+        kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
+    except (ValueError, AttributeError):
+        return f"its {CONFIG} is damaged"
+    if PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) not in _methods():
+        return f"it holds an adapter of type {kind}"
+    return None if (folder / WEIGHTS).is_file() else f"it holds no {WEIGHTS}"
+
+
+def write_card(
+    folder: Union[str, Path],
     *,
-    num_labels: Optional[int] = None,
-    revision: Optional[str] = None,
-    subfolder: Optional[str] = None,
-    remark: str = "",
-    merge: bool = False,
-) -> str:
-    """Python code that loads an adapter.
+    base_model: Optional[str] = None,
+    results: Optional[Results] = None,
+    picture: Union[str, Path, None] = None,
+) -> ModelCard:
+    """Write the card of a saved adapter into its folder, in place of an earlier README.md.
 
     Args:
-        auto_class: the class in transformers that loads the base model; None if there is none.
-        base: name of the base model; None if it has none.
-        adapter: id on the Hub, or folder.
-        num_labels: classes of the head, if the base model's constructor has to be told. The base model may have a head
-            of another size, which the adapter's takes the place of.
-        revision: of the base model.
-        subfolder: where the adapter lies in it.
-        remark: a comment on `adapter`.
-        merge: whether to show how it is merged.
+        folder: of the adapter.
+        base_model: id of its base model on the Hub, in place of the name in its config.
+        results: what is known of its training.
+        picture: is copied into the folder and shown.
+
+    Returns:
+        The card.
+
+    Raises:
+        ValueError: the folder holds no adapter of this package, or the base model is unknown.
     """
-    options = f', revision="{revision}"' if revision is not None else ""
-    options += f", num_labels={num_labels}, ignore_mismatched_sizes=True" if num_labels is not None else ""
-    inside = f', subfolder="{subfolder}"' if subfolder is not None else ""
-    known = auto_class is not None and base is not None
-    loaded = f'{auto_class}.from_pretrained("{base}"{options})' if known else "...  # the model it was made for"
-    lines = [
-        f"{_IMPORT}  # first: it makes the adapter's type known to PEFT",
-        "from peft import PeftModel",
-        *([f"from transformers import {auto_class}"] if known else []),
-        "",
-        f"base = {loaded}",
-        f'model = PeftModel.from_pretrained(base, "{adapter}"{inside}){f"  # {remark}" if remark else ""}',
-        *(["merged = model.merge_and_unload()  # a plain transformers model, if you want one"] if merge else []),
-    ]
+    adapter, name = read_adapter(folder, base_model), Path(picture).name if picture else None
+    if picture and Path(picture).resolve() != (adapter.folder / str(name)).resolve():
+        shutil.copyfile(picture, adapter.folder / str(name))
+    card = make_card(adapter, results, name)
+    card.save(adapter.folder / CARD)
+    return card
+
+
+def make_card(
+    adapter: Adapter, results: Optional[Results] = None, picture: Optional[str] = None, repo_id: Optional[str] = None
+) -> ModelCard:
+    """The card of an adapter.
+
+    Args:
+        adapter: what it is of.
+        results: what is known of its training.
+        picture: name of a picture beside the card.
+        repo_id: where the adapter is pushed to.
+    """
+    config, title = adapter.config, repo_id.rpartition("/")[2] if repo_id else adapter.title
+    sections = {
+        "Use": usage(adapter, repo_id),
+        "Results": _results_text(results) if results is not None else None,
+        "Training": _training_text(adapter, results),
+        **config.card_sections(adapter.shapes),
+        "Settings": _settings_text(config),
+        "Picture": f"![Picture of the adapter]({picture})" if picture else None,
+        "What this is not": results.limits if results is not None else _NO_RESULTS,
+        "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()) if results is not None else None,
+    }
+    task = f" for {results.task}" if results is not None and results.task else ""
+    about = f"A {display_name(config)} adapter of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT."
+    body = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
+    card = ModelCard("---\n{}\n---\n")
+    card.data = _header(adapter, results, title)
+    card.text = "\n" + "\n\n".join([f"# {title}", f"{about} {config.about}".rstrip(), *body]) + "\n"
+    return card
+
+
+_NO_RESULTS = (
+    "No results came with this adapter: this card says nothing about how well it does anything, on its own task or on "
+    "others."
+)
+
+
+def _header(adapter: Adapter, results: Optional[Results], title: str) -> ModelCardData:
+    found = results.evaluations if results is not None else ()
+    return ModelCardData(
+        base_model=adapter.base_id,
+        base_model_relation="adapter" if adapter.base_id else None,
+        library_name="peft",
+        pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
+        tags=["peft", TAG, method_of(adapter.config)],
+        datasets=list(dict.fromkeys(result.dataset_type for result in found)) or None,
+        metrics=list(dict.fromkeys(result.metric_type for result in found)) or None,
+        model_name=title if found else None,
+        eval_results=list(found) or None,
+    )
+
+
+def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
+    """Code that loads the adapter from the Hub, or in a process whose folder holds it."""
+    config, kind = adapter.config, auto_class(adapter.config)
+    code = loading_code(
+        kind,
+        adapter.base,
+        repo_id or adapter.folder_name,
+        num_labels=num_labels_in(config, kind, adapter.shapes),
+        revision=config.revision,
+        remark="" if repo_id else HERE,
+        merge=not config.unmergeable,
+    )
+    return usage_text(code)
+
+
+def _results_text(results: Results) -> Optional[str]:
+    rows = [(e.dataset_split or "", e.metric_name or e.metric_type, str(e.metric_value)) for e in results.evaluations]
+    return results.text or (table(["split", "metric", "value"], rows) if rows else None)
+
+
+def _training_text(adapter: Adapter, results: Optional[Results]) -> str:
+    if results is not None and results.phases:
+        rows = [[name, f"{steps:,}", f"{trained:,}"] for name, steps, trained in results.phases]
+    else:
+        rows = _phases_by_file(adapter)
+    size = (adapter.folder / WEIGHTS).stat().st_size
+    text = table(["phase", "optimizer steps", "trained parameters"], rows)
+    lines = [text, "", f"The file of weights has {size / 1e6:.2f} MB."]
+    if not adapter.config.phases_complete:
+        lines.append("It was saved before its last phase began: as it is, it is not what the method makes.")
+    if results is not None and results.training:
+        lines.append(results.training)
     return "\n".join(lines)
 
 
-def with_usage(text: str, usage: str) -> str:
-    """A card's text with the loading lines in their place; as it is if it imports the package already."""
-    if _IMPORT in text:
-        return text
-    if _UNFILLED_START.search(text):
-        return _UNFILLED_START.sub(lambda match: match[1] + usage, text, count=1)
-    section, next_heading = f"## Use\n\n{usage}\n", "\n## Model description\n"
-    if _BY_TRAINER in text and next_heading in text:
-        return text.replace(next_heading, f"\n{section}{next_heading}", 1)
-    return f"{text.rstrip()}\n\n{section}" if text.strip() else f"\n{section}"
-
-
-def usage_text(code: str) -> str:
-    """What a card says around the code."""
-    return f"With the package peft-learners installed:\n\n```python\n{code}\n```"
-
-
-# -- the methods of one object ---------------------------------------------------------------------------------------
-
-
-class _OwnMethod:
-    """A method that one PeftModel has in its `__dict__`. It holds the model weakly, and is copied and pickled with it.
-
-    Attributes:
-        repo_id: where Trainer is about to push the model, if it said so.
-    """
-
-    def __init__(self, model: PeftModel) -> None:
-        self._model = weakref.ref(model)
-        self.repo_id: str | None = None
-
-    def model(self) -> PeftModel:
-        model = self._model()
-        if model is None:
-            raise ReferenceError(
-                "This is a shallow copy of a PeftModel that is gone: make it with copy.deepcopy(model) instead."
-            )
-        return model
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"model": self.model(), "repo_id": self.repo_id}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self._model = weakref.ref(state["model"])
-        self.repo_id = state["repo_id"]
-
-
-class _CreateOrUpdateModelCard(_OwnMethod):
-    def __call__(self, output_dir: str) -> None:
-        write_card(self.model(), output_dir, self.repo_id)
-
-
-class _UploadModifiedFiles(_OwnMethod):
-    def __call__(self, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
-        model = self.model()
-        warn_of_local_base(model)
-        write_card(model, working_dir, repo_id, publish=True)
-        method: Any = type(model)._upload_modified_files
-        return method(model, working_dir, repo_id, *args, **kwargs)
-
-
-_METHODS: dict[str, type[_OwnMethod]] = {
-    "create_or_update_model_card": _CreateOrUpdateModelCard,
-    "_upload_modified_files": _UploadModifiedFiles,
-}
-
-
-def attach(model: nn.Module, config: Optional[PhasedConfig] = None) -> None:
-    """Let the cards of a PeftModel be completed from now on. Nothing is done to other models, nor twice.
-
-    Args:
-        model: what an adapter is saved from.
-        config: of that adapter. PEFT wrote the card of the first save already, and comes to the config last: it
-            completes that card (`complete_saved`).
-    """
-    if not isinstance(model, PeftModel):
-        return
-    for name, method in _METHODS.items():
-        own = vars(model).get(name)
-        if hasattr(type(model), name) and not (isinstance(own, method) and own._model() is model):
-            object.__setattr__(model, name, method(model))
-            if config is not None:
-                config.__dict__["_saved_by"] = weakref.ref(model)
-
-
-def complete_saved(config: PhasedConfig, folder: str) -> None:
-    """Complete the card that PEFT wrote in a save that has come to the adapter's config."""
-    saved_by = config.__dict__.pop("_saved_by", None)
-    model = saved_by() if saved_by is not None else None
-    if model is None:
-        return
-    name = next((name for name, known in model.peft_config.items() if known is config), "default")
-    root = Path(folder) if name == "default" else Path(folder).parent
-    if (root / CARD).is_file():
-        card = ModelCard.load(root / CARD)
-        _complete(card, model, root.resolve().name)
-        card.save(root / CARD)
-
-
-def before_push(model: Any, output_dir: str, repo_id: Optional[str]) -> None:
-    """Called when Trainer begins a push, of the end or of a checkpoint (for which it writes no card).
-
-    Args:
-        model: Trainer's.
-        output_dir: what will be uploaded.
-        repo_id: as far as the user gave it.
-    """
-    if not isinstance(model, PeftModel) or not _our_configs(model):
-        return
-    attach(model)
-    whole = repo_id if repo_id is not None and "/" in repo_id else None
-    vars(model)["create_or_update_model_card"].repo_id = whole
-    warn_of_local_base(model)
-    write_card(model, output_dir, whole, publish=True)
-
-
-def warn_of_local_base(model: PeftModel) -> None:
-    """Warn if an adapter's config, which is about to be uploaded, names a local folder as its base model."""
-    for name, config in _our_configs(model).items():
-        base = config.base_model_name_or_path
-        if base and not is_hub_id(base):
-            warnings.warn(
-                f"The adapter_config.json that is pushed names the local folder {base!r} as the base model, which "
-                "nobody else has. If that model is on the Hub, say so before you push: "
-                f'model.peft_config[{name!r}].base_model_name_or_path = "OWNER/NAME"',
-                stacklevel=2,
-            )
-
-
-# -- the card --------------------------------------------------------------------------------------------------------
-
-
-def write_card(model: PeftModel, folder: str, repo_id: Optional[str] = None, *, publish: bool = False) -> None:
-    """Write the README.md of an adapter, or complete the one that is there.
-
-    Args:
-        model: a PeftModel with an adapter of this package.
-        folder: where the README.md is, or goes.
-        repo_id: the repository that the folder is pushed to, if known.
-        publish: whether it is uploaded next: then it names no local folder, and keeps its text but for loading lines
-            that are missing.
-    """
-    path = Path(folder) / CARD
-    before = ModelCard.load(path) if path.is_file() else None
-    type(model).create_or_update_model_card(model, folder)
-    card = ModelCard.load(path)
-    if before is not None and publish and not is_boilerplate(before.text):
-        card.text = before.text
-    by_trainer = _BY_TRAINER in card.text
-    _complete(
-        card,
-        model,
-        Path(folder).resolve().name,
-        before=before.data if before is not None else None,
-        repo_id=repo_id if publish or by_trainer else None,
-        publish=publish or by_trainer,
-    )
-    card.save(path)
-
-
-def _complete(
-    card: ModelCard,
-    model: PeftModel,
-    folder_name: str,
-    *,
-    before: Any = None,
-    repo_id: Optional[str] = None,
-    publish: bool = False,
-) -> None:
-    configs = _our_configs(model)
-    if not configs:  # since deleted
-        return
-    active = model.active_adapter
-    name = active if isinstance(active, str) and active in configs else next(iter(configs))
-    config, root = configs[name], model.get_base_model()
-    methods = sorted({method_of(config) for config in configs.values()})
-    own = getattr(root, "name_or_path", None)  # where transformers loaded the model from
-    base = next(
-        (b for b in (config.base_model_name_or_path, own, getattr(before, "base_model", None)) if is_hub_id(b)), None
-    )
-
-    data: Any = card.data
-    data["library_name"] = "peft"
-    if base is not None:
-        data["base_model"], data["base_model_relation"] = base, "adapter"
-    elif publish or not data.get("base_model"):
-        data.pop("base_model", None)
-        data.pop("base_model_relation", None)
-    tags = {*(data.tags or ()), *(getattr(before, "tags", None) or ()), TAG, *methods}
-    tags = {tag for tag in tags if not tag.startswith(_BASE_TAG)} | ({_BASE_TAG + base} if base else set())
-    data.tags = sorted(tags)
-
-    known = base or config.base_model_name_or_path or own
-    shown = short_name(known) if known else None
-    label = shown or type(root).__name__
-    code = loading_code(
-        auto_class(config, root),
-        shown,
-        repo_id or folder_name,
-        num_labels=_num_labels(config, root),
-        revision=config.revision,
-        subfolder=name if name != "default" else None,
-        remark="" if repo_id else "this folder, or its id on the Hub",
-    )
-    if is_boilerplate(card.text):
-        kinds = " and ".join(_NAMES[method] for method in methods)
-        card.text = _own_text((repo_id or folder_name).rpartition("/")[2], f"A {kinds} adapter of `{label}`", code)
-    if publish and own is not None and not is_hub_id(own):  # Trainer takes the name of a folder that is gone for an id
-        card.text = card.text.replace(f"[{own}](https://huggingface.co/{own})", f"`{label}`")
-    card.text = with_usage(card.text, usage_text(code))
-
-
-def _own_text(title: str, what: str, code: str) -> str:
-    about = f"{what}, made with peft-learners, a plugin for PEFT."
-    versions = f"- PEFT {peft.__version__}\n- peft-learners {__version__}"
-    return f"\n{_BY_US}\n\n# {title}\n\n{about}\n\n## Use\n\n{usage_text(code)}\n\n{_VERSIONS}\n\n{versions}\n"
-
-
-def is_automatic(text: str) -> bool:
-    """Whether a card's text was made when the adapter was saved or pushed, and says nothing of its own."""
-    return _BY_US in text or is_boilerplate(text)
-
-
-def is_boilerplate(text: str) -> bool:
-    """Whether a card's text is huggingface_hub's template with nothing filled in."""
-    lines = text.partition(_VERSIONS)[0].splitlines()
-    return _kept_lines(lines) == _template_lines()
-
-
-@lru_cache
-def _template_lines() -> tuple[str, ...]:
-    return _kept_lines(ModelCard.from_template(ModelCardData()).text.splitlines())
-
-
-def _kept_lines(lines: list[str]) -> tuple[str, ...]:
-    return tuple(line.strip() for line in lines if line.strip() and not line.startswith(_BY_TRANSFORMERS))
-
-
-def _our_configs(model: PeftModel) -> dict[str, PhasedConfig]:
-    return {name: config for name, config in model.peft_config.items() if isinstance(config, PhasedConfig)}
-
-
-def method_of(config: PeftConfig) -> str:
-    """learner, far, nas_lora or bottleneck."""
-    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
-
-
-# -- the base model that an adapter needs ----------------------------------------------------------------------------
-
-
-def auto_class(config: PeftConfig, root: Optional[nn.Module] = None) -> Optional[str]:
-    """The class in transformers that loads an adapter's base model; None if there is none.
-
-    Args:
-        root: the base model, where it is at hand. PEFT saves its class in the configs that have no task type.
-    """
-    if config.task_type is not None:
-        return AUTO_CLASSES.get(str(getattr(config.task_type, "value", config.task_type)), "AutoModel")
-    saved = config.auto_mapping or {}
-    name = type(root).__name__ if root is not None else saved.get("base_model_class")
-    library = type(root).__module__ if root is not None else saved.get("parent_library") or ""
-    return name if library.startswith("transformers.") else None
-
-
-def num_labels_in(config: PeftConfig, shapes: Mapping[str, tuple[int, ...]]) -> Optional[int]:
-    """Number of classes of the head in an adapter's file.
-
-    It is the size of the head's last linear layer: the one whose outputs are no other's inputs.
-
-    Args:
-        shapes: of the values in the file, by name.
-
-    Returns:
-        None if the base model has no head of that kind, or if the shapes leave its size open.
-    """
-    inside = tuple(f"{_ROOT}{name}." for name in config.modules_to_save or ())
-    linears = [
-        shape
-        for name, shape in shapes.items()
-        if name.startswith(inside) and name.endswith(".weight") and len(shape) == 2
-    ]
-    sizes = {outputs for outputs, _ in linears}
-    last = sizes - {inputs for _, inputs in linears} or sizes
-    return last.pop() if _has_labels(auto_class(config)) and len(last) == 1 else None
-
-
-def _num_labels(config: PeftConfig, root: nn.Module) -> Optional[int]:
-    known = _has_labels(auto_class(config, root))
-    return getattr(getattr(root, "config", None), "num_labels", None) if known else None
-
-
-def _has_labels(class_name: Optional[str]) -> bool:
-    return any(task in (class_name or "") for task in ("Classification", "QuestionAnswering"))
+def _phases_by_file(adapter: Adapter) -> list[list[str]]:
+    firsts, counts = adapter.config.phase_first_steps or {}, adapter.config.trained_by_phase(adapter.shapes)
+    rows = []
+    for (phase, count), after in zip(counts.items(), [*list(counts)[1:], None], strict=True):
+        known = phase in firsts and after in firsts
+        steps = f"{firsts[phase]:,} to {firsts[str(after)]:,}" if known else f"from {firsts.get(phase, '?')}"
+        rows.append([phase, steps, f"{count:,}" if count is not None else "not in the file"])
+    return rows
+
+
+def _settings_text(config: PhasedConfig) -> str:
+    """The settings that differ from the defaults, and below them the method's own that don't."""
+    default, common = type(config)(), {f.name for f in fields(PhasedConfig)}
+    rows, usual = [], []
+    for entry in fields(config):
+        name, value = entry.name, getattr(config, entry.name)
+        if name in _OF_PEFT or "Written " in entry.metadata.get("help", ""):  # by training
+            continue
+        if value != getattr(default, name):
+            found = " (unless given, found from the model's structure)" if _is_found(name) else ""
+            names = isinstance(value, (set, list)) and all(isinstance(v, str) for v in value)
+            rows.append([f"`{name}`", f"`{sorted(value) if names else value!r}`{found}"])
+        elif name not in common and value is not None and value != {}:
+            usual.append(f"`{name}={value!r}`")
+    text = table([f"field of `{type(config).__name__}`", "value"], rows) + "\n\n" if rows else ""
+    among = f", among them {', '.join(usual)}" if usual else ""
+    return f"{text}All {'others' if rows else 'fields'} have their defaults{among}."
+
+
+_OF_PEFT = {f.name for f in fields(PeftConfig)}
+
+
+def _is_found(name: str) -> bool:
+    return "modules" in name and name != "exclude_modules"
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))

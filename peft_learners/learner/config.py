@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
@@ -42,6 +44,12 @@ class LearnerConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "learner"
+    display_name: ClassVar[str] = "Learner"
+    about: ClassVar[str] = (
+        "Learners put a low-rank module on every linear layer, and in a first phase, *priming*, train the attention's "
+        "own weights too. Then those freeze, and the low-rank modules, biases, norms and the head go on training "
+        "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
+    )
 
     r: int = option(
         64,
@@ -146,3 +154,9 @@ class LearnerConfig(PhasedConfig):
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
         lengths = [(PRIMING, priming), (LEARNING, None)]
         return lay_out(lengths, total_steps, advice, freezes={LEARNING: frozenset({DENSE_PART})})
+
+    def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
+        count = sum(math.prod(shape) for shape in shapes.values())
+        dense = sum(math.prod(shape) for key, shape in shapes.items() if f".{DENSE_PART}" in key)
+        phases = [phase.name for phase in self.outline().phases]
+        return {phase: count if phase == PRIMING else count - dense for phase in phases}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Optional, Union
@@ -61,6 +62,13 @@ class NASLoRAConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "nas_lora"
+    display_name: ClassVar[str] = "NAS-LoRA"
+    about: ClassVar[str] = (
+        "NAS-LoRA first trains low-rank updates and changes of biases all over the model, the *search*, and estimates "
+        "how much each of their parameters matters to the loss. Those that matter least are removed until the others "
+        "fit a budget; these go back to their initial values, and they and the head are trained again, the "
+        "*retraining* ([Lawton et al., 2023](https://arxiv.org/abs/2305.16597))."
+    )
 
     r: int = option(
         16,
@@ -281,3 +289,42 @@ class NASLoRAConfig(PhasedConfig):
             f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
             "Give the search in steps: NASLoRAConfig(search_steps=...)."
         )
+
+    # -- what a model card says of an adapter ------------------------------------------------------------------------
+
+    @property
+    def _found_before(self) -> bool:
+        """Whether the adapter was trained in an architecture that another one's search had found."""
+        return self.phases_complete and not self.completed_phases
+
+    def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
+        phases = [phase.name for phase in self.outline().phases]
+        count: dict[str, Optional[int]] = dict.fromkeys(phases)
+        if self.architecture is not None:
+            space = sum(of for parts in self.architecture.values() for _, of in parts.values())
+            count[phases[0]] = space + _head_size(shapes)
+        stored = [math.prod(s) for name, s in shapes.items() if not name.endswith(("_positions", "_scores"))]
+        count[phases[self.pruned_rounds]] = sum(stored)
+        return {phases[-1]: count[phases[-1]]} if self._found_before else count
+
+    def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
+        if not self.phases_complete:
+            return {}
+        found = Architecture.of(self, {})
+        rows = [["updates", "in modules", "parameters kept", "of the search space's", "share"], ["---"] * 5]
+        for kind, name in (("low_rank", "low-rank updates"), ("bias", "biases")):
+            sizes = [(int(row["parameters"]), int(row["of"])) for row in found.rows() if row["kind"] == kind]
+            if sizes:
+                kept, of = map(sum, zip(*sizes, strict=True))
+                modules = f"{sum(size > 0 for size, _ in sizes)} of {len(sizes)}"
+                rows.append([name, modules, f"{kept:,}", f"{of:,}", f"{kept / of:.1%}"])
+        rows.append(["all", "", f"{found.kept:,}", f"{found.space:,}", f"{found.kept / found.space:.1%}"])
+        table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        head = f"The head's {_head_size(shapes):,} parameters are trained besides, and not counted here."
+        origin = "The architecture was not searched in this training, but found before." if self._found_before else ""
+        text = f"{table}\n\nThe budget is {found.budget:,} parameters. {head} {origin}"
+        return {"What is kept": text.rstrip()}
+
+
+def _head_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
+    return sum(math.prod(shape) for name, shape in shapes.items() if ".nas_lora_" not in name)

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..config import PhasedConfig
-from ..hub.card import before_push
+from ..hub.readme import warn_of_local_base
 from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
@@ -146,7 +146,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            before_push(model, args.output_dir, args.hub_model_id)
+            warn_of_local_base(getattr(model, "peft_config", {}))
 
     @staticmethod
     def _check_same(configs: dict[str, PhasedConfig], recorded: dict[str, dict[str, Any]]) -> None:

@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import model_card
 import pytest
 import torch
 import transformers
@@ -17,6 +16,7 @@ from zoo import logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
+from scripts.hub.card import main as write_card
 
 CONFIGS = {
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_epochs": 0, "init_weights": False, **more}),
@@ -61,9 +61,9 @@ def saved(arch: str, classes: int, method: str = "learner", **settings) -> tuple
 
 
 def cards() -> list[str]:
-    """Of the adapter: the one that was written when it was saved, and that of `model_card.py`."""
+    """Of the adapter: the one that was written when it was saved, and that of `scripts.hub.card`."""
     automatic = Path("my-adapter/README.md").read_text()
-    model_card.main(["my-adapter"])
+    write_card(["my-adapter"])
     return [automatic, Path("my-adapter/README.md").read_text()]
 
 
@@ -107,7 +107,7 @@ def test_modules_to_save_no_head():
     assert all("num_labels=5, " in card for card in cards())
     llama = get_peft_model(zoo.build("llama"), CONFIGS["learner"](task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
     llama.save_pretrained("my-adapter")
-    model_card.main(["my-adapter", "--base_model", "somebody/llama"])
+    write_card(["my-adapter", "--base_model", "somebody/llama"])
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
 
 
@@ -127,7 +127,7 @@ def test_command_finds_head():
     """Where the head's size can't be read off the config, the command compares the head with the file. Named by their
     whole path, the embeddings look like a part of the head: 64 outputs, or 5?"""
     kind, inputs, expected = saved("bert", 5, modules_to_save=["bert.embeddings.word_embeddings"])
-    model_card.main(["my-adapter"])
+    write_card(["my-adapter"])
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
     export(["my-adapter", "as-lora"])
     torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)

@@ -14,12 +14,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import push
 import pytest
 import zoo
 from hub_server import DROP, DROP_AFTER, HANG, HubServer, Repo
-from huggingface_hub import HfApi, ModelCard
+from huggingface_hub import EvalResult, HfApi, ModelCard
 from training import learner
+
+from peft_learners.hub import PushError, Results, push, write_card
+from peft_learners.hub.card import read_adapter
+from peft_learners.hub.push import card_to_push
+from scripts.hub.push import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "runs" / "hub_run.py"
@@ -31,6 +35,7 @@ def start(hub: HubServer, home: Path, *command: object) -> subprocess.Popen:
     environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -73,6 +78,7 @@ def pushed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pushed]:
         hub.add_repo("me/damaged-card", {"README.md": b"---\nlicense: mit\ntags: [a\n---\n"})
         hub.add_repo("me/old", {})
         hub.add_repo("me/written", {"README.md": OWN_README})
+        hub.add_repo("me/written-by-peft", {"README.md": OWN_README})
         hub.add_repo("me/filled", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
         hub.add_repo("me/updated", {"README.md": OWN_README, "adapter_model.safetensors": b"old"})
         hub.add_repo("me/empty", {})
@@ -103,60 +109,56 @@ pytestmark = pytest.mark.timeout(600)
 
 @pytest.mark.verb("push_to_hub")
 @pytest.mark.slow
-def test_what_is_pushed_loads_by_its_id_with_the_same_logits_bit_for_bit(pushed):
+def test_pushed_adapter_loads(pushed):
+    """What is pushed loads by its id, and by the code of its card, with the same logits bit for bit."""
     assert pushed.report["learner"] == "pushed"
+    by_card = ("learner", "far", "written", "bottleneck", "second", "by-transformers", "local", "local-model", "nas")
     assert set(pushed.same) > {
-        *("me/learner", "me/learner, by its card", "me/learner, by the auto class", "me/local, by the auto class"),
-        *("me/far, by its card", "me/nas, by its card", "me/every-save, by its card", "me/branch", "me/updated"),
-        "me/bottleneck, by its card",
+        *("me/learner", "me/learner, by the auto class", "me/local, by the auto class", "me/branch", "me/updated"),
+        *("me/far-by-peft", "me/nas-by-trainer", *(f"me/{name}, by its card" for name in by_card)),
         *("me/of-v9, by its card", "me/of-v9-by-script, by its card", "me/of-v9, exported"),
     }
     assert all(pushed.same.values()), pushed.same
 
 
 @pytest.mark.slow
-def test_a_push_is_one_commit_of_the_files_that_belong(pushed):
-    for repo_id in ("me/learner", "me/far", "me/from-folder", "me/branch", "me/local", "me/put-flaky"):
-        assert pushed.commits(repo_id) == 1
-        (commit,) = pushed.hub.repos[repo_id].commits
+def test_push_is_one_commit(pushed):
+    """A push is one commit of the files that belong, of a folder and of a model alike."""
+    of_models = ("far", "second", "by-transformers", "local-model", "of-v9")
+    for name in ("learner", "branch", "local", "put-flaky", "nas", "local-after-trainer", *of_models):
+        assert pushed.commits(f"me/{name}") == 1
+        (commit,) = pushed.hub.repos[f"me/{name}"].commits
         assert set(commit.files) == FILES
-    assert pushed.commits("me/nas") == 1
-    assert [commit.message for commit in pushed.hub.repos["me/learner"].commits] == ["Upload learner adapter"]
+    for name, message in {
+        "learner": "Upload learner adapter",
+        "nas": "Upload nas_lora adapter",
+        "bottleneck": "Mine",
+    }.items():
+        assert [commit.message for commit in pushed.hub.repos[f"me/{name}"].commits] == [message]
     assert {"optimizer.pt", "notes.txt"} <= {f.name for f in (pushed.folder / "learner").iterdir()}
 
 
 @pytest.mark.slow
-def test_every_card_on_the_hub_says_what_the_adapter_is(pushed):
-    for repo_id, method in {
-        **{"me/learner": "learner", "me/far": "far", "me/nas": "nas_lora", "me/every-save": "learner"},
-        **{
-            "me/bottleneck": "bottleneck",
-            "me/written": "far",
-            "me/from-folder-named": "learner",
-            "me/local": "learner",
-            "me/updated": "learner",
-        },
+def test_pushed_card(pushed):
+    """Every card that is pushed says what the adapter is, and how it is loaded."""
+    for name, method in {
+        **{"learner": "learner", "far": "far", "nas": "nas_lora", "bottleneck": "bottleneck", "written": "far"},
+        **{"second": "learner", "by-transformers": "learner", "local": "learner", "local-model": "learner"},
+        **{"updated": "learner", "local-after-trainer": "learner"},
     }.items():
-        card = pushed.card(repo_id)
+        card = pushed.card(f"me/{name}")
         data = card.data.to_dict()
         assert data["library_name"] == "peft"
         assert (data["base_model"], data["base_model_relation"]) == ("me/tiny-base", "adapter")
         assert {"peft-learners", method} <= set(data["tags"])
-        assert "```python\nimport peft_learners" in card.text and f'from_pretrained(base, "{repo_id}")' in card.text
+        assert "```python\nimport peft_learners" in card.text and f'from_pretrained(base, "me/{name}")' in card.text
         assert 'from_pretrained("me/tiny-base", num_labels=3, ignore_mismatched_sizes=True)' in card.text
         assert str(pushed.folder) not in card.content and "[More Information Needed]" not in card.text
 
 
 @pytest.mark.slow
-def test_tags_that_the_user_gives_stay(pushed):
-    data = pushed.card("me/far").data
-    assert set(data.tags) == {"mine", "far", "peft-learners", "transformers", "base_model:adapter:me/tiny-base"}
-    assert {"mine", "generated_from_trainer", "nas_lora"} <= set(pushed.card("me/nas").data.tags)
-
-
-@pytest.mark.slow
-def test_a_card_written_by_hand_keeps_its_text(pushed):
-    assert not pushed.report["warnings"]
+def test_own_card_keeps_text(pushed):
+    """A card written by hand keeps its text, its header and its tags."""
     for repo_id in ("me/written", "me/updated"):
         card = pushed.card(repo_id)
         assert card.text.startswith("\n# Mine\n\nWords of my own.\n\n## Use\n")
@@ -165,7 +167,8 @@ def test_a_card_written_by_hand_keeps_its_text(pushed):
 
 
 @pytest.mark.slow
-def test_results_and_picture_are_in_the_pushed_card(pushed):
+def test_pushed_results_and_picture(pushed):
+    """Results and picture are in the pushed card."""
     assert pushed.report["results"] == ["pushed", "pushed"]
     for repo_id in ("me/results", "me/with-card"):
         assert pushed.hub.repos[repo_id].branches["main"].keys() == {*FILES, "nodes.png"}
@@ -182,7 +185,9 @@ def test_results_and_picture_are_in_the_pushed_card(pushed):
 
 
 @pytest.mark.slow
-def test_trainers_card_keeps_its_text_and_metrics(pushed):
+def test_push_after_trainer(pushed):
+    """A push of Trainer's folder keeps the text and metrics of Trainer's card."""
+    assert pushed.report["after trainer"] == "pushed"
     card = pushed.card("me/nas")
     data = card.data.to_dict()
     assert data["metrics"] == ["accuracy"] and data["datasets"] == ["me/parity"]
@@ -197,31 +202,60 @@ def test_trainers_card_keeps_its_text_and_metrics(pushed):
 
 
 @pytest.mark.slow
-def test_commits_of_a_running_training_hold_a_card_too(pushed):
-    commits = pushed.hub.repos["me/every-save"].commits
-    assert commits[0].message.startswith("Training in progress, step") and commits[-1].message == "End of training"
-    for commit in commits:
-        card = ModelCard(commit.files["README.md"].decode())
-        assert set(commit.files) >= FILES and card.data.to_dict()["base_model"] == "me/tiny-base"
-        assert 'model = PeftModel.from_pretrained(base, "me/every-save")' in card.text
-    assert "## Training procedure" not in ModelCard(commits[0].files["README.md"].decode()).text
+def test_local_base_is_refused(pushed):
+    """A local base model is not told to the world: its id on the Hub has to be given."""
+    path = str(pushed.folder / "local-base")
+    for case, option in (("local", '`base_model="OWNER/NAME"`'), ("local, folder", "--base_model OWNER/NAME")):
+        assert pushed.report[case] == (
+            f"The adapter was trained on the local folder {path!r}, which nobody else has. Give the id of that model "
+            f"on the Hub: {option}. Nothing was pushed."
+        )
+    assert pushed.report["local, named"] == pushed.report["local, by trainer"]["folder"] == "pushed"
+    for repo_id in ("me/local", "me/local-model", "me/local-after-trainer"):
+        files = pushed.hub.repos[repo_id].branches["main"]
+        assert json.loads(files["adapter_config.json"])["base_model_name_or_path"] == "me/tiny-base"
+        assert str(pushed.folder).encode() not in files["README.md"] + files["adapter_config.json"]
+
+
+# -- what docs/hub.md says of the pushes of others --------------------------------------------------------------------
 
 
 @pytest.mark.slow
-def test_a_local_base_model_is_not_told_to_the_world(pushed):
-    (warning,) = pushed.report["local warnings"]  # of the first of two pushes
+def test_peft_push_to_hub(pushed):
+    """`model.push_to_hub` uploads transformers' empty template, or the card that the repository has already."""
+    (commit,) = pushed.hub.repos["me/far-by-peft"].commits
+    card = pushed.card("me/far-by-peft")
+    assert set(commit.files) == FILES
+    assert card.data.to_dict() == {"library_name": "transformers", "tags": ["mine"]}
+    assert "# Model Card for Model ID" in card.text and "import peft_learners" not in card.text
+    assert pushed.hub.repos["me/written-by-peft"].branches["main"]["README.md"] == OWN_README
+
+
+@pytest.mark.slow
+def test_trainer_push_to_hub(pushed):
+    """Trainer's card comes with the last commit; PEFT takes its tags, and it has no loading lines."""
+    for repo_id in ("me/nas-by-trainer", "me/every-save"):
+        *running, last = pushed.hub.repos[repo_id].commits
+        assert last.message == "End of training" and set(last.files) == {*FILES, "training_args.bin"}
+        assert all(set(commit.files) == {*FILES, "training_args.bin"} - {"README.md"} for commit in running)
+        assert bool(running) == (repo_id == "me/every-save")
+        card = pushed.card(repo_id)
+        data = card.data.to_dict()
+        assert (data["library_name"], data["base_model"]) == ("peft", "me/tiny-base")
+        assert set(data["tags"]) == {"transformers", "base_model:adapter:me/tiny-base"}
+        assert "## Training procedure" in card.text and "import peft_learners" not in card.text
+
+
+@pytest.mark.slow
+def test_trainer_push_on_local_base(pushed):
+    """The Hub refuses the path that PEFT writes into Trainer's card; the callback has warned before."""
+    said = pushed.report["local, by trainer"]
+    assert said["refused"].startswith("Invalid metadata in README.md.")
+    assert f'"base_model" with value "{pushed.folder / "local-base"}" is not valid' in said["refused"]
+    (warning,) = said["warnings"]
     assert f"names the local folder {str(pushed.folder / 'local-base')!r}" in warning
     assert "model.peft_config['default'].base_model_name_or_path = \"OWNER/NAME\"" in warning
-    card = pushed.card("me/from-folder")
-    assert "base_model" not in card.data.to_dict() and str(pushed.folder) not in card.content
-    assert 'from_pretrained("local-base", num_labels=3, ignore_mismatched_sizes=True)' in card.text
-    assert (
-        "Give the id of that model on the Hub: --base_model OWNER/NAME. Nothing was pushed." in pushed.report["local"]
-    )
-    assert pushed.report["local, named"] == "pushed"
-    for repo_id in ("me/local", "me/from-folder-named"):
-        config = json.loads(pushed.hub.repos[repo_id].branches["main"]["adapter_config.json"])
-        assert config["base_model_name_or_path"] == "me/tiny-base"
+    assert not pushed.hub.repos["me/local-by-trainer"].commits
 
 
 # -- failures ---------------------------------------------------------------------------------------------------------
@@ -249,7 +283,8 @@ def test_a_local_base_model_is_not_told_to_the_world(pushed):
         ("no-revision", ["The base model me/tiny-base has no revision 'v9'", "`revision` in", "Nothing was pushed"]),
     ],
 )
-def test_a_push_that_fails_says_why_and_leaves_nothing(pushed, case, said):
+def test_failed_push(pushed, case, said):
+    """A push that fails says why and leaves nothing."""
     message = pushed.report["attempts"][case]
     for part in said:
         assert part in message
@@ -257,7 +292,8 @@ def test_a_push_that_fails_says_why_and_leaves_nothing(pushed, case, said):
 
 
 @pytest.mark.slow
-def test_an_existing_repository_is_refused_and_untouched(pushed):
+def test_existing_repo_refused(pushed):
+    """An existing repository is refused and left as it is."""
     message = pushed.report["attempts"]["existing"]
     assert "me/filled exists already and holds README.md, adapter_model.safetensors" in message
     assert "Give --update" in message and "Nothing was pushed" in message
@@ -267,7 +303,8 @@ def test_an_existing_repository_is_refused_and_untouched(pushed):
 
 
 @pytest.mark.slow
-def test_a_failure_in_an_existing_repository_says_what_is_left(pushed):
+def test_failed_push_to_existing(pushed):
+    """A failure in an existing repository says what is left."""
     said, repos = pushed.report["attempts"], pushed.hub.repos
     assert said["branch-of-old"].endswith("No file of the repository was changed; the branch v2 may be new.")
     assert set(repos["me/old"].branches["main"]) == {".gitattributes"}
@@ -279,14 +316,16 @@ def test_a_failure_in_an_existing_repository_says_what_is_left(pushed):
 
 
 @pytest.mark.slow
-def test_a_base_model_that_the_hub_does_not_answer_about_is_let_pass(pushed):
+def test_silent_base_passes(pushed):
+    """A base model that the Hub does not answer about is let pass."""
     for name, base in (("gated-base", "me/base-403"), ("silent-base", "me/base-503")):
         assert pushed.report["attempts"][name] == "pushed"
         assert pushed.card(f"me/{name}").data.base_model == base
 
 
 @pytest.mark.slow
-def test_a_relative_folder_is_not_taken_for_an_id(pushed):
+def test_relative_base(pushed):
+    """A relative folder is not taken for an id."""
     while_it_is_there, when_it_is_gone = pushed.report["relative"]
     assert "was trained on the local folder 'models/tiny-local', which nobody else has" in while_it_is_there
     assert "The base model models/tiny-local is not on the Hub" in when_it_is_gone
@@ -306,7 +345,8 @@ def test_other_ways_to_push(pushed):
 
 
 @pytest.mark.slow
-def test_what_the_hub_did_is_found_out_when_its_answer_is_lost(pushed):
+def test_lost_answer(pushed):
+    """What the Hub did is found out when its answer is lost."""
     assert (
         "But the commit had arrived: me/commit-lost-answer holds the adapter"
         in (pushed.report["attempts"]["commit-lost-answer"])
@@ -317,8 +357,9 @@ def test_what_the_hub_did_is_found_out_when_its_answer_is_lost(pushed):
 
 
 @pytest.mark.slow
-def test_a_push_that_is_killed_leaves_an_empty_repository_and_goes_on(pushed):
-    command = (ROOT / "scripts" / "push.py", pushed.folder / "learner", "me/killed")
+def test_killed_push_goes_on(pushed):
+    """A push that is killed leaves an empty repository, and the same command goes on there."""
+    command = ("-m", "scripts.hub.push", pushed.folder / "learner", "me/killed")
     pushed.hub.fail("PUT", "/lfs/me/killed/", HANG)
     process = start(pushed.hub, pushed.folder / "home", *command)
     pushed.hub.wait_for("PUT", "/lfs/me/killed/")
@@ -338,7 +379,7 @@ def test_a_push_that_is_killed_leaves_an_empty_repository_and_goes_on(pushed):
 def refusal(folder: Path) -> str:
     """Of an adapter that can't be pushed. This process is offline: to ask the Hub would be refused otherwise."""
     with pytest.raises(SystemExit) as exit:
-        push.main([str(folder), "me/adapter"], HfApi(endpoint="http://127.0.0.1:9", token="hf_test"))
+        main([str(folder), "me/adapter"], HfApi(endpoint="http://127.0.0.1:9", token="hf_test"))
     return str(exit.value.code)
 
 
@@ -350,10 +391,9 @@ def refusal(folder: Path) -> str:
         ("- a\n", "repo card metadata block should be a dict"),
     ],
 )
-def test_a_readme_whose_header_can_not_be_read_is_refused_before_anything_is_made(header, said, tmp_path: Path):
-    model = learner(init_weights=False)
-    model.peft_config["default"].base_model_name_or_path = "me/tiny-base"
-    model.save_pretrained(tmp_path)
+def test_unreadable_header_refused(header, said, tmp_path: Path):
+    """A README.md whose header can't be read is refused before anything is made."""
+    adapter_on("me/tiny-base", tmp_path)
     assert "HF_HUB_OFFLINE" in refusal(tmp_path)
     (tmp_path / "README.md").write_text(f"---\n{header}---\n\n# Mine\n")
     message = refusal(tmp_path)
@@ -361,10 +401,55 @@ def test_a_readme_whose_header_can_not_be_read_is_refused_before_anything_is_mad
     assert message.endswith("Nothing was pushed.") and "Run the same command again" not in message
 
 
-def test_what_is_no_adapters_folder_is_refused(tmp_path: Path):
-    model = learner(init_weights=False)
-    model.peft_config["default"].base_model_name_or_path = "me/tiny-base"
-    model.save_pretrained(tmp_path)
+def test_no_adapter_refused(tmp_path: Path):
+    adapter_on("me/tiny-base", tmp_path)
     assert "adapter, but it is a file. Nothing was pushed." in refusal(tmp_path / "adapter_config.json")
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "FAR",')
     assert "adapter, but its adapter_config.json is damaged. Nothing was pushed." in refusal(tmp_path)
+
+
+def adapter_on(base: str, folder: Path) -> Path:
+    model = learner(init_weights=False)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_card_with_local_link(tmp_path: Path):
+    """Trainer takes the name of a local folder that is gone for an id: the card that is pushed does not."""
+    folder = adapter_on("/models/gone", tmp_path)
+    link = "This model is a fine-tuned version of [/models/gone](https://huggingface.co//models/gone) on mrpc.\n"
+    (folder / "README.md").write_text(f"---\nbase_model: /models/gone\ntags:\n- mine\n---\n\n{link}")
+    card = card_to_push(read_adapter(folder, "me/base"), "me/adapter", None, None, None)
+    assert "/models" not in card.content and "a fine-tuned version of `me/base` on mrpc." in card.text
+    assert card.data.base_model == "me/base" and "mine" in card.data.tags
+
+
+def test_filled_template_gets_code(tmp_path: Path):
+    """huggingface_hub's template gets the loading lines where it asks for them."""
+    folder = adapter_on("me/base", tmp_path)
+    header = ModelCard("---\n{}\n---\n").data
+    (folder / "README.md").write_text(ModelCard.from_template(header, model_description="About it.").content)
+    text = card_to_push(read_adapter(folder), "me/adapter", None, None, None).text
+    start = text.index("## How to Get Started with the Model")
+    assert "About it." in text and start < text.index("import peft_learners") < text.index("## Training Details")
+
+
+def test_card_of_plain_results(tmp_path: Path):
+    """Whoever has no text for his results gets a table of them."""
+    result = EvalResult("text-classification", "me/data", "Mine", "accuracy", 0.5, dataset_split="test")
+    card = write_card(adapter_on("me/base", tmp_path), results=Results(evaluations=[result], task="my task"))
+    assert (
+        "## Results\n\n| split | metric | value |\n| --- | --- | --- |\n| test | accuracy | 0.5 |\n\n## Training"
+        in card.text
+    )
+    assert "A Learner adapter of `me/base` for my task, made with" in card.text and "What this is not" not in card.text
+    assert ModelCard.load(tmp_path / "README.md").data.eval_results == [result]
+    assert card.data.datasets == ["me/data"] and card.data.model_name == tmp_path.name
+
+
+def test_missing_picture_refused(tmp_path: Path):
+    with pytest.raises(PushError, match=r"^`picture=` must be a file, got 'none.png'. Nothing was pushed.$"):
+        push(adapter_on("me/base", tmp_path), "me/adapter", picture="none.png")
+    with pytest.raises(PushError, match="^`create_pr=` opens a pull request .* leave `revision=` out"):
+        push(tmp_path, "me/adapter", create_pr=True, revision="v2")

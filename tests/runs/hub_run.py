@@ -17,10 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import model_card
-import push
 import torch
 import zoo
 from huggingface_hub import HfApi, ModelCard
@@ -33,6 +31,9 @@ from zoo import logits_of
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
+from peft_learners.hub import PushError, push
+from scripts.hub.card import main as write_card
+from scripts.hub.push import main as push_command
 
 # huggingface_hub has no setting for its waits between tries (1 s, 2 s, 4 s, 8 s, 8 s). It tries as often as ever.
 assert {"base_wait_time", "max_wait_time"} <= http_backoff.__kwdefaults__.keys()
@@ -84,10 +85,28 @@ def train_and_push(out: Path, config, repo_id: str, strategy: str, **card) -> Pe
     return model
 
 
+def train_and_push_on_local(out: Path, local: str) -> dict[str, object]:
+    """What is said of an adapter on a local folder, by Trainer's push and by one of what that leaves."""
+    said: dict[str, object] = {}
+    model = get_peft_model(base(local), LearnerConfig(**LEARNER))
+    settings = {"push_to_hub": True, "hub_model_id": "me/local-by-trainer", "hub_strategy": "end"}
+    run = trainer(model, arguments(out / "local-by-trainer", **settings))
+    run.train()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            run.push_to_hub()
+        except ValueError as error:
+            said["refused"] = str(error)
+    said["warnings"] = [str(w.message) for w in caught if "adapter_config" in str(w.message)]
+    said["folder"] = attempt([str(out / "local-by-trainer"), "me/local-after-trainer", "--base_model", BASE])
+    return said
+
+
 def attempt(arguments: list[str], **api) -> str:
-    """What `push.py` says, to stdout or as it exits."""
+    """What `scripts.hub.push` says as it exits."""
     try:
-        push.main(arguments, HfApi(**api) if api else None)
+        push_command(arguments, HfApi(**api) if api else None)
     except SystemExit as exit:
         return str(exit.code)
     return "pushed"
@@ -103,12 +122,12 @@ BRANCHES = ("branch-500", "branch-403")
 
 
 def push_with_results(out: Path, folder: Path) -> list[str]:
-    """Push with a card that tells results, and with one that `model_card.py` had written before."""
+    """Push with a card that tells results, and with one that `scripts.hub.card` had written before."""
     (out / "results.json").write_text(json.dumps({**results("learner", priming_epochs=1.0), "model": BASE}))
     (out / "nodes.png").write_bytes(b"a picture")
     more = ["--results", str(out / "results.json"), "--picture", str(out / "nodes.png")]
     shutil.copytree(folder, out / "with-card")
-    model_card.main([str(out / "with-card"), *more])
+    write_card([str(out / "with-card"), *more])
     return [attempt([str(folder), "me/results", *more]), attempt([str(out / "with-card"), "me/with-card"])]
 
 
@@ -142,14 +161,27 @@ def attempts(folder: str) -> dict[str, str]:
 
 
 def push_of_revision(out: Path) -> torch.Tensor:
-    """Push an adapter of a revision of its base model, by both ways; its logits."""
+    """Push an adapter of a revision of its base model, as a model and from a folder; its logits."""
     torch.manual_seed(1)
     config = LearnerConfig(r=4, priming_epochs=0, init_weights=False, task_type="SEQ_CLS")
     model = get_peft_model(base("me/versions", "v9"), config, revision="v9")
-    model.push_to_hub("me/of-v9")
+    push(model, "me/of-v9")
     model.save_pretrained(out / "learner-of-v9")
     assert attempt([str(out / "learner-of-v9"), "me/of-v9-by-script"]) == "pushed"
     return logits_of(model, inputs())
+
+
+def push_other_models() -> tuple[torch.Tensor, torch.Tensor]:
+    """Push the second adapter of a model, and one that was added to a model of transformers; their logits."""
+    model = trained(LearnerConfig(**LEARNER))
+    model.add_adapter("second", LearnerConfig(r=2, init_weights=False, task_type="SEQ_CLS"))
+    model.set_adapter("second")
+    push(model, "me/second")
+    torch.manual_seed(1)
+    plain = base()
+    plain.add_adapter(LearnerConfig(r=4, priming_epochs=0, init_weights=False, task_type="SEQ_CLS"), "mine")
+    push(plain.eval(), "me/by-transformers")
+    return logits_of(model.eval(), inputs()), logits_of(plain, inputs())
 
 
 def push_with_relative_base(out: Path) -> list[str]:
@@ -179,37 +211,37 @@ def push_all(out: Path) -> dict:
     report["results"] = push_with_results(out, folder)
 
     far = trained(FARConfig(priming_steps=1, retention_ratio=0.25, task_type="SEQ_CLS"))
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        far.push_to_hub("me/far", tags=["mine"])
-        far.push_to_hub("me/written")
-    report["warnings"] = [str(w.message) for w in caught if "adapter_config" in str(w.message)]
-    logits["me/far"] = logits["me/written"] = logits_of(far, inputs())
+    push(far, "me/far")
+    push(far, "me/written", update=True)
+    far.push_to_hub("me/far-by-peft", tags=["mine"])
+    far.push_to_hub("me/written-by-peft")
+    logits |= dict.fromkeys(("me/far", "me/written", "me/far-by-peft"), logits_of(far, inputs()))
 
     bottleneck = trained(BottleneckConfig(mode="parallel", bottleneck_dim=4, task_type="SEQ_CLS"))
-    bottleneck.push_to_hub("me/bottleneck")
+    push(bottleneck, "me/bottleneck", commit_message="Mine")
     logits["me/bottleneck"] = logits_of(bottleneck, inputs())
+    logits["me/second"], logits["me/by-transformers"] = push_other_models()
 
     local = str(out / "local-base")
     base().save_pretrained(local)
     adapted = trained(LearnerConfig(**LEARNER), local)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        adapted.push_to_hub("me/from-folder")
-        adapted.peft_config["default"].base_model_name_or_path = BASE
-        adapted.push_to_hub("me/from-folder-named")
-    report["local warnings"] = [str(w.message) for w in caught if "adapter_config" in str(w.message)]
-    adapted.peft_config["default"].base_model_name_or_path = local
+    try:
+        push(adapted, "me/local")
+    except PushError as error:
+        report["local"] = str(error)
     adapted.save_pretrained(out / "from-folder")
-    report["local"] = attempt([str(out / "from-folder"), "me/local"])
+    report["local, folder"] = attempt([str(out / "from-folder"), "me/local"])
     report["local, named"] = attempt([str(out / "from-folder"), "me/local", "--base_model", BASE])
-    logits["me/from-folder-named"] = logits["me/local"] = logits_of(adapted, inputs())
+    push(adapted, "me/local-model", base_model=BASE)
+    logits |= dict.fromkeys(("me/local", "me/local-model"), logits_of(adapted, inputs()))
+    report["local, by trainer"] = train_and_push_on_local(out, local)
 
     nas = NASLoRAConfig(r=2, parameter_budget=0.5, task_type="SEQ_CLS")
     card = {"dataset_tags": "me/parity", "dataset": "parity", "tasks": "text-classification", "tags": ["mine"]}
-    logits["me/nas"] = logits_of(train_and_push(out, nas, "me/nas", "end", **card), inputs())
-    every = train_and_push(out, LearnerConfig(**LEARNER), "me/every-save", "every_save")
-    logits["me/every-save"] = logits_of(every, inputs())
+    logits["me/nas-by-trainer"] = logits_of(train_and_push(out, nas, "me/nas-by-trainer", "end", **card), inputs())
+    report["after trainer"] = attempt([str(out / "me-nas-by-trainer"), "me/nas"])
+    logits["me/nas"] = logits["me/nas-by-trainer"]
+    train_and_push(out, LearnerConfig(**LEARNER), "me/every-save", "every_save")
 
     report["relative"] = push_with_relative_base(out)
     logits["me/of-v9"] = logits["me/of-v9-by-script"] = push_of_revision(out)
@@ -229,16 +261,8 @@ def load_all(out: Path) -> dict:
         its_base = base("me/versions", "v9") if "v9" in repo_id else base()
         model = PeftModel.from_pretrained(its_base, repo_id, revision="v2" if repo_id == "me/branch" else None)
         same[repo_id] = torch.equal(logits_of(model, inputs()), expected)
-    by_card = (
-        "me/learner",
-        "me/far",
-        "me/written",
-        "me/bottleneck",
-        "me/nas",
-        "me/every-save",
-        "me/from-folder-named",
-    )
-    for repo_id in (*by_card, "me/of-v9", "me/of-v9-by-script"):
+    by_card = {*logits} - {"me/branch", "me/put-flaky", "me/far-by-peft", "me/nas-by-trainer"}
+    for repo_id in sorted(by_card):
         codes = re.findall(r"```python\n(.*?)```", ModelCard.load(repo_id).text, re.S)
         names: dict = {}
         exec("\n".join(codes).partition("merged =")[0], names)
