@@ -1,6 +1,6 @@
 """Write the model card (README.md) of a saved Learner, FAR, NAS-LoRA or bottleneck adapter.
 
-    python scripts/model_card.py ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
+    python -m scripts.model_card ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
 
 What the card says comes from the adapter's files and, where given, from a results file of `train_glue.py`; a file of
 another run is refused. An earlier README.md in the folder is replaced.
@@ -14,10 +14,14 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
-import glue_data
-import run_record
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
-from model_card_methods import (
+from peft import PeftConfig
+from safetensors import safe_open
+
+from peft_learners.hub.card import auto_class, is_hub_id, loading_code, num_labels_in, short_name, usage_text
+from scripts.glue import data as glue_data
+from scripts.glue import run_record
+from scripts.model_card_methods import (
     CARD_METHODS,
     Config,
     found_before,
@@ -27,10 +31,6 @@ from model_card_methods import (
     table,
     trained_by_file,
 )
-from peft import PeftConfig
-from safetensors import safe_open
-
-from peft_learners.hub.card import auto_class, is_hub_id, loading_code, num_labels_in, short_name, usage_text
 
 #: Remark on an adapter's name in a card that was written before it was pushed.
 HERE = "this folder, or its id on the Hub"

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from glue_methods import METHODS
-
 from peft_learners import Architecture, BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
+from scripts.glue.methods import METHODS
 
 Config = Union[LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig]
 #: Shapes of an adapter's values, by name.

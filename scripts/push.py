@@ -1,6 +1,6 @@
 """Push a saved adapter of this package to the Hub, with its model card, in one commit.
 
-    python scripts/push.py ADAPTER_FOLDER OWNER/NAME [--base_model OWNER/NAME] [--results results.json]
+    python -m scripts.push ADAPTER_FOLDER OWNER/NAME [--base_model OWNER/NAME] [--results results.json]
         [--picture nodes.png] [--private] [--update] [--revision BRANCH] [--create_pr] [--commit_message TEXT]
 
 Only what belongs to the adapter is uploaded: its weights, its config (with the base model's id on the Hub), its card,
@@ -20,8 +20,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional
 
-import model_card
-import run_record
 import yaml
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import (
@@ -37,6 +35,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from safetensors import SafetensorError
 
 from peft_learners.hub.card import CARD, is_automatic, with_usage
+from scripts import model_card
+from scripts.glue import run_record
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 #: What the Hub puts into a new repository.

@@ -10,7 +10,7 @@ os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
-sys.path[:0] = [str(TESTS), str(ROOT / "scripts"), *(str(f) for f in sorted(TESTS.iterdir()) if f.is_dir())]
+sys.path[:0] = [str(TESTS), *(str(f) for f in sorted(TESTS.iterdir()) if f.is_dir())]
 
 import pytest  # noqa: E402
 import torch  # noqa: E402

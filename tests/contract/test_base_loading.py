@@ -6,7 +6,6 @@ import json
 import re
 from pathlib import Path
 
-import model_card
 import pytest
 import torch
 import transformers
@@ -17,6 +16,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
+from scripts import model_card
 
 CONFIGS = {
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_epochs": 0, "init_weights": False, **more}),

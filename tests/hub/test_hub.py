@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import push
 import pytest
 import zoo
 from hub_server import DROP, DROP_AFTER, HANG, HubServer, Repo
 from huggingface_hub import HfApi, ModelCard
 from training import learner
+
+from scripts import push
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "runs" / "hub_run.py"
@@ -31,6 +32,7 @@ def start(hub: HubServer, home: Path, *command: object) -> subprocess.Popen:
     environment = {**os.environ, **hub.environment(home), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [sys.executable, *map(str, command)],
+        cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -318,7 +320,7 @@ def test_what_the_hub_did_is_found_out_when_its_answer_is_lost(pushed):
 
 @pytest.mark.slow
 def test_a_push_that_is_killed_leaves_an_empty_repository_and_goes_on(pushed):
-    command = (ROOT / "scripts" / "push.py", pushed.folder / "learner", "me/killed")
+    command = ("-m", "scripts.push", pushed.folder / "learner", "me/killed")
     pushed.hub.fail("PUT", "/lfs/me/killed/", HANG)
     process = start(pushed.hub, pushed.folder / "home", *command)
     pushed.hub.wait_for("PUT", "/lfs/me/killed/")

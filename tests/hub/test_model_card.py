@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,10 +12,8 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import model_card
-from glue_methods import METHODS as METHOD_ARGUMENTS
+from scripts import model_card
+from scripts.glue.methods import METHODS as METHOD_ARGUMENTS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {

@@ -16,13 +16,18 @@ from training import Rows, adapter_values, dense_parameters, learner
 
 from peft_learners import ScheduleError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "accelerate_loop.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "scripts" / "demo" / "accelerate_loop.py"
 
 
 def run_script(out: Path, *prefix: str) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*prefix, str(SCRIPT), "--output_dir", str(out)], env=environment, capture_output=True, text=True
+        [*prefix, "-m", "scripts.demo.accelerate_loop", "--output_dir", str(out)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout

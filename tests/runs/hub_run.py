@@ -17,10 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path.extend(str(f) for f in Path(__file__).resolve().parents[1].iterdir() if f.is_dir())
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-import model_card
-import push
 import torch
 import zoo
 from huggingface_hub import HfApi, ModelCard
@@ -33,6 +31,7 @@ from transformers import AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.export.__main__ import main as export
+from scripts import model_card, push
 
 # huggingface_hub has no setting for its waits between tries (1 s, 2 s, 4 s, 8 s, 8 s). It tries as often as ever.
 assert {"base_wait_time", "max_wait_time"} <= http_backoff.__kwdefaults__.keys()

@@ -1,4 +1,4 @@
-"""`scripts/bench.py` on a tiny BERT: its rows, with bytes and flops against hand counts."""
+"""`scripts/bench/run.py` on a tiny BERT: its rows, with bytes and flops against hand counts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench
-import bench_common
-import bench_rows
-import bench_settings
-import profile_step
 import pytest
-import run_record
 import torch
 import zoo
+
+from scripts.bench import measure as bench_common
+from scripts.bench import profile as profile_step
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
+from scripts.bench import settings as bench_settings
+from scripts.glue import run_record
 
 # The zoo's BERT: 2 layers, d = 16, h = 32, a pooler. A tenth of the nodes is kept.
 LAYERS, D, H, R = 2, 16, 32, 2
@@ -391,7 +392,7 @@ def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsy
 
 def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
     assert {row["code"] for row in rows} == {run_record.code()}
-    answers = {"status": " M scripts/bench.py\n", "rev-parse": "abc\n"}
+    answers = {"status": " M scripts/bench/run.py\n", "rev-parse": "abc\n"}
 
     def run(command, **_):
         return SimpleNamespace(stdout=next(text for word, text in answers.items() if word in command))

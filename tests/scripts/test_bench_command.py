@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bench
-import bench_rows
 import pytest
 import torch
 import zoo
+
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
 
 
 @pytest.fixture(scope="module")

@@ -7,17 +7,18 @@ import dataclasses
 import json
 from pathlib import Path
 
-import bench
-import bench_import
-import bench_rows
-import bench_scaling
-import bench_settings
-import bench_tables
-import bench_targets
-import profile_step
 import pytest
 import torch
 import zoo
+
+from scripts.bench import imports as bench_import
+from scripts.bench import profile as profile_step
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
+from scripts.bench import scaling as bench_scaling
+from scripts.bench import settings as bench_settings
+from scripts.bench import tables as bench_tables
+from scripts.bench import targets as bench_targets
 
 QUARTILES = {"q1": 0.8, "median": 0.9, "q3": 1.0}
 

@@ -1,16 +1,16 @@
-"""`scripts/export_quality.py`: what exports of a trained adapter cost."""
+"""`scripts/glue/export_quality.py`: what exports of a trained adapter cost."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import export_quality
 import pytest
 from peft import get_peft_model
 from transformers import AutoModelForSequenceClassification
 
 from peft_learners import LearnerConfig
+from scripts.glue import export_quality
 
 
 @pytest.mark.slow

@@ -1,14 +1,15 @@
-"""`scripts/kept_shares.py`: shares of U, V and biases from a checkpoint of a search."""
+"""`scripts/glue/kept_shares.py`: shares of U, V and biases from a checkpoint of a search."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
-import kept_shares
 import pytest
 import zoo
 from training import arguments, learner, nas, trainer
+
+from scripts.glue import kept_shares
 
 
 def test_shares_add_up_to_the_budget_and_follow_the_scores(tmp_path: Path):

@@ -1,10 +1,11 @@
-"""`scripts/plot_bench.py` on rows written by hand."""
+"""`scripts/bench/plot.py` on rows written by hand."""
 
 from __future__ import annotations
 
-import bench_rows
-import plot_bench
 import pytest
+
+from scripts.bench import plot as plot_bench
+from scripts.bench import rows as bench_rows
 
 
 def row(setting: str, method: str, median: float, flops: int, **more) -> dict:
@@ -66,5 +67,5 @@ def test_what_is_drawn(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_rows(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold rows of scripts/bench.py \(\*.jsonl\), but has none"):
+    with pytest.raises(FileNotFoundError, match=r"must hold rows of scripts/bench/run.py \(\*.jsonl\), but has none"):
         plot_bench.main([str(tmp_path)])

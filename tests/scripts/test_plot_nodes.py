@@ -1,6 +1,5 @@
-"""`scripts/plot_nodes.py`: what it reads is what the adapter holds, and overlaps are right."""
+"""`scripts/glue/plot_nodes.py`: what it reads is what the adapter holds, and overlaps are right."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -11,9 +10,7 @@ from matplotlib.image import imread
 from peft import LoraConfig, get_peft_model
 
 from peft_learners import FARConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import plot_nodes
+from scripts.glue import plot_nodes
 
 OUTPUTS = [f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)]
 INPUTS = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]

@@ -1,4 +1,4 @@
-"""`scripts/report.py`: reading, pictures and pages of invented runs, and the committed pages."""
+"""`scripts/docs/report.py`: reading, pictures and pages of invented runs, and the committed pages."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bench_rows
-import bench_tables
-import plot_bench
 import pytest
-import report
-import report_pictures
-import report_scores
-import report_statistics
 from matplotlib import pyplot as plt
-from report_runs import Results
-from sweep_plan import VARIANTS, Run
 from sweep_records import METRICS, ROOT, grid, paper, record, results, scored
+
+from scripts.bench import plot as plot_bench
+from scripts.bench import rows as bench_rows
+from scripts.bench import tables as bench_tables
+from scripts.docs import pictures as report_pictures
+from scripts.docs import report
+from scripts.docs import scores as report_scores
+from scripts.docs import statistics as report_statistics
+from scripts.docs.runs import Results
+from scripts.sweep.plan import VARIANTS, Run
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 

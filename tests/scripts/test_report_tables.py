@@ -6,11 +6,13 @@ from statistics import fmean
 from typing import Any
 
 import pytest
-from report_costs import table1
-from report_progress import coverage_table, phases_table, rates_table, setting_table
-from report_runs import Results
-from report_scores import LAYOUTS, headline, score_tables
-from report_statistics import (
+from sweep_records import PAPERS, grid, lines_with, paper, record, results, scored
+
+from scripts.docs.costs import table1
+from scripts.docs.progress import coverage_table, phases_table, rates_table, setting_table
+from scripts.docs.runs import Results
+from scripts.docs.scores import LAYOUTS, headline, score_tables
+from scripts.docs.statistics import (
     difference_cell,
     estimate,
     median_difference_cell,
@@ -18,8 +20,7 @@ from report_statistics import (
     score_cell,
     short_cell,
 )
-from sweep_plan import VARIANTS, Run
-from sweep_records import PAPERS, grid, lines_with, paper, record, results, scored
+from scripts.sweep.plan import VARIANTS, Run
 
 # -- statistics ------------------------------------------------------------------------------------------------------
 

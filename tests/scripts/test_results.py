@@ -6,9 +6,10 @@ import json
 import re
 from pathlib import Path
 
-import bench_rows
-import bench_tables
 import pytest
+
+from scripts.bench import rows as bench_rows
+from scripts.bench import tables as bench_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = {"mrpc": ("eval_accuracy", "eval_f1"), "cola": ("eval_matthews_correlation",),
@@ -64,7 +65,7 @@ def test_results_hold_no_path_of_a_machine():
 def test_benchmark_tables_are_those_of_the_rows(page):
     text = (ROOT / "docs" / page).read_text()
     assert text.count("<!-- bench:end -->") >= 1
-    assert bench_tables.with_tables(text, BENCH) == text, "run: python scripts/bench_tables.py --write"
+    assert bench_tables.with_tables(text, BENCH) == text, "run: python -m scripts.bench.tables --write"
 
 
 def test_ratios_in_the_benchmarks_rows_are_those_of_their_seconds():

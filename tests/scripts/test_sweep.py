@@ -1,4 +1,4 @@
-"""`scripts/sweep.py`: real runs of a tiny model, processes killed at random, two sweeps in one folder."""
+"""`scripts/sweep/run.py`: real runs of a tiny model, processes killed at random, two sweeps in one folder."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import glue_data
 import pytest
-import run_record
-import sweep
-import sweep_store
-import train_glue
-from report_runs import Results
-from sweep_plan import Run
 
-SCRIPTS = Path(sweep.__file__).parent
+from scripts.docs.runs import Results
+from scripts.glue import data as glue_data
+from scripts.glue import run_record
+from scripts.glue import train as train_glue
+from scripts.sweep import run as sweep
+from scripts.sweep import store as sweep_store
+from scripts.sweep.plan import Run
+
+ROOT = Path(__file__).resolve().parents[2]
 #: Settings of the small sweeps that are not a real one's.
 CHANGED = {"max_length": 32, "r": 4, "per_device_train_batch_size": 4, "num_train_epochs": 4.0}
 #: Of runs that are to be killed: long enough to be met in training.
@@ -31,7 +32,7 @@ TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
 
 def record(run: Run, **changes: object) -> dict:
     """A finished record of a run, as train_glue.py would write it."""
-    from sweep_plan import VARIANTS, settings
+    from scripts.sweep.plan import VARIANTS, settings
 
     config = {**settings(run), **changes.pop("config", {})}
     config.setdefault("total_batch_size", config["per_device_train_batch_size"])
@@ -90,7 +91,7 @@ def test_records_with_other_names_stand_for_runs_with_their_settings(tmp_path):
 
 
 def test_the_committed_runs_of_earlier_work_are_reused():
-    found = sweep_store.finished(SCRIPTS.parent / "results" / "nothing", [SCRIPTS.parent / "results" / "glue"])
+    found = sweep_store.finished(ROOT / "results" / "nothing", [ROOT / "results" / "glue"])
     names = {(run.protocol, run.task, run.variant) for run in found}
     paper = {"full", "lora64", "learner64_p2", "far10", "far10_random", "far10_output_node"}
     assert names >= {("paper", "mrpc", name) for name in paper} | {
@@ -267,7 +268,7 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
     expected = results(alone)
     assert len(expected) == 2 + 2
 
-    command = [sys.executable, str(SCRIPTS / "sweep.py"), *broken]
+    command = [sys.executable, "-m", "scripts.sweep.run", *broken]
     rng, seen, logs = random.Random(), set(), ""
     for _ in range(3):
         process = subprocess.Popen(command, start_new_session=True)

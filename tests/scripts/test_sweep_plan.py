@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sweep_plan
-from sweep_plan import PROTOCOLS, TASKS, VARIANTS, Run, best_rate, missing_rates, planned, settings
+
+from scripts.sweep import plan as sweep_plan
+from scripts.sweep.plan import PROTOCOLS, TASKS, VARIANTS, Run, best_rate, missing_rates, planned, settings
 
 CORE = [name for name, variant in VARIANTS.items() if variant.core]
 SMALL = TASKS[0]
