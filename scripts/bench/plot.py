@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any, Optional
 
 import matplotlib
+import pandas as pd
 
-from scripts.bench.rows import Row, row_of, rows_to_show, settings_of, time_ratio
-from scripts.bench.tables import METHODS
+from scripts.bench.rows import Row, column, read_rows, table_of
+from scripts.bench.tables import METHODS, time_column
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -32,70 +33,54 @@ AXES = {
 CURVES = {"learner_unprimed": "Learner, without priming", "full": "full fine-tuning"}
 
 
-def measured(rows: Sequence[Row], setting: str, device: str) -> dict[str, Row]:
-    """The rows of methods that train, by name, in the order of the tables."""
-    found = {name: row_of(rows, setting, name, device) for name in METHODS}
-    return {name: row for name, row in found.items() if row is not None and "skipped" not in row}
-
-
-def draw_setting(rows: dict[str, Row], title: str, path: Path) -> None:
+def draw_setting(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Draw one setting's three panels.
 
     Args:
         rows: by method; LoRA among them.
         path: of the picture.
     """
-    figure, (times, flops, sizes) = plt.subplots(
-        1, 3, sharey=True, figsize=(13, 1.2 + 0.28 * len(rows)), layout="constrained"
-    )
+    size = (13, 1.2 + 0.28 * len(rows))
+    figure, (times, flops, sizes) = plt.subplots(1, 3, sharey=True, figsize=size, layout="constrained")
     places = range(len(rows))
-    found = [time_ratio(row, "full") for row in rows.values()]
-    medians = [value["median"] for value in found]
-    spread = [[v["median"] - v["q1"] for v in found], [v["q3"] - v["median"] for v in found]]
-    times.barh(places, medians, xerr=spread, color="tab:blue", error_kw={"linewidth": 1})
+    low, medians, high = (rows[time_column("full", name)] for name in ("q1", "median", "q3"))
+    times.barh(places, medians, xerr=[medians - low, high - medians], color="tab:blue", error_kw={"linewidth": 1})
     times.axvline(1, color="0.4", linewidth=1)
     times.set_title("time of a step / full fine-tuning's", fontsize=10)
-    lora = rows["lora"]
-    flops.barh(places, [row["flops"] / lora["flops"] for row in rows.values()], color="tab:green")
-    bound = lora["bound_flops"] / lora["flops"]
+    lora = rows.loc["lora"]
+    flops.barh(places, rows.flops / lora.flops, color="tab:green")
+    bound = lora.bound_flops / lora.flops
     flops.axvline(bound, color="tab:red", linewidth=1.5, label=f"bound ({bound:.2f})")
     flops.set_title("flops of matrix products / LoRA's", fontsize=10)
     flops.legend(fontsize=8, loc="lower right")
-    left = [0.0] * len(rows)
+    left = pd.Series(0.0, rows.index)
     for kind in KINDS:
-        values = [row["bytes"][kind] / 1e6 for row in rows.values()]
+        values = rows[f"bytes.{kind}"] / 1e6
         sizes.barh(places, values, left=left, label=kind)
-        left = [a + b for a, b in zip(left, values, strict=True)]
+        left += values
     sizes.set_title("bytes that a step holds (MB)", fontsize=10)
     sizes.legend(fontsize=8)
-    times.set_yticks(places, [METHODS[name].replace("`", "") for name in rows], fontsize=8)
+    times.set_yticks(places, [METHODS[name].replace("`", "") for name in rows.index], fontsize=8)
     times.invert_yaxis()
     figure.suptitle(title, fontsize=11)
     save(figure, path)
 
 
-def points_of(rows: Sequence[Row], axis: str, method: str) -> list[tuple[int, dict[str, float]]]:
-    """`(value, quartiles of the time relative to LoRA's)` along an axis."""
-    found = (row for row in rows if row.get("axis") == axis and row["method"] == method and "skipped" not in row)
-    return sorted(((row["value"], time_ratio(row, "lora")) for row in found), key=lambda point: point[0])
-
-
-def draw_scaling(rows: Sequence[Row], title: str, path: Path) -> None:
+def draw_scaling(rows: pd.DataFrame, title: str, path: Path) -> None:
     """Draw the curves, a panel per axis."""
-    axes = [axis for axis in AXES if points_of(rows, axis, "learner_unprimed")]
-    figure, panels = plt.subplots(
-        1, len(axes), squeeze=False, sharey=True, figsize=(3.4 * len(axes), 3.4), layout="constrained"
-    )
+    rows = rows[column(rows, "skipped").isna()].sort_values("value")
+    axes = [axis for axis in AXES if axis in set(rows.axis)]
+    size = (3.4 * len(axes), 3.4)
+    figure, panels = plt.subplots(1, len(axes), squeeze=False, sharey=True, figsize=size, layout="constrained")
     for panel, axis in zip(panels[0], axes, strict=True):
         for method, label in CURVES.items():
-            points = points_of(rows, axis, method)
-            at = [value for value, _ in points]
-            line = panel.plot(at, [v["median"] for _, v in points], marker="o", markersize=3, label=label)[0]
-            low, high = ([v[key] for _, v in points] for key in ("q1", "q3"))
-            panel.fill_between(at, low, high, alpha=0.2, color=line.get_color())
+            own = rows[(rows.axis == axis) & (rows.method == method)]
+            low, median, high = (own[time_column("lora", name)] for name in ("q1", "median", "q3"))
+            line = panel.plot(own.value, median, marker="o", markersize=3, label=label)[0]
+            panel.fill_between(own.value, low, high, alpha=0.2, color=line.get_color())
         panel.axhline(1, color="0.4", linewidth=1)
         panel.set_xscale("log", base=2)
-        panel.set_xticks(at, [str(value) for value in at], fontsize=8)
+        panel.set_xticks(own.value, [f"{value:g}" for value in own.value], fontsize=8)
         panel.set_xlabel(AXES[axis])
     panels[0][0].set_ylabel("time of a step / LoRA's")
     panels[0][0].legend(fontsize=8)
@@ -123,14 +108,16 @@ def title_of(row: Row) -> str:
 
 def draw_all(rows: Sequence[Row], out: Path, ending: str) -> Iterator[Path]:
     """Draw every setting that there are rows of; gives the paths."""
-    for setting, device in settings_of(rows):
+    for setting, device in dict.fromkeys((row["setting"]["name"], row["device"]["type"]) for row in rows):
         path = out / f"bench-{setting}-{device}.{ending}"
         own = [row for row in rows if (row["setting"]["name"], row["device"]["type"]) == (setting, device)]
+        found = table_of(own, device).loc[setting]
         if setting == "scaling":
-            name = own[0]["device"]["name"]
-            draw_scaling(own, f"Two blocks of BERT; {name}, {own[0]['device']['threads']} threads", path)
-        elif row_of(rows, setting, "lora", device) is not None:
-            draw_setting(measured(rows, setting, device), title_of(own[0]), path)
+            title = f"Two blocks of BERT; {own[0]['device']['name']}, {own[0]['device']['threads']} threads"
+            draw_scaling(pd.json_normalize(own), title, path)
+        elif "lora" in found.index:
+            found = found[column(found, "skipped").isna()]
+            draw_setting(found.reindex([name for name in METHODS if name in found.index]), title_of(own[0]), path)
         else:
             continue
         yield path
@@ -143,7 +130,9 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("results/figures"), help="folder (default: %(default)s)")
     parser.add_argument("--ending", default="png", choices=["png", "svg"], help="kind of file (default: %(default)s)")
     args = parser.parse_args(argv)
-    for path in draw_all(rows_to_show(args.rows), args.out, args.ending):
+    if not (rows := read_rows(args.rows)):
+        raise FileNotFoundError(f"{args.rows} must hold rows of scripts.bench.run (*.jsonl), but has none.")
+    for path in draw_all(rows, args.out, args.ending):
         print(f"-> {path}")
 
 

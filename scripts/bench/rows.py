@@ -1,21 +1,14 @@
-"""Files of the benchmark's rows: JSON lines, one row per measurement."""
+"""The benchmark's rows: files of JSON lines, one row per measurement, and a table of pandas made of them."""
 
-import json
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
+
+import pandas as pd
+
+from scripts.glue.run_record import read_lines
 
 Row = dict[str, Any]
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write JSON lines in one step: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, allow_nan=False) + "\n" for row in rows)
-    new = path.with_name(f".{path.name}.{os.getpid()}")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -24,51 +17,24 @@ def read_rows(path: Path) -> list[Row]:
     Raises:
         ValueError: a line is no row.
     """
-    if path.is_dir():
-        files = (file for file in sorted(path.glob("*.jsonl")) if "-selected" not in file.name)
-        return [row for file in files for row in read_rows(file)]
-    if not path.is_file():
-        return []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    return [_row(line, f"{path}, line {number},") for number, line in enumerate(lines, 1)]
+    files = sorted(file for file in path.glob("*.jsonl") if "-selected" not in file.name) if path.is_dir() else [path]
+    return [row for file in files for row in read_lines(file)]
 
 
-def _row(line: str, place: str) -> Row:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError:
-        row = None
-    if not isinstance(row, dict):
-        raise ValueError(
-            f"{place} must be a JSON object, got {line[:80]!r}; delete the file, or measure with --again."
-        )
-    return row
-
-
-def rows_to_show(path: Path) -> list[Row]:
-    """The rows of a folder.
+def table_of(rows: Sequence[Row], device: str = "cpu") -> pd.DataFrame:
+    """The rows of a kind of device by `setting` and `method`; nested fields have names with dots. Of several rows (a
+    reference has one in each group) only the first is there.
 
     Raises:
-        FileNotFoundError: it holds none.
+        FileNotFoundError: there are no rows.
     """
-    rows = read_rows(path)
     if not rows:
-        raise FileNotFoundError(f"{path} must hold rows of scripts/bench/run.py (*.jsonl), but has none.")
-    return rows
+        raise FileNotFoundError("There must be rows of scripts.bench.run (*.jsonl), but there are none.")
+    table = pd.json_normalize([row for row in rows if row["device"]["type"] == device])
+    names = {"setting.name": "setting"}
+    return table.rename(columns=names).drop_duplicates(["setting", "method"]).set_index(["setting", "method"])
 
 
-def settings_of(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """`(setting, kind of device)` in the order of the rows."""
-    return list(dict.fromkeys((row["setting"]["name"], row["device"]["type"]) for row in rows))
-
-
-def row_of(rows: Sequence[Row], setting: str, method: str, device: str = "cpu") -> Optional[Row]:
-    """The first row of a method in a setting: a reference has one in each group."""
-    wanted = (setting, device, method)
-    found = (row for row in rows if (row["setting"]["name"], row["device"]["type"], row["method"]) == wanted)
-    return next(found, None)
-
-
-def time_ratio(row: Row, reference: str) -> dict[str, float]:
-    """Quartiles of a step's time relative to another method's."""
-    return row["time_ratios"][reference]["step"]
+def column(table: pd.DataFrame, name: str) -> pd.Series:
+    """A column of rows; without values if no row has that field."""
+    return table[name] if name in table else pd.Series(None, table.index, dtype=object)

@@ -49,7 +49,7 @@ from scripts.bench.measure import (
     trained_parameters,
 )
 from scripts.bench.methods import GROUPS, METHODS, Build, learner, references_of
-from scripts.bench.rows import Row, read_rows, write_rows
+from scripts.bench.rows import Row, read_rows
 from scripts.bench.scaling import AXES, points, scaling_rows
 from scripts.bench.scaling import ROUNDS as SCALING_ROUNDS
 from scripts.bench.settings import SETTINGS, Setting, Workload, prepare
@@ -262,9 +262,9 @@ def measure_setting(work: Workload, groups: dict[str, dict[str, Build]], path: P
             print(f"  {group}: is there")
             continue
         rows += [{**common, **row} for row in measure_group(work, group, methods, limits)]
-        write_rows(part, rows)
+        run_record.write_lines(part, rows)
         _free(work.device)
-    write_rows(path, rows)
+    run_record.write_lines(path, rows)
     part.unlink(missing_ok=True)
     return rows
 
@@ -384,14 +384,14 @@ def run_setting(name: str, args: BenchArguments, device: torch.device, path: Pat
     if name == "import":
         found = import_rows(args.rounds or IMPORT_ROUNDS)
         common = common_fields({"name": name}, torch.device("cpu"))
-        write_rows(path, [{**common, **row} for row in found])
+        run_record.write_lines(path, [{**common, **row} for row in found])
         return
     if name == "scaling":
         rows: list[Row] = []
         curves = points(AXES, args.rounds or SCALING_ROUNDS)
         for work, found in scaling_rows(measure_point, curves, device, args.seed, args.fused):
             rows += [{**common_fields(work.record(), device), **row} for row in found]
-        write_rows(path, rows)
+        run_record.write_lines(path, rows)
         return
     setting = SETTINGS[name]
     if args.groups is not None:

@@ -1,21 +1,20 @@
-"""Markdown tables of the benchmark's rows, as they stand in the docs.
+"""Tables of the benchmark's rows, as they stand in the docs (where `python -m scripts.docs.report` writes them).
 
-python -m scripts.bench.tables results/bench [--table learner]
-python -m scripts.bench.tables --write    # into the pages, where they are marked <!-- bench:learner -->
+python -m scripts.bench.tables results/bench [--table learner]    # prints them in Markdown
 """
 
 import argparse
 import json
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Optional
 
-from scripts.bench import targets as bench_targets
-from scripts.bench.rows import Row, row_of, rows_to_show, settings_of, time_ratio
+import pandas as pd
 
-Lines = list[str]
+from scripts.bench.rows import Row, column, read_rows, table_of
+from scripts.docs.pages import Lines, markdown
+
 #: The four shapes of MiniLM, with the heads of their columns.
 SHAPES = {
     "minilm-16x32-r8": "r=8, 32 tokens",
@@ -24,6 +23,8 @@ SHAPES = {
     "minilm-16x128-r64": "r=64, 128",
 }
 LONG = "minilm-16x128-r64"
+#: Ends the names of the same shapes, measured with an allocator that gives no memory back.
+KEPT_HEAP = "-kept-heap"
 LEARNER = {
     "learner_priming": "in priming",
     "learner_primed": "after priming",
@@ -85,238 +86,243 @@ METHODS = {
 }
 #: Methods that train low-rank updates of the setting's rank on all layers.
 HELD_AGAINST_THE_BOUND = ("lora", "lora_dora", "adalora", *(name for name in METHODS if name.startswith("learner")))
-
-
-def quartile_cell(row: Optional[Row], reference: str) -> str:
-    """`median [q1, q3]` of the step's time; empty where it was not measured."""
-    if row is None or reference not in row.get("time_ratios", {}):
-        return ""
-    found = time_ratio(row, reference)
-    return f"{found['median']:.2f} [{found['q1']:.2f}, {found['q3']:.2f}]"
-
-
-def byte_cell(row: Optional[Row], reference: str, kind: str) -> str:
-    return f"{row['bytes_ratios'][reference][kind]:.2f}" if row is not None and "bytes_ratios" in row else ""
-
-
-def megabytes(row: Optional[Row], key: str = "adapter_file_bytes") -> str:
-    return f"{row[key] / 1e6:.2f} MB" if row is not None and row.get(key) else ""
-
-
-def seconds_cell(row: Row, key: str) -> str:
-    return f"{sorted(row[key])[len(row[key]) // 2]:.2f} s" if row.get(key) else ""
-
-
-def markdown(head: Sequence[str], body: Sequence[Sequence[str]]) -> Lines:
-    """The lines of a table."""
-    rule = "|" + "---|" * len(head)
-    first, *rest = (f"| {' | '.join(cells)} |" for cells in (head, *body))
-    return [first.replace("|  |", "| |"), rule, *rest]
-
-
-def learner_table(rows: Sequence[Row], device: str, ending: str = "") -> Lines:
-    """Step time against LoRA, and bytes in the last shape.
-
-    Args:
-        ending: of the settings' names.
-    """
-    body = []
-    for name, label in LEARNER.items():
-        cells = [quartile_cell(row_of(rows, shape + ending, name, device), "lora") for shape in SHAPES]
-        long = row_of(rows, LONG + ending, name, device)
-        body.append([label, *cells, *(byte_cell(long, "lora", kind) for kind in ("stored", "total"))])
-    return markdown(["", *SHAPES.values(), "stored", "all"], body)
-
-
-def flops_table(rows: Sequence[Row], device: str) -> Lines:
-    """Flops relative to the bound."""
-    body = []
-    for name, label in FLOPS.items():
-        found = (row_of(rows, shape, name, device) for shape in SHAPES)
-        body.append([label, *(f"{row['flops_to_bound']:.2f}" if row else "" for row in found)])
-    return markdown(["", *SHAPES.values()], body)
-
-
-def far_table(rows: Sequence[Row], device: str) -> Lines:
-    """Against full fine-tuning; stored bytes also with the model's own dropout."""
-    head = ["", "time of a step", "stored", "stored, with dropout", "all", "adapter's file"]
-    body = []
-    for name, label in FAR.items():
-        row, dropout = row_of(rows, LONG, name, device), row_of(rows, f"{LONG}-dropout", name, device)
-        stored = [byte_cell(found, "full", "stored") for found in (row, dropout)]
-        body.append([label, quartile_cell(row, "full"), *stored, byte_cell(row, "full", "total"), megabytes(row)])
-    return markdown(head, body)
-
-
-def nas_table(rows: Sequence[Row], device: str) -> Lines:
-    """Each against its own peer."""
-    body = []
-    for name, (label, peer) in NAS.items():
-        found = [row_of(rows, shape, name, device) for shape in ("minilm-16x128-r8", "minilm-16x32-r8")]
-        times = [quartile_cell(row, peer) for row in found]
-        body.append([label, *times, byte_cell(found[0], peer, "optimizer"), megabytes(found[0])])
-    return markdown(["", "16 x 128 tokens", "16 x 32 tokens", "optimizer state", "adapter's file"], body)
-
-
-def inference_table(rows: Sequence[Row], device: str, ending: str = "") -> Lines:
-    """A forward pass against the base model's.
-
-    Args:
-        ending: of the settings' names.
-    """
-    body = []
-    for name, label in INFERENCE.items():
-        found = (row_of(rows, shape + ending, name, device) for shape in SHAPES)
-        body.append([label, *(quartile_cell(row, "inference_base") for row in found)])
-    return markdown(["", *SHAPES.values()], body)
-
-
-def methods_table(rows: Sequence[Row], device: str, setting: str) -> Lines:
-    """All methods that train in one setting."""
-    head = ["", "step, to LoRA", "step, to full", "tokens/s", "flops / bound", "stored", "all"]
-    head += ["exchanged", "file", "save", "load"]
-    body, lora = [], row_of(rows, setting, "lora", device)
-    assert lora is not None
-    for name, label in METHODS.items():
-        row = row_of(rows, setting, name, device)
-        if row is None or "skipped" in row:
-            body += [[label, f"skipped: {row['skipped']}", *[""] * (len(head) - 2)]] if row else []
-            continue
-        body.append(
-            [
-                label,
-                *(quartile_cell(row, peer) for peer in ("lora", "full")),
-                f"{row['tokens_per_second']:,.0f}",
-                f"{row['flops_to_bound']:.2f}" if name in HELD_AGAINST_THE_BOUND else "",
-                *(f"{row['bytes'][kind] / lora['bytes'][kind]:.2f}" for kind in ("stored", "total")),
-                megabytes(row, "exchanged_bytes"),
-                megabytes(row),
-                *(seconds_cell(row, key) for key in ("save_seconds", "load_seconds")),
-            ]
-        )
-    return markdown(head, body)
-
-
-def models_table(rows: Sequence[Row], device: str) -> Lines:
-    """The main comparisons of larger models, a row per setting, and of the one shape of MiniLM beside them."""
-    columns = {
-        "Learner after priming / LoRA": ("learner_primed", "lora"),
-        "Learner without priming / LoRA": ("learner_unprimed", "lora"),
-        "Learner in priming / full": ("learner_priming", "full"),
-        "FAR after priming / full": ("far_after", "full"),
-        "Learner unmerged / base, inference": ("inference_learner_unprimed", "inference_base"),
-    }
-    body = []
-    for setting, kind in settings_of(rows):
-        larger = setting == LONG or not setting.startswith("minilm")
-        if kind == device and larger and row_of(rows, setting, "learner_primed", device):
-            found = ((row_of(rows, setting, name, device), peer) for name, peer in columns.values())
-            body.append([setting, *(quartile_cell(row, peer) for row, peer in found)])
-    return markdown(["", *columns], body)
-
-
-def scaling_table(rows: Sequence[Row], device: str) -> Lines:
-    """The Learner's step time relative to LoRA's along each curve."""
-    body = []
-    for axis in dict.fromkeys(row["axis"] for row in rows if "axis" in row):
-        own = [r for r in rows if r.get("axis") == axis and r["device"]["type"] == device]
-        cells = [
-            f"{row['value']}: {time_ratio(row, 'lora')['median']:.2f}"
-            for row in own
-            if row["method"] == "learner_unprimed" and "time_ratios" in row
-        ]
-        body.append([axis, ", ".join(cells)])
-    return markdown(["", "Learner / LoRA"], body)
-
-
-def targets_table(rows: Sequence[Row], device: str) -> Lines:
-    """What was aimed at, what was found."""
-    body = [
-        [f.target.name, f.setting, f"{f.target.limit:g}", "" if f.value is None else f"{f.value:.3f}", f.verdict]
-        for f in bench_targets.check(rows, device)
-    ]
-    return markdown(["figure", "setting", "at most", "found", ""], body)
-
-
-def profile_table(folder: Path, setting: str, device: str) -> Lines:
-    """Where a step's time goes: shares by purpose, a column per method."""
-    found = json.loads((folder / f"profile-{setting}-{device}.json").read_text())["methods"]
-    purposes = dict.fromkeys(purpose for entry in found.values() for purpose in entry["shares"])
-    body = [[p, *(f"{100 * entry['shares'].get(p, 0):.0f} %" for entry in found.values())] for p in purposes]
-    return markdown(["", *(METHODS[name] for name in found)], body)
-
-
-TABLES: dict[str, Callable[[Sequence[Row], str], Lines]] = {
-    "learner": learner_table,
-    "flops": flops_table,
-    "far": far_table,
-    "nas": nas_table,
-    "inference": inference_table,
-    "learner-kept-heap": partial(learner_table, ending=bench_targets.KEPT_HEAP),
-    "inference-kept-heap": partial(inference_table, ending=bench_targets.KEPT_HEAP),
-    "models": models_table,
-    "scaling": scaling_table,
-    "targets": targets_table,
+#: The main comparisons, in inference the last: method and peer by the head of their column.
+COMPARISONS = {
+    "Learner after priming / LoRA": ("learner_primed", "lora"),
+    "Learner without priming / LoRA": ("learner_unprimed", "lora"),
+    "Learner in priming / full": ("learner_priming", "full"),
+    "FAR after priming / full": ("far_after", "full"),
+    "Learner unmerged / base, inference": ("inference_learner_unprimed", "inference_base"),
 }
 
 
-def tables_of(rows: Sequence[Row], device: str) -> dict[str, Callable[[Sequence[Row], str], Lines]]:
-    """All tables, and one of all methods for each setting that has rows of single shapes."""
-    shaped = [setting for setting, kind in settings_of(rows) if kind == device and row_of(rows, setting, "lora", kind)]
-    return {**TABLES, **{name: partial(methods_table, setting=name) for name in shaped if name != "scaling"}}
+def kept(settings: Sequence[str]) -> tuple[str, ...]:
+    return (*settings, *(f"{setting}{KEPT_HEAP}" for setting in settings))
 
 
-# -- pages ----------------------------------------------------------------------------------------------------------
+def time_column(peer: str, quantile: str = "median") -> str:
+    """Name of the column of a step's time relative to a peer's."""
+    return f"time_ratios.{peer}.step.{quantile}"
 
-DOCS = Path(__file__).resolve().parents[2] / "docs"
+
+_RANK_64, _RANK_8 = ("minilm-16x32-r64", "minilm-16x128-r64"), ("minilm-16x32-r8", "minilm-16x128-r8")
+_ALL, _LONG = (*_RANK_8, *_RANK_64), ("minilm-16x128-r8", "minilm-16x128-r64")
+_TO_LORA, _TO_FULL, _TO_BASE = map(time_column, ("lora", "full", "inference_base"))
+_LEARNER, _PLAIN = "Learner after priming", "Learner without priming, unmerged / base model: inference"
+#: What was aimed at: a figure, the most it should be, the settings that this is for, the method, and its column.
+TARGETS: tuple[tuple[str, float, Sequence[str], str, str], ...] = (
+    (f"{_LEARNER} / LoRA: step time", 0.87, kept(_RANK_64), "learner_primed", _TO_LORA),
+    (f"{_LEARNER} / LoRA: step time", 0.91, kept(_RANK_8), "learner_primed", _TO_LORA),
+    (f"{_LEARNER} / LoRA: stored bytes", 0.95, _RANK_64, "learner_primed", "bytes_ratios.lora.stored"),
+    (f"{_LEARNER}: flops / bound", 1.05, _ALL, "learner_primed", "flops_to_bound"),
+    ("Learner in priming / full fine-tuning: step time", 1.0, kept(_ALL), "learner_priming", _TO_FULL),
+    ("FAR after priming / full fine-tuning: step time", 0.88, _RANK_64, "far_after", _TO_FULL),
+    ("FAR after priming / full fine-tuning: stored bytes", 0.78, _RANK_64, "far_after", "bytes_ratios.full.stored"),
+    *(
+        (f"NAS-LoRA's search ({space}) / without importance: step time", 1.03, _RANK_8, f"nas_search{end}", column_)
+        for space, end in (("U-MaM", ""), ("S-MaM", "_s_mam"), ("U-BitFit", "_u_bitfit"))
+        for column_ in [time_column(f"nas_plain{end}")]
+    ),
+    ("Learner, unmerged / base model: inference", 1.03, kept(_LONG), "inference_learner", _TO_BASE),
+    (_PLAIN, 1.03, kept(_LONG), "inference_learner_unprimed", _TO_BASE),
+    ("import over `import peft`: ms", 50.0, ("import",), "peft_learners", "import_seconds.median"),
+)
 
 
-def spliced(text: str, kind: str, lines_of: Callable[[str], Lines]) -> str:
-    """A page with `lines_of(NAME)` between its markers, `<!-- KIND:NAME -->` and `<!-- KIND:end -->`.
+# -- cells ---------------------------------------------------------------------------------------------------------
+
+
+def texts(table: pd.DataFrame, name: str, form: str = "{:.2f}", per: float = 1) -> pd.Series:
+    """A column's values divided by `per`, as texts; empty where there is none."""
+    return column(table, name).map(lambda value: "" if pd.isna(value) or not value else form.format(value / per))
+
+
+def quartiles(table: pd.DataFrame, peer: str) -> pd.Series:
+    """`median [q1, q3]` of the step's time relative to a peer's; empty where it was not measured."""
+    median, low, high = (texts(table, time_column(peer, name)) for name in ("median", "q1", "q3"))
+    return (median + " [" + low + ", " + high + "]").where(median != "", "")
+
+
+def at(cells: pd.Series, setting: str, methods: Iterable[str]) -> list[str]:
+    """Of texts by setting and method, those of some methods in a setting; empty where there is no row."""
+    return [cells.get((setting, method), "") for method in methods]
+
+
+def seconds(table: pd.DataFrame, name: str) -> pd.Series:
+    """The middle one of each row's seconds."""
+    return column(table, name).map(
+        lambda values: f"{sorted(values)[len(values) // 2]:.2f} s" if isinstance(values, list) else ""
+    )
+
+
+# -- tables --------------------------------------------------------------------------------------------------------
+
+
+def shapes_table(table: pd.DataFrame, cells: pd.Series, methods: Mapping[str, str], ending: str = "") -> pd.DataFrame:
+    """Texts of methods, a column per shape of MiniLM.
+
+    Args:
+        ending: of the settings' names.
+    """
+    columns = {head: at(cells, f"{shape}{ending}", methods) for shape, head in SHAPES.items()}
+    return pd.DataFrame({"": methods.values(), **columns})
+
+
+def learner_table(table: pd.DataFrame, ending: str = "") -> pd.DataFrame:
+    """Step time against LoRA, and bytes in the last shape."""
+    stored, total = (texts(table, f"bytes_ratios.lora.{kind}") for kind in ("stored", "total"))
+    return shapes_table(table, quartiles(table, "lora"), LEARNER, ending).assign(
+        stored=at(stored, LONG + ending, LEARNER), all=at(total, LONG + ending, LEARNER)
+    )
+
+
+def flops_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Flops relative to the bound."""
+    return shapes_table(table, texts(table, "flops_to_bound"), FLOPS)
+
+
+def far_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Against full fine-tuning; stored bytes also with the model's own dropout."""
+    stored = texts(table, "bytes_ratios.full.stored")
+    return pd.DataFrame(
+        {
+            "": FAR.values(),
+            "time of a step": at(quartiles(table, "full"), LONG, FAR),
+            "stored": at(stored, LONG, FAR),
+            "stored, with dropout": at(stored, f"{LONG}-dropout", FAR),
+            "all": at(texts(table, "bytes_ratios.full.total"), LONG, FAR),
+            "adapter's file": at(texts(table, "adapter_file_bytes", "{:.2f} MB", 1e6), LONG, FAR),
+        }
+    )
+
+
+def nas_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Each against its own peer."""
+    long, short = "minilm-16x128-r8", "minilm-16x32-r8"
+    files = texts(table, "adapter_file_bytes", "{:.2f} MB", 1e6)
+    return pd.DataFrame(
+        {
+            "": label,
+            "16 x 128 tokens": quartiles(table, peer).get((long, name), ""),
+            "16 x 32 tokens": quartiles(table, peer).get((short, name), ""),
+            "optimizer state": texts(table, f"bytes_ratios.{peer}.optimizer").get((long, name), ""),
+            "adapter's file": files.get((long, name), ""),
+        }
+        for name, (label, peer) in NAS.items()
+    )
+
+
+def inference_table(table: pd.DataFrame, ending: str = "") -> pd.DataFrame:
+    """A forward pass against the base model's."""
+    return shapes_table(table, quartiles(table, "inference_base"), INFERENCE, ending)
+
+
+def methods_table(table: pd.DataFrame, setting: str) -> pd.DataFrame:
+    """All methods that train in one setting."""
+    own = table.loc[setting].reindex([name for name in METHODS if (setting, name) in table.index])
+    lora = own.loc["lora"]
+    found = pd.DataFrame(
+        {
+            "": own.index.map(METHODS.get),
+            "step, to LoRA": quartiles(own, "lora"),
+            "step, to full": quartiles(own, "full"),
+            "tokens/s": texts(own, "tokens_per_second", "{:,.0f}"),
+            "flops / bound": texts(own, "flops_to_bound").where(own.index.isin(HELD_AGAINST_THE_BOUND), ""),
+            "stored": texts(own, "bytes.stored", per=lora["bytes.stored"]),
+            "all": texts(own, "bytes.total", per=lora["bytes.total"]),
+            "exchanged": texts(own, "exchanged_bytes", "{:.2f} MB", 1e6),
+            "file": texts(own, "adapter_file_bytes", "{:.2f} MB", 1e6),
+            "save": seconds(own, "save_seconds"),
+            "load": seconds(own, "load_seconds"),
+        }
+    )
+    for name, why in column(own, "skipped").dropna().items():
+        found.loc[name] = [METHODS[name], f"skipped: {why}", *[""] * (found.shape[1] - 2)]
+    return found
+
+
+def models_table(table: pd.DataFrame) -> pd.DataFrame:
+    """The main comparisons of larger models, a row per setting, and of the one shape of MiniLM beside them."""
+    settings = [name for name, method in table.index if method == "learner_primed"]
+    larger = [name for name in settings if name == LONG or not name.startswith("minilm")]
+    columns = {
+        head: [quartiles(table, peer).get((setting, method), "") for setting in larger]
+        for head, (method, peer) in COMPARISONS.items()
+    }
+    return pd.DataFrame({"": larger, **columns})
+
+
+def scaling_table(rows: Sequence[Row], device: str) -> pd.DataFrame:
+    """The Learner's step time relative to LoRA's along each curve."""
+    curves: dict[str, list[str]] = {}
+    for row in rows:
+        if "axis" in row and row["device"]["type"] == device:
+            own = curves.setdefault(row["axis"], [])
+            if row["method"] == "learner_unprimed" and "time_ratios" in row:
+                own.append(f"{row['value']}: {row['time_ratios']['lora']['step']['median']:.2f}")
+    return pd.DataFrame({"": curves.keys(), "Learner / LoRA": map(", ".join, curves.values())})
+
+
+def targets_table(table: pd.DataFrame) -> pd.DataFrame:
+    """What was aimed at, what was found."""
+    lines = []
+    for name, limit, settings, method, where in TARGETS:
+        for setting in settings:
+            found = column(table, where).get((setting, method))
+            value = None if found is None or pd.isna(found) else found * (1000 if name.endswith(": ms") else 1)
+            why = column(table, "skipped").get((setting, method))
+            verdict = "not measured" if why is None or pd.isna(why) else f"skipped: {why}"
+            if value is not None:
+                verdict = "met" if value <= limit else "MISSED"
+            lines.append((name, setting, f"{limit:g}", "" if value is None else f"{value:.3f}", verdict))
+    return pd.DataFrame(lines, columns=["figure", "setting", "at most", "found", ""])
+
+
+def profile_table(folder: Path, setting: str, device: str) -> pd.DataFrame:
+    """Where a step's time goes: shares by purpose, a column per method."""
+    found = json.loads((folder / f"profile-{setting}-{device}.json").read_text())["methods"]
+    purposes = dict.fromkeys(purpose for entry in found.values() for purpose in entry["shares"])
+    columns = {METHODS[n]: [f"{100 * e['shares'].get(p, 0):.0f} %" for p in purposes] for n, e in found.items()}
+    return pd.DataFrame({"": purposes.keys(), **columns})
+
+
+class Tables:
+    """All tables of a folder of rows.
 
     Raises:
-        ValueError: a marker has no end, or an end no marker.
+        FileNotFoundError: it holds none.
     """
-    mark = re.compile(rf"<!-- {kind}:([\w-]+) -->\n(.*?)<!-- {kind}:end -->", re.DOTALL)
-    found = mark.findall(text)
-    if text.count(f"<!-- {kind}:") != 2 * len(found) or any(f"<!-- {kind}:" in body for _, body in found):
-        raise ValueError(f"Each <!-- {kind}:NAME --> must have its <!-- {kind}:end --> before the next one begins.")
 
-    def fill(match: re.Match[str]) -> str:
-        return "\n".join([f"<!-- {kind}:{match[1]} -->", "", *lines_of(match[1]), "", f"<!-- {kind}:end -->"])
+    def __init__(self, folder: Path, device: str = "cpu") -> None:
+        self.folder, self.device = folder, device
+        rows = read_rows(folder)
+        table = table_of(rows, device)
+        self.makers: dict[str, Callable[[], pd.DataFrame]] = {
+            "learner": partial(learner_table, table),
+            "flops": partial(flops_table, table),
+            "far": partial(far_table, table),
+            "nas": partial(nas_table, table),
+            "inference": partial(inference_table, table),
+            "learner-kept-heap": partial(learner_table, table, KEPT_HEAP),
+            "inference-kept-heap": partial(inference_table, table, KEPT_HEAP),
+            "models": partial(models_table, table),
+            "scaling": partial(scaling_table, rows, device),
+            "targets": partial(targets_table, table),
+        }
+        shaped = [setting for setting, method in table.index if method == "lora" and setting != "scaling"]
+        self.makers |= {setting: partial(methods_table, table, setting) for setting in shaped}
 
-    return mark.sub(fill, text)
+    def lines_of(self, name: str) -> Lines:
+        """A table in Markdown.
 
-
-def with_tables(text: str, folder: Path, device: str = "cpu") -> str:
-    """A page with the tables between its markers, `<!-- bench:NAME -->` and `<!-- bench:end -->`.
-
-    Raises:
-        ValueError: there is no table of a marker's name.
-    """
-    rows = rows_to_show(folder)
-    tables = tables_of(rows, device)
-
-    def lines_of(name: str) -> Lines:
+        Raises:
+            ValueError: there is none of that name.
+        """
         if name.startswith("profile-"):
-            return profile_table(folder, name.removeprefix("profile-"), device)
-        if name not in tables:
-            raise ValueError(f"<!-- bench:{name} --> must name one of {', '.join(tables)}, or profile-SETTING.")
-        return tables[name](rows, device)
-
-    return spliced(text, "bench", lines_of)
-
-
-def write_pages(folder: Path, docs: Path = DOCS) -> list[str]:
-    """Bring all pages up to date; returns the names of those that were not."""
-    changed = []
-    for page in sorted(docs.glob("*.md")):
-        text = page.read_text(encoding="utf-8")
-        new = with_tables(text, folder)
-        if new != text:
-            page.write_text(new, encoding="utf-8")
-            changed.append(page.name)
-    return changed
+            return markdown(profile_table(self.folder, name.removeprefix("profile-"), self.device))
+        if name not in self.makers:
+            raise ValueError(f"<!-- bench:{name} --> must name one of {', '.join(self.makers)}, or profile-SETTING.")
+        return markdown(self.makers[name]())
 
 
 def main(argv: Optional[list[str]] = None) -> None:
@@ -324,19 +330,11 @@ def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description="Print the benchmark's tables in Markdown.")
     parser.add_argument("rows", nargs="?", type=Path, default=Path("results/bench"), help="folder (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="whose rows (%(default)s)")
-    parser.add_argument("--table", help="only one: " + ", ".join(TABLES) + ", or a setting (default: all)")
-    parser.add_argument("--write", action="store_true", help="bring the tables in docs/*.md up to date")
+    parser.add_argument("--table", help="only one, or a setting (default: all)")
     args = parser.parse_args(argv)
-    if args.write:
-        print(f"rewritten: {', '.join(write_pages(args.rows)) or 'none'}")
-        return
-    rows = rows_to_show(args.rows)
-    tables = tables_of(rows, args.device)
-    if args.table is not None and args.table not in tables:
-        parser.error(f"--table must be one of {', '.join(tables)}, got {args.table!r}")
-    for name, table in tables.items():
-        if args.table in (None, name):
-            print(f"<!-- {name} -->", *table(rows, args.device), "", sep="\n")
+    tables = Tables(args.rows, args.device)
+    for name in tables.makers if args.table is None else [args.table]:
+        print(f"<!-- {name} -->", *tables.lines_of(name), "", sep="\n")
 
 
 if __name__ == "__main__":

@@ -6,13 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
-from scripts.bench.rows import Row, row_of, time_ratio
-from scripts.bench.tables import Lines, markdown
-from scripts.docs.runs import Papers
-from scripts.docs.statistics import MISSING
+import pandas as pd
 
-#: Of bytes, in the order of the columns.
-KINDS = ("stored", "optimizer", "total")
+from scripts.bench.tables import time_column
+from scripts.docs.pages import Lines, markdown
+from scripts.docs.runs import Papers
+from scripts.docs.scores import MISSING
+
 #: Settings of the benchmark by the table's name: that of the scores, and one of the paper's model.
 SETTINGS = {"table1": "minilm-16x128-r64", "table1-distilbert": "distilbert-16x128-r64"}
 
@@ -51,7 +51,7 @@ METHODS = (
 )
 
 
-def table1(rows: Sequence[Row], papers: Papers, setting: str = SETTINGS["table1"], device: str = "cpu") -> Lines:
+def table1(table: pd.DataFrame, papers: Papers, setting: str = SETTINGS["table1"]) -> Lines:
     """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order, and the
     mean time of a step of a whole training, the phases weighted by their steps.
 
@@ -59,70 +59,58 @@ def table1(rows: Sequence[Row], papers: Papers, setting: str = SETTINGS["table1"
     left out. Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for
     backward), *optimizer* (its state), and *peak*, the sum of these and of the gradients.
     """
-    head = ["", "trained", "weights", "time / full", "whole / full", "time / LoRA", "stored", "optimizer", "peak"]
     theirs = papers.rows("learners", "table1")
-    reference = theirs["full"]
-    columns = ("total, M", "trained, M", "minutes", "/ full", "peak, GB")
-    model = papers.model("learners")
-    measured = {method: phases for method in METHODS if (phases := _phases(rows, method, setting, device))}
-    if not measured:
+    phases = {method: _phases(table, method, setting) for method in METHODS}
+    if not any(phases.values()):
         return [f"No rows of {setting} yet."]
-    body = []
-    for method in METHODS:
-        found, paper = measured.get(method, []), theirs.get(method.paper)
-        if not found and not paper:
-            continue
-        body.append(
-            [
-                method.label,
-                _each(found, lambda row: f"{row['trained_parameters']:,}"),
-                _each(found, partial(_megabytes, kind="parameters")),
-                _each(found, partial(_time, peer="full")),
-                _whole_time(found, method.shares),
-                _each(found, partial(_time, peer="lora")),
-                *(_each(found, partial(_megabytes, kind=kind)) for kind in ("stored", "optimizer", "total")),
-                *(_paper_cells(paper, reference) if paper else [MISSING] * len(columns)),
-            ]
-        )
-    return markdown([*head, *(f"{model}: {columns[0]}", *columns[1:])], body)
+    lines = []
+    for method, found in phases.items():
+        if found or method.paper:
+            beside = _paper_cells(papers.model("learners"), theirs.get(method.paper), theirs["full"]["time"])
+            lines.append({"": method.label, **_cells(found, method.shares), **beside})
+    return markdown(pd.DataFrame(lines))
 
 
-def _phases(rows: Sequence[Row], method: Method, setting: str, device: str) -> list[Row]:
+def _phases(table: pd.DataFrame, method: Method, setting: str) -> list[pd.Series]:
     """A method's rows in the order of its phases; empty if one is not there or was skipped."""
-    found = [row_of(rows, setting, name, device) for name in method.rows]
-    measured = [row for row in found if row is not None and "skipped" not in row]
-    return measured if len(measured) == len(found) else []
+    found = [table.loc[(setting, name)] for name in method.rows if (setting, name) in table.index]
+    measured = [row for row in found if pd.isna(row.get("skipped"))]
+    return measured if len(measured) == len(method.rows) else []
 
 
-def _each(rows: Sequence[Row], cell: Callable[[Row], str]) -> str:
-    """The phases' cells, once where they are the same; a dash without phases."""
-    return ", then ".join(dict.fromkeys(cell(row) for row in rows)) or MISSING
+def _cells(phases: Sequence[pd.Series], shares: Sequence[float]) -> dict[str, str]:
+    def each(cell: Callable[[pd.Series], str]) -> str:
+        """The phases' cells, once where they are the same; a dash without phases."""
+        return ", then ".join(dict.fromkeys(map(cell, phases))) or MISSING
+
+    def ratio(row: pd.Series, peer: str) -> float:
+        """Time of a step over that of the peer; NaN if they were not measured in turn."""
+        return 1.0 if row.name[1] == peer else row.get(time_column(peer), float("nan"))
+
+    def time(row: pd.Series, peer: str) -> str:
+        found = ratio(row, peer)
+        return "1" if row.name[1] == peer else MISSING if pd.isna(found) else f"{found:.2f}"
+
+    def megabytes(row: pd.Series, kind: str) -> str:
+        return f"{row[f'bytes.{kind}'] / 1e6:.1f}"
+
+    whole = sum(share * ratio(row, "full") for share, row in zip(shares, phases, strict=False))
+    return {
+        "trained": each(lambda row: f"{row.trained_parameters:,.0f}"),
+        "weights": each(partial(megabytes, kind="parameters")),
+        "time / full": each(partial(time, peer="full")),
+        "whole / full": MISSING if not phases or pd.isna(whole) else f"{whole:.2f}",
+        "time / LoRA": each(partial(time, peer="lora")),
+        "stored": each(partial(megabytes, kind="stored")),
+        "optimizer": each(partial(megabytes, kind="optimizer")),
+        "peak": each(partial(megabytes, kind="total")),
+    }
 
 
-def _megabytes(row: Row, kind: str) -> str:
-    return f"{row['bytes'][kind] / 1e6:.1f}"
-
-
-def _ratio(row: Row, peer: str) -> float | None:
-    """Time of a step over that of the peer; None if they were not measured in turn."""
-    if peer == row["method"]:
-        return 1.0
-    return time_ratio(row, peer)["median"] if peer in row.get("time_ratios", {}) else None
-
-
-def _time(row: Row, peer: str) -> str:
-    ratio = _ratio(row, peer)
-    return "1" if peer == row["method"] else MISSING if ratio is None else f"{ratio:.2f}"
-
-
-def _whole_time(rows: Sequence[Row], shares: Sequence[float]) -> str:
-    """Mean time of a step of a whole training over that of full fine-tuning."""
-    ratios = [ratio for row in rows if (ratio := _ratio(row, "full")) is not None]
-    if len(ratios) < len(shares):
-        return MISSING
-    return f"{sum(share * ratio for share, ratio in zip(shares, ratios, strict=True)):.2f}"
-
-
-def _paper_cells(paper: Mapping[str, float], reference: Mapping[str, float]) -> list[str]:
-    total, trained, minutes, peak = (paper[key] for key in ("total", "trained", "time", "peak"))
-    return [f"{total:.2f}", f"{trained:.2f}", f"{minutes:.2f}", f"{minutes / reference['time']:.2f}", f"{peak:.3f}"]
+def _paper_cells(model: str, paper: Mapping[str, float] | None, minutes_of_full: float) -> dict[str, str]:
+    heads = {"total": f"{model}: total, M", "trained": "trained, M", "time": "minutes", "ratio": "/ full"}
+    heads["peak"] = "peak, GB"
+    if paper is None:
+        return dict.fromkeys(heads.values(), MISSING)
+    found = {**paper, "ratio": paper["time"] / minutes_of_full}
+    return {head: f"{found[name]:.{3 if name == 'peak' else 2}f}" for name, head in heads.items()}

@@ -1,25 +1,31 @@
-"""Which pictures the report has and what they show: convergence, score against trained parameters, architectures."""
+"""The report's pictures: convergence, score against trained parameters, learned architectures.
+
+A picture's data is all that its drawing takes, as plain dicts, lists, numbers and texts: a file holds their digest, so
+that it can be told whether it is drawn from these results.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from statistics import fmean, median
 from typing import Any
 
+import pandas as pd
 from PIL import Image
 
-from scripts.docs import drawing as report_drawing
-from scripts.docs.drawing import Convergence, Curve, Heatmap, Line, Metadata, Point, Scores
-from scripts.docs.runs import ALL_TASKS, Record, Results, task_label
-from scripts.docs.scores import LAYOUTS, Layout, averages, listed
+from scripts.bench import plot as plot_bench  # chooses matplotlib's backend
+from scripts.docs.runs import Results, task_label
+from scripts.docs.scores import LAYOUTS, Layout, listed
 from scripts.glue import plot_architecture
-from scripts.sweep import store as sweep_store
+from scripts.sweep import store
 from scripts.sweep.plan import PROTOCOLS, VARIANTS
+
+from matplotlib import pyplot as plt  # isort: skip
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullFormatter  # isort: skip
 
 COLOURS = (*(f"C{number}" for number in range(10)), "black", "gold")
 MARKERS = "os^vDP*Xp<>hd8"
@@ -35,6 +41,7 @@ NAMES = (
 )
 #: Keyword under which a file says what it was drawn from.
 KEYWORD = "Data-SHA256"
+Metadata = Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,14 +50,14 @@ class Picture:
 
     Attributes:
         caption: what it shows.
-        data: a dataclass with all that the drawing takes; numbers, texts and lists of them.
+        data: all that the drawing takes.
         paint: draws the data into a file and writes texts into it.
     """
 
     name: str
     caption: str
-    data: Any
-    paint: Callable[[Any, Path, Metadata], None]
+    data: dict[str, Any]
+    paint: Callable[[dict[str, Any], Path, Metadata], None]
 
     @property
     def file(self) -> str:
@@ -60,7 +67,7 @@ class Picture:
     @property
     def digest(self) -> str:
         """SHA-256, in hexadecimal digits, of the name and the data as JSON, in their order and with nine digits."""
-        text = json.dumps(_canonical([self.name, asdict(self.data)]), separators=(",", ":"))
+        text = json.dumps(_canonical([self.name, self.data]), separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()
 
     def draw(self, folder: Path) -> Path:
@@ -71,7 +78,12 @@ class Picture:
 
     def is_drawn(self, folder: Path) -> bool:
         """Whether its file is there, whole, and drawn from the same data."""
-        return _digest_in(folder / self.file) == self.digest
+        try:
+            with Image.open(folder / self.file) as image:
+                image.load()
+                return image.info.get(KEYWORD) == self.digest
+        except (OSError, SyntaxError, ValueError):
+            return False
 
 
 def _canonical(value: Any) -> Any:
@@ -83,32 +95,31 @@ def _canonical(value: Any) -> Any:
     return [_canonical(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _digest_in(path: Path) -> str | None:
-    """What a picture's file was drawn from; None if it does not say, or is no whole picture."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-            return image.info.get(KEYWORD)
-    except (OSError, SyntaxError, ValueError):
-        return None
+# -- what they show ------------------------------------------------------------------------------------------------
 
 
-def curve_of(
-    records: Sequence[Record], value: Callable[[Mapping], float | None], centre: Callable[[list[float]], float] = fmean
-) -> Curve:
-    """`(epoch, mean over the runs)` of the epochs in which all runs have a value; of several, `centre` in the place of
-    the mean."""
-    found: dict[float, list[float]] = {}
-    for record in records:
-        for row in record["epochs"]:
-            if (number := value(row)) is not None and row["epoch"] is not None:
-                found.setdefault(row["epoch"], []).append(number)
-    return sorted((epoch, centre(values)) for epoch, values in found.items() if len(values) == len(records))
+def pictures(results: Results) -> Iterator[Picture]:
+    """The pictures that there are runs for."""
+    if panels := dict(filter(None, (_panel(results, layout) for layout in LAYOUTS.values()))):
+        yield Picture(
+            "scores", "Average score against trained parameters, by protocol", {"panels": panels}, draw_scores
+        )
+    for protocol, recipe in PROTOCOLS.items():
+        if names := [name for name in results.shown(protocol) if VARIANTS[name].core]:
+            caption = f"Score on dev and training loss by epoch: {recipe.label}"
+            data = convergence(results, protocol, names)
+            yield Picture(f"convergence-{protocol}", caption, data, draw_convergence)
+    yield from filter(None, (architecture(results, variant) for variant in SEARCHED))
 
 
-def main_variants(results: Results, protocol: str) -> list[str]:
-    """The main methods that have a finished cell."""
-    return [name for name in results.shown(protocol) if VARIANTS[name].core]
+def curve_of(records: pd.Series, value: Callable[[Mapping], float | None], medians: bool) -> list[tuple[float, float]]:
+    """`(epoch, mean or median over the runs)` of the epochs in which all runs have a value."""
+    columns = [
+        pd.Series({row["epoch"]: value(row) for row in record["epochs"] if row["epoch"] is not None}, dtype=float)
+        for record in records
+    ]
+    found = pd.concat(columns, axis="columns").dropna().sort_index()
+    return list((found.median(axis="columns") if medians else found.mean(axis="columns")).items())
 
 
 def style_of(variant: str) -> dict[str, str]:
@@ -124,86 +135,125 @@ def style_of(variant: str) -> dict[str, str]:
 
 def _seeds(protocol: str, seeds: Collection[int]) -> str:
     """How many seeds stand behind what is shown, and whether what is shown of several is their medians."""
-    number = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
-    middle = "medians, " if protocol in MEDIANS and seeds != {1} else ""
-    return f"{middle}{number} seed{'' if seeds == {1} else 's'}"
+    number = f"{min(seeds)}" if len({*seeds}) == 1 else f"{min(seeds)} to {max(seeds)}"
+    middle = "medians, " if protocol in MEDIANS and {*seeds} != {1} else ""
+    return f"{middle}{number} seed{'' if {*seeds} == {1} else 's'}"
 
 
-def convergence(results: Results, protocol: str) -> Convergence:
-    """Score on dev and training loss of the main methods, over the seeds what the protocol's table gives of them."""
-    centre = median if protocol in MEDIANS else fmean
-    names = main_variants(results, protocol)
-    panels = {}
+def convergence(results: Results, protocol: str, names: Collection[str]) -> dict[str, Any]:
+    """Score on dev and training loss of methods, over the seeds what the protocol's table gives of them."""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    seeds = []
     for task in results.tasks(protocol):
-        cells = {name: list(cell.values()) for name in names if (cell := results.cell(protocol, task, name))}
-        score = partial(sweep_store.score, task=task, prefix="eval_")
-        lines = [
-            Line(
-                VARIANTS[name].label,
-                style_of(name),
-                curve_of(cell, score, centre),
-                curve_of(cell, lambda row: row["train_loss"], centre),
+        for name in names:
+            records = results.of(protocol, task, name).record
+            if records.empty:
+                continue
+            seeds.append(len(records))
+            line = {
+                "label": VARIANTS[name].label,
+                "style": style_of(name),
+                "score": curve_of(records, partial(store.score, task=task, prefix="eval_"), protocol in MEDIANS),
+                "loss": curve_of(records, lambda row: row["train_loss"], protocol in MEDIANS),
+            }
+            panels.setdefault(task_label(task), []).append(line)
+    return {"title": f"{PROTOCOLS[protocol].label} ({_seeds(protocol, seeds)})", "panels": panels}
+
+
+def _panel(results: Results, layout: Layout) -> tuple[str, list[dict[str, Any]]] | None:
+    """A protocol's title, and its methods' average score, its standard error (None: not known) and what they train in
+    their first and last phase; None if no method has an average."""
+    tasks, found = results.averages(layout.protocol)
+    points, seeds = [], []
+    for name, scores in found.items():
+        scores, trained = scores.dropna(), results.trained(name, (layout.protocol,))
+        if trained is not None:
+            seeds.append(len(scores))
+            points.append(
+                {
+                    "label": VARIANTS[name].label,
+                    "style": style_of(name),
+                    "score": scores.median() if layout.medians else scores.mean(),
+                    "error": None if layout.medians or len(scores) < 2 else scores.sem(),
+                    "first": trained[0],
+                    "last": trained[1],
+                }
             )
-            for name, cell in cells.items()
-        ]
-        if lines:
-            panels[task_label(task)] = lines
-    cells = [results.cell(protocol, task, name) for task in results.tasks(protocol) for name in names]
-    seeds = _seeds(protocol, {len(cell) for cell in cells if cell})
-    return Convergence(f"{PROTOCOLS[protocol].label} ({seeds})", panels)
-
-
-def scores(results: Results) -> Scores:
-    """Average score against trained parameters: what the tables of a protocol say."""
-    return Scores(dict(panel for layout in LAYOUTS.values() if (panel := _panel(results, layout))))
-
-
-def _panel(results: Results, layout: Layout) -> tuple[str, list[Point]] | None:
-    """A protocol's title and points; None if no method has an average."""
-    protocol = layout.protocol
-    tasks, found = averages(results, protocol)
-    points = {}
-    for name, by_seed in found.items():
-        centre, trained = layout.centre(by_seed.values()), results.trained(name, (protocol,))
-        if centre and trained:
-            points[name] = Point(VARIANTS[name].label, style_of(name), *centre, *trained)
     if not points:
         return None
-    seeds = _seeds(protocol, {len(found[name]) for name in points})
-    title = f"{PROTOCOLS[protocol].label}\n{listed([task_label(task) for task in tasks])} ({seeds})"
-    return title, list(points.values())
+    where = f"{listed([task_label(task) for task in tasks])} ({_seeds(layout.protocol, seeds)})"
+    return f"{PROTOCOLS[layout.protocol].label}\n{where}", points
 
 
 def architecture(results: Results, variant: str) -> Picture | None:
     """What a variant's runs by the NAS recipe kept, their mean; None if no record tells."""
-    cells = {task: results.cell("nas", task, variant) for task in ALL_TASKS}
     found = {
-        (task, seed): plot_architecture.RecordedArchitecture.of(record)
-        for task, cell in cells.items()
-        for seed, record in cell.items()
-        if record.get("architecture")
+        (run.task, run.seed): plot_architecture.RecordedArchitecture.of(run.record)
+        for run in results.of("nas", variant=variant).itertuples()
+        if run.record.get("architecture")
     }
     if not found:
         return None
-    table = plot_architecture.average(
-        {f"{variant} on {task}, seed {seed}": kept for (task, seed), kept in found.items()}
-    )
+    table = plot_architecture.average({f"{variant} on {task}, seed {s}": kept for (task, s), kept in found.items()})
     tasks = listed([task_label(task) for task in dict.fromkeys(task for task, _ in found)])
     label = f"{VARIANTS[variant].label} on {tasks} ({len(found)} run{'s' if len(found) > 1 else ''})"
-    data = Heatmap(f"{label}\n{plot_architecture.title_of(table)}", table)
+    data = {"title": f"{label}\n{plot_architecture.title_of(table)}", "table": asdict(table)}
     caption = f"What {label} kept, by block and module"
-    return Picture(f"architecture-{variant}", caption, data, report_drawing.draw_heatmap)
+    return Picture(f"architecture-{variant}", caption, data, draw_architecture)
 
 
-def pictures(results: Results) -> Iterator[Picture]:
-    """The pictures that there are runs for."""
-    if (shown := scores(results)).panels:
-        yield Picture(
-            "scores", "Average score against trained parameters, by protocol", shown, report_drawing.draw_scores
-        )
-    for protocol in PROTOCOLS:
-        if main_variants(results, protocol):
-            caption = f"Score on dev and training loss by epoch: {PROTOCOLS[protocol].label}"
-            data = convergence(results, protocol)
-            yield Picture(f"convergence-{protocol}", caption, data, report_drawing.draw_convergence)
-    yield from filter(None, (architecture(results, variant) for variant in SEARCHED))
+# -- how they are drawn --------------------------------------------------------------------------------------------
+
+
+def draw_convergence(shown: dict[str, Any], path: Path, metadata: Metadata) -> None:
+    """Draw score on dev and training loss by epoch, a column per task."""
+    panels = shown["panels"]
+    size = (max(8.0, 3.2 * len(panels) + 2.4), 5.4)
+    figure, grid = plt.subplots(2, len(panels), squeeze=False, sharex=True, figsize=size, layout="constrained")
+    labelled: dict[str, Any] = {}
+    for (above, below), (task, lines) in zip(grid.T, panels.items(), strict=True):
+        for line in lines:
+            for panel, curve in ((above, line["score"]), (below, line["loss"])):
+                if curve:
+                    at, values = zip(*curve, strict=True)
+                    (drawn,) = panel.plot(at, values, markersize=4, label=line["label"], **line["style"])
+                    labelled.setdefault(line["label"], drawn)
+        above.set_title(task, fontsize=10)
+        below.set_xlabel("epoch")
+        below.xaxis.set_major_locator(MaxNLocator(integer=True))
+    grid[0, 0].set_ylabel("score on dev")
+    grid[1, 0].set_ylabel("training loss")
+    figure.legend(labelled.values(), labelled.keys(), fontsize=8, loc="outside right center")
+    figure.suptitle(shown["title"], fontsize=11)
+    plot_bench.save(figure, path, metadata)
+
+
+def draw_scores(shown: dict[str, Any], path: Path, metadata: Metadata) -> None:
+    """Draw scores against trained parameters. A line leads to what a method of several phases trains in its first."""
+    count = len(shown["panels"])
+    size = (4.2 * count + 2.4, 5.2)
+    figure, panels = plt.subplots(1, count, squeeze=False, sharey=True, figsize=size, layout="constrained")
+    labelled: dict[str, Any] = {}
+    for panel, (title, points) in zip(panels[0], shown["panels"].items(), strict=True):
+        for point in points:
+            score, ends = point["score"], [point["first"], point["last"]]
+            panel.plot(ends, [score] * 2, color="0.85", linewidth=1, zorder=0)
+            drawn = panel.errorbar(
+                point["last"], score, yerr=point["error"], linestyle="", markersize=6, **point["style"]
+            )
+            labelled.setdefault(point["label"], drawn)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 3)))
+        panel.xaxis.set_major_formatter(EngFormatter(sep=""))
+        panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel("trained parameters in the last phase")
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_title(title, fontsize=8)
+    panels[0][0].set_ylabel("average score on dev")
+    figure.legend(labelled.values(), labelled.keys(), fontsize=7, loc="outside right center")
+    plot_bench.save(figure, path, metadata)
+
+
+def draw_architecture(shown: dict[str, Any], path: Path, metadata: Metadata) -> None:
+    """Draw a table of shares kept."""
+    plot_architecture.draw(plot_architecture.Table(**shown["table"]), path, shown["title"], metadata)

@@ -1,12 +1,13 @@
-"""Bring the report up to date: the tables in README.md and docs/results.md, and the pictures that they show.
+"""Bring the pages up to date: the tables in README.md and docs/*.md, and the pictures that they show.
 
     python -m scripts.docs.report            # writes the tables between their markers, and draws the pictures
     python -m scripts.docs.report --check    # writes nothing; fails if a page or a picture is not up to date
 
-All of it comes from committed files: results/sweep and results/glue (scripts/sweep), results/bench (scripts/bench),
-results/architectures (scripts/glue/plot_architecture.py) and results/papers.json (the papers' own numbers).
-A table stands between <!-- report:NAME --> and <!-- report:end -->; so does a picture, as picture-NAME. A picture's
-file says what it was drawn from, so that only those are drawn again that show something else by now.
+All of it comes from committed files: results/sweep (scripts/sweep), results/bench (scripts/bench),
+results/architectures (scripts/glue/plot_architecture.py) and results/papers.json (the papers' own numbers). A table
+stands between <!-- report:NAME --> and <!-- report:end -->, so does a picture, as picture-NAME, and those of the
+benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A picture's file says what it was drawn from, so that
+only those are drawn again that show something else by now.
 """
 
 from __future__ import annotations
@@ -18,16 +19,16 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
 
-from scripts.bench.rows import Row, read_rows
-from scripts.bench.tables import Lines, spliced
+from scripts.bench.rows import read_rows, table_of
+from scripts.bench.tables import Tables
 from scripts.docs import pictures as report_pictures
 from scripts.docs.costs import SETTINGS, table1
+from scripts.docs.pages import ROOT, Lines, spliced
 from scripts.docs.progress import coverage_table, phases_table, rates_table, setting_table
 from scripts.docs.runs import Papers, Results
 from scripts.docs.scores import LAYOUTS, headline, score_tables
 
-ROOT = Path(__file__).resolve().parents[2]
-PAGES = (ROOT / "README.md", ROOT / "docs/results.md")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 
 
 class Report:
@@ -39,7 +40,7 @@ class Report:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.figures = folder, folder / "figures"
-        self.results = Results.read(folder / "sweep", [folder / "glue"])
+        self.results = Results.read(folder / "sweep")
         papers = Papers.read(folder / "papers.json")
         self.tables: dict[str, Callable[[], Lines]] = {
             "headline": partial(headline, self.results),
@@ -53,13 +54,14 @@ class Report:
         self.pictures = {picture.name: picture for picture in report_pictures.pictures(self.results)}
 
     @cached_property
-    def bench(self) -> list[Row]:
-        """The benchmark's rows."""
-        return read_rows(self.folder / "bench")
+    def bench(self) -> Tables:
+        """The benchmark's tables."""
+        return Tables(self.folder / "bench")
 
     def costs(self, papers: Papers, setting: str) -> Lines:
         """What a step of each method costs in a setting of the benchmark."""
-        return table1(self.bench, papers, setting)
+        rows = read_rows(self.folder / "bench")
+        return table1(table_of(rows), papers, setting) if rows else [f"No rows of {setting} yet."]
 
     def page(self, path: Path) -> str:
         """A page's text as it is to be.
@@ -67,7 +69,8 @@ class Report:
         Raises:
             ValueError: a marker names nothing that there is.
         """
-        return spliced(path.read_text(encoding="utf-8"), "report", partial(self.lines_of, folder=path.parent))
+        text = spliced(path.read_text(encoding="utf-8"), "report", partial(self.lines_of, folder=path.parent))
+        return spliced(text, "bench", lambda name: self.bench.lines_of(name))
 
     def lines_of(self, name: str, folder: Path) -> Lines:
         """What stands between the markers of that name, in a page of a folder."""
@@ -139,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything is not up to date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder (default: results)")
-    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: README.md docs/results.md)")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: README.md docs/*.md)")
     args = parser.parse_args(argv)
     report, pages = Report(args.results.resolve()), tuple(page.resolve() for page in args.pages)
     if not args.check:

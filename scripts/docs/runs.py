@@ -1,4 +1,4 @@
-"""Finished runs of a sweep as the report needs them: records by seed, scores, sizes. No table, no picture."""
+"""Finished runs of a sweep as tables of pandas, and the papers' own numbers. No page, no picture."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
+
 from scripts.glue import data as glue_data
 from scripts.glue import run_record
 from scripts.glue.metrics import METRIC_NAMES
-from scripts.sweep import store as sweep_store
-from scripts.sweep.plan import GRID_SEED, TASKS, VARIANTS, Run, chosen_rates, missing_rates, planned, rates
+from scripts.sweep import store
+from scripts.sweep.plan import ALL_TASKS, VARIANTS, Run, best_rate, missing_rates, rates
 from scripts.sweep.store import Record
 
-#: In the order of the columns.
-ALL_TASKS = tuple(task for group in TASKS for task in group)
 #: What the report compares with.
 FULL, LORA = "full", "lora64"
+COLUMNS = ("protocol", "task", "variant", "lr", "seed", "score", "counts", "record")
+#: Places of tasks and of variants in tables.
+ORDER = {name: place for names in (ALL_TASKS, VARIANTS) for place, name in enumerate(names)}
 
 
 def task_label(task: str) -> str:
@@ -43,9 +46,7 @@ def phrases_of(record: Mapping[str, Any]) -> dict[str, str]:
 def common_phrases(records: Iterable[Mapping[str, Any]]) -> dict[str, str]:
     """Of each phrase of the runs' sizes, the most frequent one."""
     found = [phrases_of(record) for record in records]
-    return {
-        key: Counter(phrases[key] for phrases in found).most_common(1)[0][0] for key in (found[0] if found else ())
-    }
+    return {key: Counter(each[key] for each in found).most_common(1)[0][0] for key in (found[0] if found else ())}
 
 
 def deviations(records: Iterable[Mapping[str, Any]], common: Mapping[str, str]) -> list[str]:
@@ -56,110 +57,115 @@ def deviations(records: Iterable[Mapping[str, Any]], common: Mapping[str, str]) 
 
 @dataclass(frozen=True)
 class Results:
-    """Finished runs and what their files hold."""
+    """Finished runs and their records."""
 
     records: Mapping[Run, Record]
 
     @classmethod
-    def read(cls, folder: Path, reuse: Sequence[Path] = ()) -> Results:
-        """The finished runs of a sweep's folder. Files that are cut off, unfinished or of other names are passed over.
-
-        Args:
-            reuse: folders of records that may stand for runs.
+    def read(cls, folder: Path) -> Results:
+        """The finished runs of a sweep's folder.
 
         Raises:
-            ValueError: a file was made with other settings than its name says.
+            ValueError: a record was made with other settings than its name says.
         """
-        return cls(sweep_store.finished(folder, reuse))
-
-    @cached_property
-    def chosen(self) -> dict[tuple[str, str], float]:
-        """Learning rate by task and variant in the tuned protocol."""
-        return chosen_rates(self.held_out)
+        return cls(store.finished(folder))
 
     @cached_property
     def held_out(self) -> dict[Run, float | None]:
         """Score on held-out rows of each run."""
-        return sweep_store.holdout_scores(self.records)
-
-    @cached_property
-    def planned_seeds(self) -> dict[tuple[str, str, str], set[int]]:
-        """Seeds of the planned runs by protocol, task and variant, as far as the finished runs tell."""
-        seeds: dict[tuple[str, str, str], set[int]] = {}
-        for run in planned(self.held_out):
-            seeds.setdefault((run.protocol, run.task, run.variant), set()).add(run.seed)
-        return seeds
-
-    @cached_property
-    def _runs(self) -> dict[tuple[str, str, str], list[Run]]:
-        runs: dict[tuple[str, str, str], list[Run]] = {}
-        for run in sorted(self.records):
-            runs.setdefault((run.protocol, run.task, run.variant), []).append(run)
-        return runs
-
-    # -- one cell --------------------------------------------------------------------------------------------------
-
-    def missing_of_grid(self, task: str, variant: str) -> int:
-        """How many learning rates of a variant's grid have no finished run yet."""
-        return len({*VARIANTS[variant].lrs} - {*rates(self.held_out, task, variant, GRID_SEED)})
+        return store.holdout_scores(self.records)
 
     def is_searched(self, task: str, variant: str) -> bool:
         """Whether the search for the learning rate is over: none is missing, in the grid or beyond its ends."""
-        return not missing_rates(self.held_out, task, variant, GRID_SEED)
+        return not missing_rates(self.held_out, task, variant)
 
-    def cell(self, protocol: str, task: str, variant: str) -> dict[int, Record]:
-        """Records by seed, ascending. In the tuned protocol those of the chosen rate, once the grid is finished.
+    def grid_size(self, task: str, variant: str) -> int:
+        """How many learning rates of a variant's grid have a finished run."""
+        return len({*VARIANTS[variant].lrs} & {*rates(self.held_out, task, variant)})
+
+    def chosen(self, task: str, variant: str) -> float | None:
+        """Learning rate in the tuned protocol; None before the grid is finished, or if all of it diverged."""
+        if self.grid_size(task, variant) < len(VARIANTS[variant].lrs):
+            return None
+        return best_rate(self.held_out, task, variant)
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A row per run: what names it, its `score` on dev at the end of training (in percent; NaN where a metric is
+        no number), whether it `counts` (in the tuned protocol, only at the chosen rate) and its `record`; in the order
+        of the plan's tasks and variants, then of learning rates and seeds."""
+        found = [
+            {
+                **vars(run),
+                "score": store.score(record["final"], run.task, "eval_"),
+                "counts": run.protocol != "tuned" or run.lr == self.chosen(run.task, run.variant),
+                "record": record,
+            }
+            for run, record in self.records.items()
+        ]
+        found.sort(key=lambda row: (ORDER[row["task"]], ORDER[row["variant"]], row["lr"], row["seed"]))
+        return pd.DataFrame(found, columns=list(COLUMNS)).astype({"score": float, "counts": bool})
+
+    @cached_property
+    def cells(self) -> pd.DataFrame:
+        """The runs that count.
 
         Raises:
             ValueError: a protocol that chooses nothing has runs of several learning rates.
         """
-        runs = self._runs.get((protocol, task, variant), [])
-        if protocol == "tuned":
-            if self.missing_of_grid(task, variant):
-                return {}
-            runs = [run for run in runs if run.lr == self.chosen.get((task, variant))]
-        if len(found := {run.lr for run in runs}) > 1:
-            raise ValueError(
-                f"Runs of the protocol {protocol!r} must have one learning rate for {variant} on {task}, got "
-                f"{', '.join(f'{lr:g}' for lr in sorted(found))}: move the files of the others out of the folder."
-            )
-        return {run.seed: self.records[run] for run in runs}
+        cells = self.runs[self.runs.counts]
+        for (protocol, task, variant), lrs in cells.groupby(["protocol", "task", "variant"]).lr:
+            if lrs.nunique() > 1:
+                raise ValueError(
+                    f"Runs of the protocol {protocol!r} must have one learning rate for {variant} on {task}, got "
+                    f"{', '.join(f'{lr:g}' for lr in lrs.unique())}: move the lines of the others out of the folder."
+                )
+        return cells
 
-    def scores(self, protocol: str, task: str, variant: str) -> dict[int, float]:
-        """Scores on dev at the end of training, in percent, by seed, without seeds whose metrics are no numbers."""
-        cell = self.cell(protocol, task, variant)
-        found = {seed: sweep_store.score(record["final"], task, "eval_") for seed, record in cell.items()}
-        return {seed: score for seed, score in found.items() if score is not None}
+    def of(self, protocol: str, task: str | None = None, variant: str | None = None) -> pd.DataFrame:
+        """The runs that count in a protocol, of a task, of a variant."""
+        found = self.cells[self.cells.protocol == protocol]
+        found = found if task is None else found[found.task == task]
+        return found if variant is None else found[found.variant == variant]
 
-    def averages(self, protocol: str, tasks: Sequence[str], variant: str) -> dict[int, float]:
-        """Means over the tasks, by seed, of the seeds that have a score in each of them."""
-        found = [self.scores(protocol, task, variant) for task in tasks]
-        shared = sorted(set.intersection(*(set(scores) for scores in found))) if found else []
-        return {seed: fmean(scores[seed] for scores in found) for seed in shared}
+    def scores(self, protocol: str, task: str, variant: str) -> pd.Series:
+        """Scores by seed, without seeds whose metrics are no numbers."""
+        return self.of(protocol, task, variant).set_index("seed").score.dropna()
 
-    # -- several ---------------------------------------------------------------------------------------------------
-
-    def shown(self, protocol: str, tasks: Iterable[str] = ALL_TASKS) -> list[str]:
-        """The variants that have a finished cell in one of the tasks, in the order of the plan."""
-        tasks = tuple(tasks)
-        return [name for name in VARIANTS if any(self.cell(protocol, task, name) for task in tasks)]
+    def shown(self, protocol: str, task: str | None = None) -> list[str]:
+        """The variants that have a finished cell, in the order of the plan."""
+        return sorted({*self.of(protocol, task).variant}, key=ORDER.__getitem__)
 
     def tasks(self, protocol: str) -> list[str]:
         """The tasks in which any variant has a finished cell."""
-        return [task for task in ALL_TASKS if self.shown(protocol, (task,))]
-
-    def cells(self, protocol: str, variant: str) -> list[Record]:
-        """The records of a variant's cells, over all tasks."""
-        return [record for task in ALL_TASKS for record in self.cell(protocol, task, variant).values()]
+        return sorted({*self.of(protocol).task}, key=ORDER.__getitem__)
 
     def trained(self, variant: str, protocols: Sequence[str] = ("paper", "tuned", "nas")) -> tuple[int, int] | None:
         """Trained parameters in the first and in the last phase, of the first record in the order of protocols and
         tasks: a head for another number of classes makes a small difference between tasks."""
-        for protocol in protocols:
-            for record in self.cells(protocol, variant):
-                counts = record["parameters"]
-                return counts["trained_first_phase"], counts["trained_last_phase"]
+        for record in (record for protocol in protocols for record in self.of(protocol, variant=variant).record):
+            counts = record["parameters"]
+            return counts["trained_first_phase"], counts["trained_last_phase"]
         return None
+
+    def averages(self, protocol: str) -> tuple[list[str], pd.DataFrame]:
+        """The tasks that a protocol's averages are over, and the averages: a row per seed, a column per variant.
+
+        The tasks are those in which all main variants share seeds, without those where they share fewer than in two
+        others; the seeds are those that the main variants share in all of them: so their averages and the differences
+        between them are of the same runs.
+        """
+        names = self.shown(protocol)
+        main = [name for name in names if VARIANTS[name].core]
+        by_task = {t: self.of(protocol, t).pivot(index="seed", columns="variant", values="score") for t in ALL_TASKS}
+        shared = {task: found.reindex(columns=main).dropna().index for task, found in by_task.items()}
+        second_most = sorted(map(len, shared.values()), reverse=True)[1]
+        tasks = [task for task, seeds in shared.items() if len(seeds) >= max(1, second_most)] if main else []
+        if not tasks:
+            return [], pd.DataFrame()
+        total = sum(by_task[task].reindex(columns=names) for task in tasks) / len(tasks)
+        seeds = [seed for seed in total.index if all(seed in shared[task] for task in tasks)]
+        return tasks, total.loc[seeds].dropna(axis="columns", how="all")
 
 
 @dataclass(frozen=True)

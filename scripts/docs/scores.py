@@ -2,27 +2,58 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 
-from scripts.bench.tables import Lines, markdown
-from scripts.docs.runs import ALL_TASKS, FULL, LORA, Papers, Results, common_phrases, deviations, task_label
-from scripts.docs.statistics import (
-    MISSING,
-    difference_cell,
-    estimate,
-    median_cell,
-    median_difference_cell,
-    paired_differences,
-    score_cell,
-    short_cell,
-)
-from scripts.sweep.plan import PROTOCOLS, VARIANTS
+import pandas as pd
 
+from scripts.docs.pages import Lines, markdown
+from scripts.docs.runs import FULL, LORA, Papers, Results, common_phrases, deviations, task_label
+from scripts.sweep.plan import ALL_TASKS, PROTOCOLS, VARIANTS
+
+#: Of a cell that nothing stands behind.
+MISSING = "\N{EN DASH}"
 #: Marks a learning rate that the search has not passed on both sides.
 OPEN = "†"
 NOTHING: Lines = ["No finished runs yet."]
+
+
+def number(values: pd.Series, medians: bool = False, signed: bool = False) -> str:
+    """A cell of values by seed: `mean ± standard error (n seeds)`, or the median.
+
+    Args:
+        values: by seed; those that are no numbers don't count.
+        medians: whether to give the median.
+        signed: whether the values are paired differences: with their sign, and the word "tie" where the mean is
+            smaller than its own error. One seed can't tell.
+    """
+    values = values.dropna()
+    if values.empty:
+        return MISSING
+    centre, count = values.median() if medians else values.mean(), len(values)
+    text = f"{round(centre, 1) + 0.0:+.1f}" if signed else f"{centre:.1f}"  # no minus before a zero
+    if count == 1:
+        return f"{text} (one seed)"
+    if medians:
+        return f"{text} (median of {count} {'pairs' if signed else 'seeds'})"
+    error = values.sem()
+    tie = ", tie" if signed and (abs(centre) < error or centre == 0) else ""
+    return f"{text} ± {error:.1f} ({count} seeds){tie}"
+
+
+def short_number(values: pd.Series) -> str:
+    """As `number`, with the number of seeds alone in the brackets."""
+    if values.empty:
+        return MISSING
+    return f"{values.mean():.1f}{f' ± {values.sem():.1f}' if len(values) > 1 else ''} ({len(values)})"
+
+
+def uniform_peer(variant: str) -> str | None:
+    """What NAS-LoRA's search is held against: the same parameters without a search. None for other methods."""
+    if not VARIANTS[variant].searches:
+        return None
+    return "bitfit" if VARIANTS[variant].arguments["r"] == 0 else "mam8"
 
 
 @dataclass(frozen=True)
@@ -33,8 +64,7 @@ class Layout:
         paper: whose numbers stand beside, and from which of its tables.
         references: what a variant is compared with, by the head of the column; not with itself.
         rates: whether a column has the learning rate, because it is not the same for all methods.
-        medians: whether scores over seeds, and their paired differences, are medians, as in that paper; else they are
-            means with standard errors.
+        medians: whether scores over seeds, and their paired differences, are medians, as in that paper.
     """
 
     protocol: str
@@ -43,28 +73,19 @@ class Layout:
     rates: bool = False
     medians: bool = False
 
-    def text(self, values: Collection[float]) -> str:
-        """A cell of scores by seed: the mean with its error, or the median."""
-        return median_cell(values) if self.medians else score_cell(estimate(values))
+    def cells(self, variant: str, values: Callable[[str], pd.Series]) -> dict[str, str]:
+        """A row's differences, paired by seed.
 
-    def difference_text(self, ours: Mapping[int, float], theirs: Mapping[int, float]) -> str:
-        """A cell of the difference between scores by seed: of the paired differences, what `text` gives of scores."""
-        found = paired_differences(ours, theirs)
-        return median_difference_cell(found) if self.medians else difference_cell(estimate(found))
-
-    def centre(self, values: Collection[float]) -> tuple[float, float | None] | None:
-        """The mean and its standard error (None with one seed), or the median and no error; None of no values."""
-        if self.medians:
-            return (median(values), None) if values else None
-        found = estimate(values)
-        return (found.mean, found.error) if found else None
-
-
-def uniform_peer(variant: str) -> str | None:
-    """What NAS-LoRA's search is held against: the same parameters without a search. None for other methods."""
-    if not VARIANTS[variant].searches:
-        return None
-    return "bitfit" if VARIANTS[variant].arguments["r"] == 0 else "mam8"
+        Args:
+            values: gives a variant's values by seed.
+        """
+        others = {head: reference(variant) for head, reference in self.references.items()}
+        return {
+            head: ""
+            if other is None or other == variant
+            else number(values(variant) - values(other), self.medians, signed=True)
+            for head, other in others.items()
+        }
 
 
 _TO_FULL = {f"to {VARIANTS[FULL].label}": lambda variant: FULL}
@@ -73,11 +94,7 @@ LAYOUTS = {
     "table2-paper": Layout("paper", ("learners", "table2"), _TO_BOTH),
     "table2-tuned": Layout("tuned", ("learners", "table2"), _TO_BOTH, rates=True),
     "nas": Layout(
-        "nas",
-        ("nas", "table1", "table2"),
-        {**_TO_FULL, "to BitFit or MaM": uniform_peer},
-        rates=True,
-        medians=True,
+        "nas", ("nas", "table1", "table2"), {**_TO_FULL, "to BitFit or MaM": uniform_peer}, rates=True, medians=True
     ),
 }
 
@@ -93,112 +110,55 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(names[:-1]), *names[-1:])))
 
 
-def label_of(results: Results, protocol: str, variant: str, common: Mapping[str, str], tasks: Sequence[str]) -> str:
-    """A variant's label, with what of its runs' sizes is not the common one."""
-    records = (record for task in tasks for record in results.cell(protocol, task, variant).values())
-    others = deviations(records, common)
-    return VARIANTS[variant].label + (f" ({', '.join(others)})" if others else "")
-
-
-def averages(results: Results, protocol: str) -> tuple[list[str], dict[str, dict[int, float]]]:
-    """The tasks that a protocol's averages are over, and each variant's by seed.
-
-    The tasks are those in which all main variants share seeds, without those where they share fewer than in two
-    others; the seeds are those that the main variants share in all of them: so their averages and the differences
-    between them are of the same runs.
-    """
-    main = [name for name in results.shown(protocol) if VARIANTS[name].core]
-    if not main:
-        return [], {}
-    shared = {task: set.intersection(*(set(results.scores(protocol, task, n)) for n in main)) for task in ALL_TASKS}
-    second_most = sorted((len(seeds) for seeds in shared.values()), reverse=True)[1]
-    tasks = [task for task, seeds in shared.items() if len(seeds) >= max(1, second_most)]
-    seeds = set.intersection(*(shared[task] for task in tasks)) if tasks else set()
-    found = {}
-    for name in results.shown(protocol):
-        by_seed = {s: score for s, score in results.averages(protocol, tasks, name).items() if s in seeds}
-        if by_seed:
-            found[name] = by_seed
-    return tasks, found
-
-
-def score_text(results: Results, layout: Layout, task: str, variant: str) -> str:
-    """A cell of scores; seeds whose metrics are no numbers are counted beside."""
-    scores = results.scores(layout.protocol, task, variant)
-    lost = len(results.cell(layout.protocol, task, variant)) - len(scores)
-    return layout.text(scores.values()) + (f", {lost} without a value" if lost else "")
-
-
-def differences_of(layout: Layout, variant: str, values: Callable[[str], Mapping[int, float]]) -> list[str]:
-    """The cells of a row's differences, paired by seed."""
-    cells = []
-    for reference in layout.references.values():
-        other = reference(variant)
-        same = other is None or other == variant
-        cells.append("" if same else layout.difference_text(values(variant), values(other or "")))
-    return cells
-
-
 def task_table(results: Results, papers: Papers, layout: Layout, task: str) -> Lines:
     """One task's methods."""
-    protocol = layout.protocol
-    variants = results.shown(protocol, (task,))
+    protocol, theirs = layout.protocol, papers.rows(*layout.paper)
+    cells = results.of(protocol, task)
     # What searches first trains for longer: it is the exception, also where most rows are of its kind.
-    usual = [name for name in variants if not VARIANTS[name].searches] or variants
-    common = common_phrases(r for name in usual for r in results.cell(protocol, task, name).values())
-    theirs = papers.rows(*layout.paper)
-    head = ["", "trained", *(["learning rate"] if layout.rates else []), "score", *layout.references]
-    body = []
-    for name in variants:
-        record = next(iter(results.cell(protocol, task, name).values()))
-        paper = papers.score(theirs.get(name), task)
-        body.append(
-            [
-                label_of(results, protocol, name, common, (task,)),
-                f"{record['parameters']['trained_last_phase']:,}",
-                *([rate_cell(results, protocol, task, name)] if layout.rates else []),
-                score_text(results, layout, task, name),
-                *differences_of(layout, name, lambda variant: results.scores(protocol, task, variant)),
-                MISSING if paper is None else f"{paper:.1f}",
-            ]
+    usual = cells[[not VARIANTS[name].searches for name in cells.variant]]
+    common = common_phrases((cells if usual.empty else usual).record)
+    rows = []
+    for name, own in cells.groupby("variant", sort=False):
+        others = deviations(own.record, common)
+        record, paper, lost = own.record.iloc[0], papers.score(theirs.get(name), task), int(own.score.isna().sum())
+        open_end = f" {OPEN}" if protocol == "tuned" and not results.is_searched(task, name) else ""
+        rate = {"learning rate": rate_text(own.lr.iloc[0]) + open_end} if layout.rates else {}
+        rows.append(
+            {
+                "": VARIANTS[name].label + (f" ({', '.join(others)})" if others else ""),
+                "trained": f"{record['parameters']['trained_last_phase']:,}",
+                **rate,
+                "score": number(own.score, layout.medians) + (f", {lost} without a value" if lost else ""),
+                **layout.cells(name, lambda variant: results.scores(protocol, task, variant)),
+                f"paper, {papers.model(layout.paper[0])}": MISSING if paper is None else f"{paper:.1f}",
+            }
         )
     epochs = f"{papers.epochs(layout.paper[0], task):g} epochs"
     size = {**common, "epochs": common["epochs"] + ("" if common["epochs"] == epochs else f" (paper: {epochs})")}
-    title = f"**{task_label(task)}**: {', '.join(size.values())}"
-    return [title, "", *markdown([*head, f"paper, {papers.model(layout.paper[0])}"], body), ""]
-
-
-def rate_cell(results: Results, protocol: str, task: str, variant: str) -> str:
-    """The learning rate of a cell's runs, marked where it was chosen and the search goes on."""
-    record = next(iter(results.cell(protocol, task, variant).values()))
-    open_end = protocol == "tuned" and not results.is_searched(task, variant)
-    return rate_text(record["config"]["learning_rate"]) + (f" {OPEN}" if open_end else "")
+    return [f"**{task_label(task)}**: {', '.join(size.values())}", "", *markdown(pd.DataFrame(rows)), ""]
 
 
 def average_table(results: Results, papers: Papers, layout: Layout) -> Lines:
     """Averages over the tasks; none if there is but one."""
-    protocol = layout.protocol
-    tasks, found = averages(results, protocol)
+    tasks, averages = results.averages(layout.protocol)
     if len(tasks) < 2:
         return []
     theirs = papers.rows(*layout.paper)
-    head = ["", "trained", "average", *layout.references, "paper, same tasks", "paper, all tasks"]
-    body = []
-    for name, by_seed in found.items():
-        row = theirs.get(name)
+    rows = []
+    for name, own in averages.items():
+        row, trained = theirs.get(name), results.trained(name, (layout.protocol,))
         same = [score for task in tasks if (score := papers.score(row, task)) is not None]
-        trained = results.trained(name, (protocol,))
-        body.append(
-            [
-                VARIANTS[name].label,
-                f"{trained[1]:,}" if trained else MISSING,
-                layout.text(by_seed.values()),
-                *differences_of(layout, name, lambda variant: found.get(variant, {})),
-                f"{fmean(same):.1f}" if len(same) == len(tasks) else MISSING,
-                f"{row['average']:.1f}" if row else MISSING,
-            ]
+        rows.append(
+            {
+                "": VARIANTS[name].label,
+                "trained": f"{trained[1]:,}" if trained else MISSING,
+                "average": number(own, layout.medians),
+                **layout.cells(name, lambda variant: averages.get(variant, pd.Series(dtype=float))),
+                "paper, same tasks": f"{fmean(same):.1f}" if len(same) == len(tasks) else MISSING,
+                "paper, all tasks": f"{row['average']:.1f}" if row else MISSING,
+            }
         )
-    return [f"**Average of {listed([task_label(task) for task in tasks])}**", "", *markdown(head, body), ""]
+    return [f"**Average of {listed([task_label(task) for task in tasks])}**", "", *markdown(pd.DataFrame(rows)), ""]
 
 
 def score_tables(results: Results, papers: Papers, layout: Layout) -> Lines:
@@ -220,25 +180,25 @@ def headline(results: Results) -> Lines:
     tasks = [task for task in ALL_TASKS if any(task in results.tasks(protocol) for protocol in both)]
     if not main:
         return NOTHING
-    body = []
+    rows = []
     for name in main:
         trained = results.trained(name, both)
-        cells = (
-            " / ".join(short_cell(estimate(results.scores(protocol, task, name).values())) for protocol in both)
-            for task in tasks
-        )
-        body.append([VARIANTS[name].label, f"{trained[1]:,}" if trained else MISSING, *cells])
+        cells = {
+            task_label(t): " / ".join(short_number(results.scores(protocol, t, name)) for protocol in both)
+            for t in tasks
+        }
+        rows.append({"": VARIANTS[name].label, "trained": f"{trained[1]:,}" if trained else MISSING, **cells})
+
+    def sizes(protocol: str, task: str, split: str) -> str:
+        """The number of rows that the runs of a column had; several where they differ."""
+        records = results.of(protocol, task)[lambda found: found.variant.isin(main)].record
+        return " or ".join(dict.fromkeys(f"{record['rows'][split]:,}" for record in records)) or MISSING
+
     for split in ("train", "dev"):
-        rows = (" / ".join(_rows_text(results, protocol, task, main, split) for protocol in both) for task in tasks)
-        body.append([f"*{split} rows*", "", *rows])
+        cells = {task_label(t): " / ".join(sizes(protocol, t, split) for protocol in both) for t in tasks}
+        rows.append({"": f"*{split} rows*", "trained": "", **cells})
     caption = (
         f"Score on dev, mean ± standard error (seeds): {PROTOCOLS['paper'].label} / {PROTOCOLS['tuned'].label}. "
         "A score is the mean of the task's metrics, times 100."
     )
-    return [caption, "", *markdown(["", "trained", *(task_label(task) for task in tasks)], body)]
-
-
-def _rows_text(results: Results, protocol: str, task: str, variants: Sequence[str], split: str) -> str:
-    """The number of rows that the runs of a column had; several where they differ."""
-    records = (record for name in variants for record in results.cell(protocol, task, name).values())
-    return " or ".join(dict.fromkeys(f"{record['rows'][split]:,}" for record in records)) or MISSING
+    return [caption, "", *markdown(pd.DataFrame(rows))]

@@ -269,8 +269,16 @@ def now() -> str:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a JSON file in one step: a reader sees the old file or the new one. NaN and infinities become null."""
+    _replace(path, json.dumps(_finite(value), indent=2, allow_nan=False) + "\n")
+
+
+def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Write a file of JSON lines, as `write_json` does."""
+    _replace(path, "".join(json.dumps(_finite(row), allow_nan=False) + "\n" for row in rows))
+
+
+def _replace(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(_finite(value), indent=2, allow_nan=False) + "\n"
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -283,6 +291,25 @@ def read_json(path: Path) -> dict[str, Any] | None:
     except (FileNotFoundError, UnicodeDecodeError, json.JSONDecodeError):
         return None
     return value if isinstance(value, dict) else None
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The rows of a file of JSON lines; none if there is no such file.
+
+    Raises:
+        ValueError: a line is no JSON object.
+    """
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines() if path.is_file() else (), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            rows.append(None)
+        if not isinstance(rows[-1], dict):
+            raise ValueError(
+                f"{path}, line {number}, must be a JSON object, got {line[:80]!r}; delete the file, and make it again."
+            )
+    return rows
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Train methods x tasks x seeds x learning rates, as many as the time allows, one results file each.
+"""Train methods x tasks x seeds x learning rates, as many as the time allows.
 
     python -m scripts.sweep.run --model_name_or_path MODEL --data_dir ../shared/glue --jobs 2 --budget_hours 2
     python -m scripts.sweep.run ... --list                            # the order, and what is finished
@@ -10,7 +10,6 @@ so a sweep can be killed at any time, started again, and started twice. What com
 """
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -27,7 +26,7 @@ from transformers import HfArgumentParser
 
 from scripts.glue import run_record
 from scripts.sweep import store as sweep_store
-from scripts.sweep.plan import MINILM_ONLY, PROTOCOLS, TASKS, VARIANTS, Run, planned, settings
+from scripts.sweep.plan import ALL_TASKS, MINILM_ONLY, PROTOCOLS, VARIANTS, Run, planned, settings
 
 #: Seconds between looks at the processes, and before a run that another sweep trained is looked at again.
 POLL, LOOK_AGAIN = 0.5, 30.0
@@ -45,16 +44,11 @@ class SweepArguments:
     data_dir: Optional[str] = field(
         default=None, metadata={"help": "As in scripts.glue.train. Default: from the Hub."}
     )
-    out: str = field(default="results/sweep", metadata={"help": "Folder of the results files."})
-    reuse: list[str] = field(
-        default_factory=lambda: ["results/glue"], metadata={"help": "Folders of records that may stand for runs."}
-    )
+    out: str = field(default="results/sweep", metadata={"help": "Folder of the results, a file per protocol."})
     protocols: Optional[list[str]] = field(
         default=None, metadata={"help": f"Of {', '.join(PROTOCOLS)}; default: all."}
     )
-    tasks: Optional[list[str]] = field(
-        default=None, metadata={"help": f"Of {', '.join(task for pair in TASKS for task in pair)}; default: all."}
-    )
+    tasks: Optional[list[str]] = field(default=None, metadata={"help": f"Of {', '.join(ALL_TASKS)}; default: all."})
     variants: Optional[list[str]] = field(default=None, metadata={"help": f"Of {', '.join(VARIANTS)}; default: all."})
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4], metadata={"help": "In their order."})
     devices: Optional[list[str]] = field(
@@ -72,12 +66,7 @@ class SweepArguments:
     list: bool = field(default=False, metadata={"help": "Print the order and what is finished, and train nothing."})
 
     def __post_init__(self) -> None:
-        known = {
-            "protocols": tuple(PROTOCOLS),
-            "tasks": tuple(task for pair in TASKS for task in pair),
-            "variants": tuple(VARIANTS),
-        }
-        for name, values in known.items():
+        for name, values in {"protocols": PROTOCOLS, "tasks": ALL_TASKS, "variants": VARIANTS}.items():
             if unknown := [value for value in getattr(self, name) or () if value not in values]:
                 raise ValueError(f"--{name} must be of {', '.join(values)}, got {', '.join(unknown)}.")
         for name in ("jobs", "threads", "budget_hours"):
@@ -131,15 +120,21 @@ class Sweep:
     def read(self) -> list[Run]:
         """Read the finished runs again; returns all runs in their order."""
         args = self.args
-        self.records = sweep_store.finished(self.out, [Path(p) for p in args.reuse], self.about)
+        self.records = self.finished()
         self.elsewhere = {run: moment for run, moment in self.elsewhere.items() if run not in self.records}
         scores = sweep_store.holdout_scores(self.records)
         runs = planned(scores, args.seeds, args.tasks, args.variants, args.protocols)
         return runs if self.about.model == sweep_store.MODEL else [r for r in runs if r.variant not in MINILM_ONLY]
 
+    def finished(self) -> dict[Run, sweep_store.Record]:
+        """The finished runs. Those that are so since the last look move into the protocols' files."""
+        if self.args.list:
+            return sweep_store.finished(self.out, self.about)
+        return sweep_store.collect(self.out, self.about, self.args.keep)
+
     def work(self, run: Run) -> Path:
         """Folder of a run in training."""
-        return self.out / ".work" / run.name
+        return self.out / sweep_store.WORK / run.name
 
     def command(self, run: Run) -> list[str]:
         """The command of a run."""
@@ -150,7 +145,6 @@ class Sweep:
             "model_name_or_path": args.model_name_or_path,
             "data_dir": args.data_dir,
             "output_dir": self.work(run),
-            "results_file": self.out / f"{run.name}.json",
             "save_total_limit": 1,
             "disable_tqdm": False,
             **settings(run),
@@ -165,11 +159,10 @@ class Sweep:
         deadline = time.monotonic() + 3600 * (self.args.budget_hours or float("inf"))
         self.about.write(self.out)
         runs = self.read()
-        for run in self.records:
-            self.clear(run)
         pause = POLL if sys.stderr.isatty() else LOG_PROGRESS
-        finished = len(self.finished_of(runs))
-        with tqdm(total=len(runs), initial=finished, unit="run", mininterval=pause, miniters=0) as bar:
+        with tqdm(
+            total=len(runs), initial=len(self.finished_of(runs)), unit="run", mininterval=pause, miniters=0
+        ) as bar:
             try:
                 while time.monotonic() < deadline and self.start(runs):
                     if self.collect():
@@ -197,9 +190,11 @@ class Sweep:
                 if run_record.is_busy(self.work(run)):
                     self.elsewhere[run] = time.monotonic() + LOOK_AGAIN
                     continue
-                self.jobs.append(self.launch(run, device))
                 todo.remove(run)
-                free -= 1
+                self.records = self.finished()  # another sweep may have finished it since the last look
+                if run not in self.records:
+                    self.jobs.append(self.launch(run, device))
+                    free -= 1
         return bool(self.jobs or todo)
 
     def launch(self, run: Run, device: str) -> Job:
@@ -223,25 +218,15 @@ class Sweep:
         ended = [job for job in self.jobs if job.process.poll() is not None]
         for job in ended:
             self.jobs.remove(job)
-            if job.process.returncode == 0:
-                self.clear(job.run)
-            elif job.process.returncode == run_record.EXIT_BUSY:
+            if job.process.returncode == run_record.EXIT_BUSY:
                 self.elsewhere[job.run] = time.monotonic() + LOOK_AGAIN
-            else:
+            elif job.process.returncode:
                 self.failed.append(job.run)
                 tqdm.write(f"{job.run.name} failed with status {job.process.returncode}: see {job.log}")
         over = [run for run, moment in self.elsewhere.items() if moment < time.monotonic()]
         for run in over:
             del self.elsewhere[run]
         return bool(ended or over)
-
-    def clear(self, run: Run) -> None:
-        """Delete checkpoints and log of a finished run, and its adapter unless that is to be kept."""
-        folder = self.work(run)
-        if folder.is_dir() and not run_record.is_busy(folder):
-            if self.args.keep and (folder / "adapter").is_dir():
-                shutil.copytree(folder / "adapter", Path(self.args.keep) / run.name, dirs_exist_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
 
     def stop(self) -> None:
         """End the processes; their runs go on from their last checkpoints next time."""

@@ -1,13 +1,21 @@
-"""What a sweep has finished: its folder of results files, and the scores in them."""
+"""What a sweep has finished: a file of JSON lines per protocol, a line per run.
 
-from collections.abc import Iterator, Mapping, Sequence
+A run's record is written by scripts.glue.train into the run's own folder, `.work/<run>`, and moves from there into
+`<protocol>.jsonl`, which is replaced whole and under a lock: killed at any moment, a sweep leaves each record in at
+least one of the two places, and a record that is in both counts once.
+"""
+
+import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Optional
 
+from filelock import FileLock
+
 from scripts.glue import run_record
 from scripts.glue.metrics import METRIC_NAMES
-from scripts.sweep.plan import PROTOCOLS, VARIANTS, Run, settings
+from scripts.sweep.plan import VARIANTS, Run, settings
 
 Record = dict[str, Any]
 #: What a record that does not name a setting was made with: the settings are younger than some records.
@@ -15,6 +23,8 @@ DEFAULTS: Mapping[str, Any] = {"holdout_share": 0.0, "train_sampling_strategy": 
 MODEL = "all-MiniLM-L6-v2"
 #: Says what all runs of a folder have in common that is not in their names.
 ABOUT = "sweep.json"
+#: Folder of the runs in training, and name of the record there.
+WORK, RESULTS = ".work", "results.json"
 
 
 @dataclass(frozen=True)
@@ -50,34 +60,63 @@ class About:
             )
 
 
-def finished(folder: Path, reuse: Sequence[Path] = (), about: Optional[About] = None) -> dict[Run, Record]:
-    """The finished runs of a sweep and what their files hold.
+def finished(folder: Path, about: Optional[About] = None) -> dict[Run, Record]:
+    """The finished runs of a sweep and their records. A line may name a `file` of its record in place of holding it.
 
     Args:
-        folder: of the sweep; a file is named after its run.
-        reuse: folders of records of `scripts.glue.train` with names of their own; those that were made with the
-            settings of a run stand for it.
+        folder: of the sweep.
         about: the sweep's; None: as the folder says.
 
     Raises:
-        ValueError: a file of `folder` was made with other settings than its name says.
+        ValueError: a line is of no run, or its record was made with other settings than its name says.
     """
     about = about or About.read(folder) or About()
     records: dict[Run, Record] = {}
-    for _, record in _records(reuse):
-        for run in _runs_like(record):
-            if not differences(record, run, about):
-                records.setdefault(run, record)
-    for path, record in _records([folder]):
-        run = Run.parse(path.stem)
-        if run is None:
-            continue
-        if found := differences(record, run, about):
-            raise ValueError(
-                f"{path} was made with other settings ({'; '.join(found)}). Choose another --out for this sweep, or "
-                "delete the file to train again."
-            )
-        records[run] = record
+    for path in sorted(folder.glob("*.jsonl")):
+        for row in run_record.read_lines(path):
+            run = Run.parse(str(row.get("run")))
+            record = run_record.read_json(folder / row["file"]) if "file" in row else row
+            if run is None or record is None or not record.get("finished"):
+                raise ValueError(f"{path} must hold finished runs, got {row.get('run')!r} {row.get('file', '')}.")
+            _check(record, run, about, f"{path}, {run.name},")
+            records[run] = record
+    return records
+
+
+def _check(record: Record, run: Run, about: About, place: str) -> None:
+    if found := differences(record, run, about):
+        raise ValueError(
+            f"{place} was made with other settings ({'; '.join(found)}). Choose another --out for this sweep, or "
+            "delete it to train again."
+        )
+
+
+def collect(folder: Path, about: About, keep: Optional[str] = None) -> dict[Run, Record]:
+    """Move the records of finished runs from their own folders into the protocols' files, and delete these folders.
+
+    Args:
+        folder: of the sweep.
+        about: the sweep's.
+        keep: folder for the adapters; None: they are deleted.
+
+    Returns:
+        All finished runs and their records.
+    """
+    folders = {run: path for path in (folder / WORK).glob("*") if (run := Run.parse(path.name))}
+    for run, path in folders.items():
+        record = run_record.read_json(path / RESULTS)
+        if record and record.get("finished"):
+            _check(record, run, about, str(path))
+            with FileLock(folder / WORK / ".lock"):
+                rows = run_record.read_lines(file := folder / f"{run.protocol}.jsonl")
+                if run.name not in (row["run"] for row in rows):
+                    run_record.write_lines(file, [*rows, {"run": run.name, **record}])
+    records = finished(folder, about)
+    for run, path in folders.items():
+        if run in records and not run_record.is_busy(path):
+            if keep and (path / "adapter").is_dir():
+                shutil.copytree(path / "adapter", Path(keep) / run.name, dirs_exist_ok=True)
+            shutil.rmtree(path, ignore_errors=True)
     return records
 
 
@@ -115,20 +154,3 @@ def holdout_scores(records: Mapping[Run, Record]) -> dict[Run, Optional[float]]:
         found = score(values, run.task)
         scores[run] = found if found is not None or values is None else float("-inf")
     return scores
-
-
-def _records(folders: Sequence[Path]) -> Iterator[tuple[Path, Record]]:
-    for folder in folders:
-        for path in sorted(folder.glob("*.json")):
-            record = run_record.read_json(path)
-            if record is not None and record.get("finished") and isinstance(record.get("config"), dict):
-                yield path, record
-
-
-def _runs_like(record: Record) -> Iterator[Run]:
-    config = record["config"]
-    for protocol in PROTOCOLS:
-        for name, variant in VARIANTS.items():
-            alike = variant.method == record.get("method") and record.get("task") in METRIC_NAMES
-            if alike and variant.is_in(protocol):
-                yield Run(protocol, record["task"], name, config.get("learning_rate"), config.get("seed"))

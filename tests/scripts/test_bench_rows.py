@@ -18,7 +18,8 @@ from scripts.bench import run as bench
 from scripts.bench import scaling as bench_scaling
 from scripts.bench import settings as bench_settings
 from scripts.bench import tables as bench_tables
-from scripts.bench import targets as bench_targets
+from scripts.docs import pages
+from scripts.glue import run_record
 
 QUARTILES = {"q1": 0.8, "median": 0.9, "q3": 1.0}
 
@@ -48,9 +49,9 @@ def row(setting: str, method: str, median: float = 0.9, **more) -> dict:
 # -- targets -------------------------------------------------------------------------------------------------------
 
 
-def found(rows: list[dict], **more) -> dict[tuple[str, str], tuple]:
-    findings = bench_targets.check(rows, **more)
-    return {(f.target.name, f.setting): (f.target.limit, f.value, f.verdict) for f in findings}
+def found(rows: list[dict], device: str = "cpu") -> dict[tuple[str, str], tuple]:
+    findings = bench_tables.targets_table(bench_rows.table_of(rows, device)).to_numpy()
+    return {(name, setting): tuple(rest) for name, setting, *rest in findings}
 
 
 def test_each_target_is_held_against_its_rows():
@@ -61,40 +62,31 @@ def test_each_target_is_held_against_its_rows():
         row("minilm-16x128-r64", "far_after", 0.5),
         row("minilm-16x128-r8", "nas_search", 1.04),
         row("import", "peft_learners", import_seconds={"median": 0.0492}),
-        {**row("minilm-16x32-r8", "nas_search"), "skipped": "ValueError: no."},
+        {"setting": {"name": "minilm-16x32-r8"}, "device": {"type": "cpu"}, "method": "nas_search", "skipped": "No."},
         row("llama-4x512-r64", "learner_primed", 0.95),
+        {**row("minilm-16x32-r8", "learner_primed", 0.8), "device": {"type": "cuda"}},
     ]
     findings = found(rows)
     time, search = (
         "Learner after priming / LoRA: step time",
         "NAS-LoRA's search (U-MaM) / without importance: step time",
     )
-    assert findings[time, "minilm-16x128-r64"] == (0.87, 0.87, "met")
-    assert findings[time, "minilm-16x32-r64"] == (0.87, 0.871, "MISSED")
-    assert findings[time, "minilm-16x128-r8"] == (0.91, 0.871, "met")
-    assert findings[time, "minilm-16x32-r8"] == (0.91, None, "not measured")
-    assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == (0.95, 0.94, "met")
-    assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == (1.05, 1.04, "met")
-    assert findings["FAR after priming / full fine-tuning: step time", "minilm-16x128-r64"] == (0.88, 0.5, "met")
-    assert findings["FAR after priming / full fine-tuning: stored bytes", "minilm-16x128-r64"][1:] == (0.94, "MISSED")
-    assert findings[search, "minilm-16x128-r8"] == (1.03, 1.04, "MISSED")
-    assert findings[search, "minilm-16x32-r8"] == (1.03, None, "skipped: ValueError: no.")
-    assert findings["import over `import peft`: ms", "import"] == (50, pytest.approx(49.2), "met")
+    assert findings[time, "minilm-16x128-r64"] == ("0.87", "0.870", "met")
+    assert findings[time, "minilm-16x32-r64"] == ("0.87", "0.871", "MISSED")
+    assert findings[time, "minilm-16x128-r8"] == ("0.91", "0.871", "met")
+    assert findings[time, "minilm-16x32-r8"] == ("0.91", "", "not measured")
+    assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == ("0.95", "0.940", "met")
+    assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == ("1.05", "1.040", "met")
+    assert findings["FAR after priming / full fine-tuning: step time", "minilm-16x128-r64"] == ("0.88", "0.500", "met")
+    assert findings["FAR after priming / full fine-tuning: stored bytes", "minilm-16x128-r64"][1:] == (
+        "0.940",
+        "MISSED",
+    )
+    assert findings[search, "minilm-16x128-r8"] == ("1.03", "1.040", "MISSED")
+    assert findings[search, "minilm-16x32-r8"] == ("1.03", "", "skipped: No.")
+    assert findings["import over `import peft`: ms", "import"] == ("50", "49.200", "met")
     assert (time, "llama-4x512-r64") not in findings
-    assert found(rows, everywhere=True)[time, "llama-4x512-r64"][1:] == (0.95, "")
-    assert found(rows, device="cuda")[time, "minilm-16x128-r64"][1:] == (None, "not measured")
-
-
-def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
-    target = bench_targets.Target("a figure", 1.0, ("tiny",), "lora", bench_targets.step_time("full"))
-    monkeypatch.setattr(bench_targets, "TARGETS", (target,))
-    for value, status in ((1.0, 0), (1.01, 1)):
-        bench_rows.write_rows(tmp_path / "tiny-cpu.jsonl", [row("tiny", "lora", value)])
-        assert bench_targets.main([str(tmp_path)]) == 0
-        assert bench_targets.main([str(tmp_path), "--strict"]) == status
-    assert "a figure     tiny     1.00  1.010  MISSED" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="must hold rows"):
-        bench_targets.main([str(tmp_path / "elsewhere")])
+    assert found(rows, "cuda")[time, "minilm-16x128-r64"][1:] == ("", "not measured")
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -103,10 +95,11 @@ def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
 def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     rows = [row("minilm-16x32-r8", "lora", 1.0), row("minilm-16x128-r64", "far_after", 0.777)]
     rows += [row("minilm-16x128-r64", name) for name in ("lora", "learner_primed", "inference_lora")]
-    rows += [{**row("minilm-16x128-r64", "bitfit"), "skipped": "ValueError: no."}]
+    where = {key: rows[0][key] for key in ("device", "method")} | {"setting": {"name": "minilm-16x128-r64"}}
+    rows += [{**where, "method": "bitfit", "skipped": "ValueError: no."}]
     rows += [row("minilm-16x128-r64-dropout", "far_after", bytes_ratios={"full": {"stored": 0.6, "total": 0.5}})]
     rows += [row("minilm-16x128-r8", "nas_search")]
-    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
+    run_record.write_lines(tmp_path / "rows.jsonl", rows)
     bench_tables.main([str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()
     cell = "0.90 [0.80, 1.00]"
@@ -121,17 +114,18 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     assert f"| BitFit | skipped: ValueError: no. |{'  |' * 9}" in lines
     bench_tables.main([str(tmp_path), "--table", "minilm-16x32-r8"])
     assert whole.replace(cell, "1.00 [0.80, 1.00]") in capsys.readouterr().out.splitlines()
-    with pytest.raises(SystemExit):
+    with pytest.raises(ValueError, match="<!-- bench:unknown --> must name one of learner, flops"):
         bench_tables.main([str(tmp_path), "--table", "unknown"])
+    with pytest.raises(FileNotFoundError, match="must be rows"):
+        bench_tables.main([str(tmp_path / "elsewhere")])
 
 
 def test_every_method_of_the_tables_is_measured():
     assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
     assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
-    for target in bench_targets.TARGETS:
-        settings = {setting.removesuffix(bench_targets.KEPT_HEAP) for setting in target.settings}
-        assert target.settings == ("import",) or settings <= set(bench_settings.SETTINGS)
-        assert target.settings == ("import",) or target.method in bench.METHODS
+    for _, _, settings, method, _ in bench_tables.TARGETS:
+        shapes = {setting.removesuffix(bench_tables.KEPT_HEAP) for setting in settings}
+        assert settings == ("import",) or (shapes <= set(bench_settings.SETTINGS) and method in bench.METHODS)
 
 
 # -- imports and curves --------------------------------------------------------------------------------------------
@@ -235,22 +229,20 @@ def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
         row("scaling", "learner_unprimed", 0.5, axis="rank", value=8),
         row("scaling", "lora", 1.0, axis="rank", value=8),
     ]
-    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
+    run_record.write_lines(tmp_path / "rows.jsonl", rows)
     record = {"methods": {"lora": {"shares": {"norms": 0.25, "attention": 0.5}}, "full": {"shares": {"norms": 0.1}}}}
     (tmp_path / "profile-minilm-16x32-r64-cpu.json").write_text(json.dumps(record))
     names = ("learner-kept-heap", "scaling", "targets", "profile-minilm-16x32-r64")
     text = "before\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- bench:end -->\nbetween\n" for name in names)
-    new = bench_tables.with_tables(text, tmp_path)
+    tables = bench_tables.Tables(tmp_path)
+    new = pages.spliced(text, "bench", tables.lines_of)
     assert "old" not in new and new.startswith("before\n") and new.count("between") == len(names)
     assert "| after priming |  |  |  | 0.77 [0.80, 1.00] | 0.94 | 0.50 |" in new
     assert "| rank | 8: 0.50 |" in new and new.count("not measured") > 5
     assert "| norms | 25 % | 10 % |" in new and "| attention | 50 % | 0 % |" in new
-    assert bench_tables.with_tables(new, tmp_path) == new
+    assert pages.spliced(new, "bench", tables.lines_of) == new
     with pytest.raises(ValueError, match="bench:no-such -->"):
-        bench_tables.with_tables("<!-- bench:no-such -->\n<!-- bench:end -->", tmp_path)
-    (tmp_path / "page.md").write_text(text)
-    assert bench_tables.write_pages(tmp_path, tmp_path) == ["page.md"]
-    assert (tmp_path / "page.md").read_text() == new and bench_tables.write_pages(tmp_path, tmp_path) == []
+        pages.spliced("<!-- bench:no-such -->\n<!-- bench:end -->", "bench", tables.lines_of)
 
 
 def test_what_the_environment_tells_the_allocator_stands_in_the_rows(monkeypatch):
