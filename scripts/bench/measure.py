@@ -288,15 +288,3 @@ def bound_flops(base: torch.nn.Module, learner: Any, rows: Rows) -> int:
             ranks[twin] = layer.learner_r["default"]
         twin.register_forward_hook(stand_in)
     return count_flops(lambda: plain(**rows).loss.backward())["matrix_products"] + low_rank
-
-
-# -- text ----------------------------------------------------------------------------------------------------------
-
-
-def aligned(table: Sequence[Sequence[str]]) -> str:
-    """A table as text, its first column to the left and the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in table
-    )

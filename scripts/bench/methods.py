@@ -13,7 +13,7 @@ from peft import AdaLoraConfig, LoraConfig, PeftConfig, ShiraConfig, get_peft_mo
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, PhaseDriver
 from scripts.bench.measure import Variant, take_step, trained_parameters
 from scripts.bench.settings import Workload
-from scripts.glue.methods import MethodArguments
+from scripts.glue.method_arguments import MethodArguments
 from scripts.glue.peers import bitfit as bitfit_in_place
 from scripts.glue.peers import freeze_ffns as freeze_ffns_in_place
 from scripts.glue.peers import prompt_tuning as with_prompt

@@ -27,6 +27,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Optional, Union
 
+import pandas as pd
 import torch
 from transformers import HfArgumentParser
 
@@ -36,7 +37,6 @@ from scripts.bench.measure import (
     BYTES,
     WARMUP_ROUNDS,
     Variant,
-    aligned,
     bound_flops,
     count_flops,
     measure_bytes,
@@ -304,20 +304,17 @@ def allocator() -> dict[str, str]:
 
 def report(rows: Sequence[Row]) -> str:
     """A setting's rows as a table of medians."""
-    table = [["", "time to", "ratio [quartiles]", "stored", "total", "flops / bound"]]
-    for row in rows:
-        if "skipped" in row:
-            continue
+    lines = {}
+    for row in (row for row in rows if "skipped" not in row):
         peer = next((other for other in row["references"] if other != row["method"]), None)
-        name = f"{row['group']}: {row['method']}"
-        if peer is None:
-            table.append([name, "", "", "", "", f"{row['flops_to_bound']:.3f}"])
-            continue
-        step, sizes = row["time_ratios"][peer]["step"], row["bytes_ratios"][peer]
-        cells = [f"{sizes[kind]:.3f}" if kind in sizes else "" for kind in ("stored", "total")]
-        time = f"{step['median']:.3f} [{step['q1']:.3f}, {step['q3']:.3f}]"
-        table.append([name, peer, time, *cells, f"{row['flops_to_bound']:.3f}"])
-    return aligned(table)
+        cells = {"time to": peer or "", "flops / bound": f"{row['flops_to_bound']:.3f}"}
+        if peer is not None:
+            step, sizes = row["time_ratios"][peer]["step"], row["bytes_ratios"][peer]
+            cells["ratio [quartiles]"] = f"{step['median']:.3f} [{step['q1']:.3f}, {step['q3']:.3f}]"
+            cells |= {kind: f"{sizes[kind]:.3f}" for kind in ("stored", "total") if kind in sizes}
+        lines[f"{row['group']}: {row['method']}"] = cells
+    heads = ["time to", "ratio [quartiles]", "stored", "total", "flops / bound"]
+    return pd.DataFrame(lines).T.reindex(columns=heads).fillna("").to_string()
 
 
 # -- command line --------------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """Tables of the benchmark's rows, as they stand in the docs (where `python -m scripts.docs.report` writes them).
 
-python -m scripts.bench.tables results/bench [--table learner]    # prints them in Markdown
+python -m scripts.bench.tables results/bench [--table learner]    # prints them
 """
 
 import argparse
@@ -13,7 +13,6 @@ from typing import Optional
 import pandas as pd
 
 from scripts.bench.rows import Row, column, read_rows, table_of
-from scripts.docs.pages import Lines, markdown
 
 #: The four shapes of MiniLM, with the heads of their columns.
 SHAPES = {
@@ -312,29 +311,28 @@ class Tables:
         shaped = [setting for setting, method in table.index if method == "lora" and setting != "scaling"]
         self.makers |= {setting: partial(methods_table, table, setting) for setting in shaped}
 
-    def lines_of(self, name: str) -> Lines:
-        """A table in Markdown.
-
+    def __getitem__(self, name: str) -> pd.DataFrame:
+        """
         Raises:
             ValueError: there is none of that name.
         """
         if name.startswith("profile-"):
-            return markdown(profile_table(self.folder, name.removeprefix("profile-"), self.device))
+            return profile_table(self.folder, name.removeprefix("profile-"), self.device)
         if name not in self.makers:
-            raise ValueError(f"<!-- bench:{name} --> must name one of {', '.join(self.makers)}, or profile-SETTING.")
-        return markdown(self.makers[name]())
+            raise ValueError(f"The table must be one of {', '.join(self.makers)}, or profile-SETTING, got {name}.")
+        return self.makers[name]()
 
 
 def main(argv: Optional[list[str]] = None) -> None:
     """Run the script."""
-    parser = argparse.ArgumentParser(description="Print the benchmark's tables in Markdown.")
+    parser = argparse.ArgumentParser(description="Print the benchmark's tables.")
     parser.add_argument("rows", nargs="?", type=Path, default=Path("results/bench"), help="folder (%(default)s)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="whose rows (%(default)s)")
     parser.add_argument("--table", help="only one, or a setting (default: all)")
     args = parser.parse_args(argv)
     tables = Tables(args.rows, args.device)
     for name in tables.makers if args.table is None else [args.table]:
-        print(f"<!-- {name} -->", *tables.lines_of(name), "", sep="\n")
+        print(name, tables[name].to_string(index=False), "", sep="\n")
 
 
 if __name__ == "__main__":

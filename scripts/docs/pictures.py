@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pandas as pd
@@ -188,7 +189,7 @@ def _panel(results: Results, layout: Layout) -> tuple[str, list[dict[str, Any]]]
 def architecture(results: Results, variant: str) -> Picture | None:
     """What a variant's runs by the NAS recipe kept, their mean; None if no record tells."""
     found = {
-        (run.task, run.seed): plot_architecture.RecordedArchitecture.of(run.record)
+        (run.task, run.seed): _recorded(run.record["architecture"])
         for run in results.of("nas", variant=variant).itertuples()
         if run.record.get("architecture")
     }
@@ -200,6 +201,11 @@ def architecture(results: Results, variant: str) -> Picture | None:
     data = {"title": f"{label}\n{plot_architecture.title_of(table)}", "table": asdict(table)}
     caption = f"What {label} kept, by block and module"
     return Picture(f"architecture-{variant}", caption, data, draw_architecture)
+
+
+def _recorded(found: Mapping[str, Any]) -> SimpleNamespace:
+    """What a record says of an architecture, as `plot_architecture.average` takes it."""
+    return SimpleNamespace(granularity=found["granularity"], budget=found["budget"], rows=lambda: found["rows"])
 
 
 # -- how they are drawn --------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from scripts.bench.rows import read_rows, table_of
 from scripts.bench.tables import Tables
 from scripts.docs import pictures as report_pictures
 from scripts.docs.costs import SETTINGS, table1
-from scripts.docs.pages import ROOT, Lines, spliced
+from scripts.docs.pages import ROOT, Lines, markdown, spliced
 from scripts.docs.progress import coverage_table, phases_table, rates_table, setting_table
 from scripts.docs.runs import Papers, Results
 from scripts.docs.scores import LAYOUTS, headline, score_tables
@@ -70,7 +70,7 @@ class Report:
             ValueError: a marker names nothing that there is.
         """
         text = spliced(path.read_text(encoding="utf-8"), "report", partial(self.lines_of, folder=path.parent))
-        return spliced(text, "bench", lambda name: self.bench.lines_of(name))
+        return spliced(text, "bench", lambda name: markdown(self.bench[name]))
 
     def lines_of(self, name: str, folder: Path) -> Lines:
         """What stands between the markers of that name, in a page of a folder."""
@@ -104,33 +104,22 @@ class Report:
             name = path.stem.removesuffix("-architecture")
             data = self.folder / "architectures" / f"{name}.json"
             source = f" ([json]({_relative(data, folder)}))" if data.is_file() else ""
-            lines += [
-                f"`{name}`{source}:",
-                "",
-                f"![What {name} kept, by block and module]({_relative(path, folder)})",
-                "",
-            ]
+            picture = f"![What {name} kept, by block and module]({_relative(path, folder)})"
+            lines += [f"`{name}`{source}:", "", picture, ""]
         for name, found in self.pictures.items():
             if name.startswith("architecture-"):
                 lines += [f"{found.caption}:", "", *self.picture(name, folder), ""]
         return lines[:-1] or ["None drawn yet."]
 
-    def stale(self, pages: tuple[Path, ...]) -> list[Path]:
-        """The pages whose text is not as it is to be, and the pictures that are not drawn from these results."""
-        return [*self._changed(pages), *(self.figures / picture.file for picture in self._undrawn())]
-
-    def write(self, pages: tuple[Path, ...]) -> list[Path]:
-        """Write the pages and draw the pictures that are not up to date; returns the files that were written."""
-        changed = self._changed(pages)
-        for page in changed:
-            page.write_text(self.page(page), encoding="utf-8")
-        return [*changed, *(picture.draw(self.figures) for picture in self._undrawn())]
-
-    def _changed(self, pages: tuple[Path, ...]) -> list[Path]:
-        return [page for page in pages if self.page(page) != page.read_text(encoding="utf-8")]
-
-    def _undrawn(self) -> list[report_pictures.Picture]:
-        return [picture for picture in self.pictures.values() if not picture.is_drawn(self.figures)]
+    def outdated(self, pages: Iterable[Path]) -> dict[Path, Callable[[], object]]:
+        """The pages whose text is not as it is to be and the pictures that are not drawn from these results, each with
+        what brings it up to date."""
+        texts = {page: self.page(page) for page in pages}
+        undrawn = (picture for picture in self.pictures.values() if not picture.is_drawn(self.figures))
+        return {
+            **{p: partial(p.write_text, t, encoding="utf-8") for p, t in texts.items() if p.read_text("utf-8") != t},
+            **{self.figures / picture.file: partial(picture.draw, self.figures) for picture in undrawn},
+        }
 
 
 def _relative(path: Path, folder: Path) -> str:
@@ -144,12 +133,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder (default: results)")
     parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: README.md docs/*.md)")
     args = parser.parse_args(argv)
-    report, pages = Report(args.results.resolve()), tuple(page.resolve() for page in args.pages)
-    if not args.check:
-        for path in report.write(pages):
-            print(f"-> {path}")
-    elif stale := report.stale(pages):
-        sys.exit(f"Not up to date: {', '.join(path.name for path in stale)}. Run: python -m scripts.docs.report")
+    found = Report(args.results.resolve()).outdated(page.resolve() for page in args.pages)
+    if args.check and found:
+        sys.exit(f"Not up to date: {', '.join(path.name for path in found)}. Run: python -m scripts.docs.report")
+    for path, mend in found.items():
+        mend()
+        print(f"-> {path}")
 
 
 if __name__ == "__main__":

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from peft import AdaLoraConfig, get_peft_model
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
+from scripts.glue.method_arguments import MethodArguments
 from scripts.glue.peers import head
-
-if TYPE_CHECKING:
-    from scripts.glue.methods import MethodArguments
 
 #: Rank at first, relative to the mean rank in the end (the paper, section 4).
 INITIAL_RANK = 1.5
@@ -29,8 +28,6 @@ def adalora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     The rank is 1.5 r in each layer at first, and r in the mean in the end. lora_alpha is the rank at first: a scaling
     of 1. The losses hold PEFT's orthogonal regularisation, in evaluation too.
     """
-    from peft import AdaLoraConfig, get_peft_model
-
     assert args.r is not None
     rank = math.ceil(INITIAL_RANK * args.r)
     config = AdaLoraConfig(
@@ -58,9 +55,7 @@ class AdaLoraCallback(TrainerCallback):
     def __init__(self) -> None:
         self._kept: dict[str, list[bool]] | None = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         """Set the schedule; in a resumed training, take up the state.
 
         Raises:
@@ -86,9 +81,7 @@ class AdaLoraCallback(TrainerCallback):
                     getattr(allocator, kind)[name] = found[kind]
         self._kept = kept_ranks(tuner) if state.global_step >= steps - config.tfinal else None
 
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_optimizer_step(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         tuner, optimizer = kwargs["model"].base_model, kwargs["optimizer"]
         config, allocator = tuner.peft_config[tuner.trainable_adapter_name], tuner.rankallocator
         config.rank_pattern = self._kept
@@ -102,9 +95,7 @@ class AdaLoraCallback(TrainerCallback):
                 else:
                     optimizer.state[parameter].pop(kind, None)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         tuner = kwargs["model"].base_model
         # Those of the best checkpoint, if that one is back.
         tuner.peft_config[tuner.trainable_adapter_name].rank_pattern = kept_ranks(tuner)

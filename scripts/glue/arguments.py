@@ -6,7 +6,8 @@ from typing import Any, Optional
 from transformers import TrainingArguments
 
 from scripts.glue import data as glue_data
-from scripts.glue.methods import METHODS, MethodArguments
+from scripts.glue.method_arguments import MethodArguments
+from scripts.glue.methods import METHODS
 
 
 @dataclass

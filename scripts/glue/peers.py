@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import copy
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from peft import LoraConfig, PromptTuningConfig, ShiraConfig, get_peft_model
 from transformers import PreTrainedModel
 
-if TYPE_CHECKING:
-    from scripts.glue.methods import MethodArguments
+from peft_learners import BottleneckConfig, LearnerConfig
+from scripts.glue.method_arguments import MethodArguments
 
 #: Parts of a primed Learner by the parameter of the layer that each changes; its low-rank matrices are none of them.
 LEARNER_PARTS = {"learner_dense_delta": "weight", "learner_layernorm_delta": "weight", "learner_bias_delta": "bias"}
@@ -64,10 +65,6 @@ def freeze_ffns(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Modul
     Raises:
         ValueError: a model without an attention.
     """
-    from peft import get_peft_model
-
-    from peft_learners import LearnerConfig
-
     learner: Any = get_peft_model(copy.deepcopy(model).to("meta"), LearnerConfig(r=1, priming_steps=1))
     trained, attention = set(), False
     for name, _ in learner.base_model.model.named_parameters():
@@ -91,8 +88,6 @@ def freeze_ffns(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Modul
 
 def lora(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """LoRA on every linear layer. lora_alpha=r: a scaling of 1, as Learners without priming have it."""
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(
         task_type="SEQ_CLS",
         r=args.r,
@@ -111,8 +106,6 @@ def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     Raises:
         ValueError: a model with other names.
     """
-    from peft import LoraConfig, get_peft_model
-
     targets = r".*\.layer\.\d+\..*(query|key|dense|q_lin|k_lin|out_lin|lin1|lin2)"
     names = [name for name, _ in model.named_modules() if re.fullmatch(targets, name)]
     for what, ends in (("query", ("query", "q_lin")), ("key", ("key", "k_lin"))):
@@ -137,8 +130,6 @@ def mam(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
 def shira(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """SHiRA (Bhardwaj et al., 2024) on every linear layer of the backbone: as many of its weight's entries as LoRA of
     the rank has, r (in_features + out_features), drawn by the run's seed, alike in layers of one shape. No biases."""
-    from peft import ShiraConfig, get_peft_model
-
     config = ShiraConfig(
         task_type="SEQ_CLS",
         r=args.r,
@@ -151,8 +142,6 @@ def shira(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
 
 def prompt_tuning(model: PreTrainedModel, args: MethodArguments, task_type: str | None = "SEQ_CLS") -> torch.nn.Module:
     """Prompt tuning (Lester et al., 2021): trained embeddings before the tokens of each example, random at first."""
-    from peft import PromptTuningConfig, get_peft_model
-
     config = PromptTuningConfig(
         task_type=task_type,
         num_virtual_tokens=args.num_virtual_tokens,
@@ -166,9 +155,5 @@ def prompt_tuning(model: PreTrainedModel, args: MethodArguments, task_type: str 
 
 def bottleneck(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
     """Bottleneck adapters, sequential (Houlsby et al., 2019) or parallel to the FFN (He et al., 2022)."""
-    from peft import get_peft_model
-
-    from peft_learners import BottleneckConfig
-
     config = BottleneckConfig(task_type="SEQ_CLS", mode=args.mode, bottleneck_dim=args.bottleneck_dim)
     return get_peft_model(model, config)

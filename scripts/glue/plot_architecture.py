@@ -8,20 +8,20 @@ seeds, the same search space. So are the learned architectures shown in arXiv 23
 """
 
 import argparse
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
+import pandas as pd
 from matplotlib import pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from peft_learners import Architecture, NASLoRAConfig
 from scripts.bench import plot as plot_bench  # chooses matplotlib's backend
 from scripts.glue import run_record
-from scripts.glue.plot_nodes import short_names
+from scripts.glue.plot_nodes import name_of, natural, read_config, short_names
 
 OUTSIDE = "outside the blocks"
 LABELS = {"low_rank": "low-rank", "bias": "bias"}
@@ -56,34 +56,6 @@ class Table:
     shares: list[list[Optional[float]]]
 
 
-@dataclass(frozen=True)
-class RecordedArchitecture:
-    """What a record of `scripts.glue.train` says of an architecture: as much of `Architecture` as `average` takes.
-
-    Attributes:
-        granularity: "structured" or "unstructured".
-        budget: parameters that could be kept.
-        recorded_rows: as `Architecture.rows()` gives them.
-    """
-
-    granularity: str
-    budget: int
-    recorded_rows: Sequence[Mapping[str, Any]]
-
-    @classmethod
-    def of(cls, record: Mapping[str, Any]) -> "RecordedArchitecture":
-        """That of a finished run of NAS-LoRA."""
-        found = record["architecture"]
-        return cls(found["granularity"], found["budget"], found["rows"])
-
-    def rows(self) -> Sequence[Mapping[str, Any]]:
-        """One row per update of the search space."""
-        return self.recorded_rows
-
-
-AnyArchitecture = Union[Architecture, RecordedArchitecture]
-
-
 def read_architecture(folder: Path) -> Architecture:
     """The architecture in the folder of a saved adapter.
 
@@ -91,12 +63,7 @@ def read_architecture(folder: Path) -> Architecture:
         FileNotFoundError: the folder holds no adapter.
         ValueError: it holds one of another method, or one that was saved before its last pruning.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} must be the folder of a saved adapter, but has no {name}.")
-    kind = (run_record.read_json(folder / "adapter_config.json") or {}).get("peft_type")
-    if kind != "NAS_LORA":
-        raise ValueError(f"{folder} must hold a NAS-LoRA adapter, got one of type {kind!r}.")
+    read_config(folder, "NAS_LORA", "NAS-LoRA")
     config: Any = NASLoRAConfig.from_pretrained(str(folder))
     if not config.phases_complete:
         raise ValueError(
@@ -106,20 +73,21 @@ def read_architecture(folder: Path) -> Architecture:
     return Architecture.from_pretrained(str(folder))
 
 
-def split_name(module: str) -> tuple[str, str]:
-    """A module's name as that of its block and the rest; the block is "" outside the blocks."""
+def split_name(module: str, shared: int = 0) -> tuple[str, str]:
+    """A module's name as that of its block and the rest; outside the blocks the block is "", and the rest is without
+    its first `shared` parts."""
     parts = module.split(".")
     for index, part in enumerate(parts[:-1]):
         if part.isdigit():  # a list in a block (T5's `layer`, MobileBERT's `ffn`) is a part of the block
             return ".".join(parts[: index + 1]), ".".join(parts[index + 1 :])
-    return "", module
+    return "", ".".join(parts[shared:])
 
 
-def average(architectures: Mapping[str, AnyArchitecture]) -> Table:
+def average(architectures: Mapping[str, Any]) -> Table:
     """The table of several architectures of one search space.
 
     Args:
-        architectures: of adapters, or of records of runs; by what an error calls them.
+        architectures: with `granularity`, `budget` and `rows()`; by what an error calls them.
 
     Raises:
         ValueError: other granularities or search spaces.
@@ -133,21 +101,18 @@ def average(architectures: Mapping[str, AnyArchitecture]) -> Table:
                 f"{other.granularity}."
             )
         _check_same(first, sizes, name, _sizes(other))
-    shared = _shared_parts(module for module, _ in sizes)
-    places: dict[tuple[str, Column], list[float]] = {}
-    for architecture in architectures.values():
-        for row in architecture.rows():
-            block, rest = split_name(str(row["module"]))
-            rest = rest if block else ".".join(rest.split(".")[shared:])
-            place = block, Column(rest, str(row["kind"]))
-            places.setdefault(place, []).append(float(row["parameters"]) / float(row["of"]))
-    within = {column for block, column in places if block}
-    blocks = sorted({block for block, _ in places}, key=_block_order)
+    found = pd.DataFrame(row for architecture in architectures.values() for row in architecture.rows())
+    shared = _shared_parts(found.module)
+    places = [split_name(module, shared) for module in found.module]
+    found["block"] = [block for block, _ in places]
+    found["column"] = [Column(rest, kind) for (_, rest), kind in zip(places, found.kind, strict=True)]
+    means = (found.parameters / found.of).groupby([found.block, found.column]).mean()
+    within = {column for block, column in means.index if block}
+    blocks = sorted({*found.block}, key=lambda block: (not block, "decoder" in block, natural(block)))
     columns = sorted(
-        {column for _, column in places},
-        key=lambda column: (column not in within, column.kind != "low_rank", _natural(column.module)),
+        {*found.column},
+        key=lambda column: (column not in within, column.kind != "low_rank", natural(column.module)),
     )
-    means = {place: sum(shares) / len(shares) for place, shares in places.items()}
     return Table(
         granularity=reference.granularity,
         space=sum(sizes.values()),
@@ -158,7 +123,7 @@ def average(architectures: Mapping[str, AnyArchitecture]) -> Table:
     )
 
 
-def _sizes(architecture: AnyArchitecture) -> dict[tuple[str, str], int]:
+def _sizes(architecture: Any) -> dict[tuple[str, str], int]:
     """Parameters in the search space by module and kind of update."""
     return {(str(row["module"]), str(row["kind"])): int(row["of"]) for row in architecture.rows()}
 
@@ -167,7 +132,7 @@ def _check_same(
     first: str, sizes: Mapping[tuple[str, str], int], second: str, others: Mapping[tuple[str, str], int]
 ) -> None:
     """Raise ValueError with the first update in which two search spaces differ."""
-    for module, kind in sorted({*sizes, *others}, key=lambda update: _natural(".".join(update))):
+    for module, kind in sorted({*sizes, *others}, key=lambda update: natural(".".join(update))):
         a, b = sizes.get((module, kind)), others.get((module, kind))
         if a != b:
             here, there = (f"{size:,} parameters" if size else "none" for size in (a, b))
@@ -183,24 +148,9 @@ def _shared_parts(modules: Iterable[str]) -> int:
     return [*(len({*parts}) == 1 for parts in columns), False].index(False)
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 2, and capital letters with the others; a saved config has lost the model's order."""
-    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", name)]
-
-
-def _block_order(block: str) -> tuple[bool, bool, list[tuple[int, str]]]:
-    return not block, "decoder" in block, _natural(block)
-
-
 def as_json(table: Table, adapters: list[str]) -> dict[str, Any]:
     """The table as the JSON file holds it, with the names of the adapters."""
     return {"adapters": adapters, **vars(table), "columns": [column._asdict() for column in table.columns]}
-
-
-def name_of(folder: Path) -> str:
-    """An adapter's name: that of its folder, or of the run where `scripts.glue.train` called the folder "adapter"."""
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == "adapter" else folder.name
 
 
 def title_of(table: Table) -> str:

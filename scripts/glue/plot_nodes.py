@@ -40,20 +40,31 @@ class Overlap:
     chance: float
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """The adapter's config.
+def read_config(folder: Path, kind: str = "FAR", name: str = "FAR") -> dict[str, Any]:
+    """The config of a saved adapter.
 
     Raises:
         FileNotFoundError: the folder holds no adapter.
         ValueError: it holds one of another method.
     """
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} must be the folder of a saved adapter, but has no {name}.")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / file).is_file():
+            raise FileNotFoundError(f"{folder} must be the folder of a saved adapter, but has no {file}.")
     config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    if config.get("peft_type") != "FAR":
-        raise ValueError(f"{folder} must hold a FAR adapter, got one of type {config.get('peft_type')!r}.")
+    if config.get("peft_type") != kind:
+        raise ValueError(f"{folder} must hold a {name} adapter, got one of type {config.get('peft_type')!r}.")
     return config
+
+
+def name_of(folder: Path) -> str:
+    """An adapter's name: that of its folder, or of the run where `scripts.glue.train` called the folder "adapter"."""
+    folder = folder.resolve()
+    return folder.parent.name if folder.name == "adapter" else folder.name
+
+
+def natural(name: str) -> list[tuple[int, str]]:
+    """A key that sorts layer 10 after layer 2, and capital letters with the others."""
+    return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", name)]
 
 
 def read_kept(folder: Path, widths: Optional[Mapping[str, int]] = None) -> Kept:
@@ -70,7 +81,7 @@ def read_kept(folder: Path, widths: Optional[Mapping[str, int]] = None) -> Kept:
     config = read_config(folder)
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         keys = set(file.keys())
-        layers = sorted((key[: -len(_KEPT)] for key in keys if key.endswith(_KEPT)), key=_natural)
+        layers = sorted((key[: -len(_KEPT)] for key in keys if key.endswith(_KEPT)), key=natural)
         if not layers:
             raise ValueError(
                 f"{folder} was saved before its nodes were selected (in priming), so there are none to draw. Save the "
@@ -122,11 +133,6 @@ def _given_width(folder: Path, layer: str, widths: Mapping[str, int]) -> int:
     return widths[max(fitting, key=len)]
 
 
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Sorts layer 10 after layer 2."""
-    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"(\d+)", name)]
-
-
 def overlaps(first: Kept, second: Kept) -> dict[str, Overlap]:
     """The overlap of each layer that both adapters have nodes of, and in which the second kept any.
 
@@ -162,12 +168,9 @@ def short_names(layers: Sequence[str]) -> list[str]:
 
 def title_of(folder: Path) -> str:
     """A panel's title: which adapter, and how its nodes were selected."""
-    config, name = read_config(folder), folder.resolve().name
-    if name == "adapter":  # `scripts.glue.train` calls all of them so, in a folder of the run's name
-        name = folder.resolve().parent.name
-    return (
-        f"{name}: {config['retention_ratio']:.0%} of nodes ({config['granularity']}), selection {config['selection']}"
-    )
+    config = read_config(folder)
+    kept = f"{config['retention_ratio']:.0%} of nodes ({config['granularity']})"
+    return f"{name_of(folder)}: {kept}, selection {config['selection']}"
 
 
 def draw(panels: Mapping[str, Kept], path: Path, compared: Optional[Mapping[str, Overlap]] = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -12,18 +13,18 @@ import sys
 import time
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from functools import cache
-from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -96,37 +97,28 @@ class PhaseTimer(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, dict]:
         self._update()
-        names = ("seconds", "loop_seconds", "peak_bytes")
-        return {"args": {}, "attributes": {name: _copy(getattr(self, name)) for name in names}}
+        kept = {"seconds": {**self.seconds}, "loop_seconds": self.loop_seconds, "peak_bytes": self.peak_bytes}
+        return {"args": {}, "attributes": kept}
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         saved = state.stateful_callbacks.get(type(self).__name__, {}) if state.global_step else {}
-        for name, value in saved.get("attributes", {}).items():
-            setattr(self, name, _copy(value))
+        vars(self).update(copy.deepcopy(saved.get("attributes", {})))
         self._loop_start = time.perf_counter()
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         for entry in state.log_history[self._entries_read :]:
             if "phase_first_step" in entry:  # others may still name the phase before
                 self._phase = entry.get("phase", self._phase)
         self._entries_read = len(state.log_history)
         self._step_start = time.perf_counter()
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, *_: Any, **kwargs: Any) -> None:
         if args.device.type == "cuda":
             torch.cuda.synchronize(args.device)
         step = time.perf_counter() - self._step_start
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + step
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self._update()
         self._loop_start = 0.0
 
@@ -151,21 +143,30 @@ def peak_memory_bytes() -> int:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of Python and of the packages a run depends on; None for one that is not there."""
-    return {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
+    """Versions of Python and of the packages a run depends on; None for one that is not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package.replace("_", "-"))
+    return {**dict.fromkeys(("python", *PACKAGES)), **found}
 
 
 @cache
 def code() -> str | None:
-    """The commit of the scripts as this process started, with "-dirty" if they or the package have changes; None where
-    there is no git."""
+    """The commit of the scripts as this process started, with "-dirty" if they or the package have changes, and of the
+    package if that is of another checkout; None where there is no git."""
+    scripts, package = (Path(find_spec(name).origin).parents[1] for name in ("scripts", "peft_learners"))
+    own = _commit(scripts)
+    return own if own is None or package == scripts else f"{own}, package {_commit(package)}"
 
+
+def _commit(checkout: Path) -> str | None:
     def git(*words: str) -> str:
-        command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *words]
+        command = ["git", "--no-optional-locks", "-C", str(checkout), *words]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
-        changes = git("status", "--porcelain", "--", ".", ":/peft_learners")
+        changes = git("status", "--porcelain", "--", "scripts", "peft_learners")
         return git("rev-parse", "HEAD") + ("-dirty" if changes else "")
     except (OSError, subprocess.CalledProcessError):
         return None
@@ -359,10 +360,6 @@ def _are_whole(weights: Iterable[Path]) -> bool:
     return True
 
 
-def _copy(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else value
-
-
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, item in value.items():
@@ -378,17 +375,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package.replace("_", "-"))
-    except PackageNotFoundError:
-        pass
-    try:
-        return getattr(import_module(package), "__version__", None)
-    except ImportError:
-        return None
 
 
 def _cpu_name() -> str:

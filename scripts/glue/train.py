@@ -37,7 +37,8 @@ from scripts.glue import data as glue_data
 from scripts.glue import metrics as glue_metrics
 from scripts.glue import run_record
 from scripts.glue.arguments import GlueTrainingArguments, ScriptArguments, run_config
-from scripts.glue.methods import METHODS, MethodArguments
+from scripts.glue.method_arguments import MethodArguments
+from scripts.glue.methods import METHODS
 
 
 def load_model(

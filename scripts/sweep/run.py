@@ -262,7 +262,7 @@ def changed_settings(extra: Sequence[str]) -> dict[str, Any]:
     if not extra:
         return {}
     from scripts.glue.arguments import GlueTrainingArguments, ScriptArguments, run_config
-    from scripts.glue.methods import MethodArguments
+    from scripts.glue.method_arguments import MethodArguments
 
     parser = HfArgumentParser((ScriptArguments, MethodArguments, GlueTrainingArguments))
     script, method, training = parser.parse_args_into_dataclasses(["--task", "rte", "--use_cpu", *extra])

@@ -1,18 +1,14 @@
-"""What is made of the benchmark's rows: targets, tables, and the records of imports, curves and profiles."""
+"""What is made of the benchmark's rows: targets, tables, and the records of imports and curves."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
-import zoo
 
 from scripts.bench import imports as bench_import
-from scripts.bench import profile as profile_step
 from scripts.bench import rows as bench_rows
 from scripts.bench import run as bench
 from scripts.bench import scaling as bench_scaling
@@ -100,8 +96,8 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     rows += [row("minilm-16x128-r64-dropout", "far_after", bytes_ratios={"full": {"stored": 0.6, "total": 0.5}})]
     rows += [row("minilm-16x128-r8", "nas_search")]
     run_record.write_lines(tmp_path / "rows.jsonl", rows)
-    bench_tables.main([str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    tables = bench_tables.Tables(tmp_path)
+    lines = [line for name in tables.makers for line in pages.markdown(tables[name])]
     cell = "0.90 [0.80, 1.00]"
     assert f"| after priming |  |  |  | {cell} | 0.94 | 0.50 |" in lines
     assert "| LoRA | 1.04 |  |  | 1.04 |" in lines
@@ -113,8 +109,9 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     assert whole in lines
     assert f"| BitFit | skipped: ValueError: no. |{'  |' * 9}" in lines
     bench_tables.main([str(tmp_path), "--table", "minilm-16x32-r8"])
-    assert whole.replace(cell, "1.00 [0.80, 1.00]") in capsys.readouterr().out.splitlines()
-    with pytest.raises(ValueError, match="<!-- bench:unknown --> must name one of learner, flops"):
+    said = capsys.readouterr().out
+    assert "minilm-16x32-r8\n" in said and "LoRA 1.00 [0.80, 1.00] 1.00 [0.80, 1.00]" in said and "BitFit" not in said
+    with pytest.raises(ValueError, match="must be one of learner, flops, .*, got unknown"):
         bench_tables.main([str(tmp_path), "--table", "unknown"])
     with pytest.raises(FileNotFoundError, match="must be rows"):
         bench_tables.main([str(tmp_path / "elsewhere")])
@@ -166,60 +163,6 @@ def test_curves():
     assert trained["rank", 4, "lora"] - trained["rank", 2, "lora"] == 2 * (sizes + 32)  # the pooler too
 
 
-# -- profiles ------------------------------------------------------------------------------------------------------
-
-SIZES = profile_step.Sizes(frozenset((384, 1536)), frozenset((16, 512)), frozenset((64,)))
-
-
-@pytest.mark.parametrize(
-    "name,shapes,purpose",
-    [
-        ("aten::addmm", [[384], [512, 1536], [1536, 384]], profile_step.BASE),
-        ("aten::mm", [[16, 384], [384, 384]], profile_step.BASE),
-        ("aten::mm", [[1536, 512], [512, 384]], profile_step.DENSE_GRADIENT),
-        ("aten::addmm", [[384, 1536], [384, 64], [64, 1536]], profile_step.FORMING),
-        ("aten::mm", [[512, 384], [384, 64]], profile_step.NARROW),
-        ("aten::addmm_", [[512, 384], [512, 64], [64, 384]], profile_step.NARROW),
-        ("aten::mm", [[64, 512], [512, 384]], profile_step.NARROW),
-        ("aten::mm", [[16, 384], [384, 2]], profile_step.HEAD),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
-        ("aten::gelu_backward", [[512, 1536], [512, 1536]], "activation function"),
-        ("aten::native_layer_norm", [[512, 384]], "norms"),
-        ("aten::_fused_adamw_", [], "optimizer"),
-        ("aten::embedding_dense_backward", [], "embeddings and loss"),
-        ("aten::copy_", [[512, 384], [512, 384]], "copies, sums, element by element"),
-        ("autograd::engine::evaluate_function: AddmmBackward0", [], profile_step.OUTSIDE),
-    ],
-)
-def test_operators_are_known_by_name_and_shape(name, shapes, purpose):
-    assert profile_step.purpose_of(name, shapes, SIZES) == purpose
-
-
-def test_a_profile_of_a_step(tmp_path):
-    # Two rows of 16 tokens are as many as hidden units (32), so that rows are a token shorter.
-    config = copy.copy(zoo.bert().config)
-    setting = bench_settings.Setting("tiny", 16, 4, 1, batch=2, config=lambda: config)
-    work = bench_settings.prepare(setting, None, torch.device("cpu"))
-    returned = profile_step.profile_setting(work, ["full", "learner_unprimed"], 2, tmp_path)
-    record = json.loads((Path(tmp_path) / "profile-tiny-cpu.json").read_text())
-    assert record == json.loads(json.dumps(returned))
-    assert record["setting"]["tokens"] == 15 and record["setting"]["batch"] == 2
-    full, learner = (record["methods"][name] for name in ("full", "learner_unprimed"))
-    for entry in (full, learner):
-        assert sum(entry["shares"].values()) == pytest.approx(1)
-        assert min(entry["shares"].values()) >= 0 and entry["profiled_step_seconds"] > 0
-        for part in (profile_step.BASE, "attention", "optimizer", "norms", "activation function"):
-            assert entry["shares"][part] > 0
-    assert full["shares"][profile_step.DENSE_GRADIENT] > 0 and profile_step.FORMING not in full["shares"]
-    assert learner["shares"][profile_step.FORMING] > 0 and learner["shares"][profile_step.NARROW] > 0
-    assert full["shares"][profile_step.DENSE_GRADIENT] > learner["shares"].get(profile_step.DENSE_GRADIENT, 0)
-    with pytest.raises(
-        ValueError, match="rank must be none of the model's sizes, for products to be told apart, got 2"
-    ):
-        other = bench_settings.prepare(dataclasses.replace(setting, rank=2), None, torch.device("cpu"))
-        profile_step.profile_setting(other, ["full"], 1, tmp_path)
-
-
 # -- pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -235,14 +178,18 @@ def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
     names = ("learner-kept-heap", "scaling", "targets", "profile-minilm-16x32-r64")
     text = "before\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- bench:end -->\nbetween\n" for name in names)
     tables = bench_tables.Tables(tmp_path)
-    new = pages.spliced(text, "bench", tables.lines_of)
+
+    def lines_of(name: str) -> list[str]:
+        return pages.markdown(tables[name])
+
+    new = pages.spliced(text, "bench", lines_of)
     assert "old" not in new and new.startswith("before\n") and new.count("between") == len(names)
     assert "| after priming |  |  |  | 0.77 [0.80, 1.00] | 0.94 | 0.50 |" in new
     assert "| rank | 8: 0.50 |" in new and new.count("not measured") > 5
     assert "| norms | 25 % | 10 % |" in new and "| attention | 50 % | 0 % |" in new
-    assert pages.spliced(new, "bench", tables.lines_of) == new
-    with pytest.raises(ValueError, match="bench:no-such -->"):
-        pages.spliced("<!-- bench:no-such -->\n<!-- bench:end -->", "bench", tables.lines_of)
+    assert pages.spliced(new, "bench", lines_of) == new
+    with pytest.raises(ValueError, match="must be one of learner, .* got no-such"):
+        pages.spliced("<!-- bench:no-such -->\n<!-- bench:end -->", "bench", lines_of)
 
 
 def test_what_the_environment_tells_the_allocator_stands_in_the_rows(monkeypatch):

@@ -30,7 +30,8 @@ from transformers import (
 from scripts.glue import data as glue_data
 from scripts.glue import methods as glue_methods
 from scripts.glue import train as train_glue
-from scripts.glue.methods import METHODS, MethodArguments
+from scripts.glue.method_arguments import MethodArguments
+from scripts.glue.methods import METHODS
 
 NEW = ("freeze_ffns", "adalora", "shira", "prompt_tuning", "bottleneck")
 

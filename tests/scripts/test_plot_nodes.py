@@ -122,7 +122,7 @@ def test_short_names():
     assert plot_nodes.short_names(OUTPUTS[:1]) == OUTPUTS[:1]
     assert plot_nodes.short_names([INPUTS[0], OUTPUTS[0]]) == ["intermediate", "output"]
     assert plot_nodes.short_names(["h.2.mlp.c", "h.10.mlp.c", "h.2.x.c"]) == ["h.2.mlp", "h.10.mlp", "h.2.x"]
-    assert sorted(["h.10.c", "h.2.d", "h.2.c"], key=plot_nodes._natural) == ["h.2.c", "h.2.d", "h.10.c"]
+    assert sorted(["h.10.c", "h.2.d", "h.2.c"], key=plot_nodes.natural) == ["h.2.c", "h.2.d", "h.10.c"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])
