@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, NoReturn, Optional
 
 from huggingface_hub import EvalResult
-from scripts.glue import data, run_record
-from scripts.glue.methods import METHODS
 
 from peft_learners.hub import Results, write_card
 from peft_learners.hub.card import Adapter, read_adapter, table
 from peft_learners.hub.readme import method_of
+from scripts.glue import data, run_record
+from scripts.glue.methods import METHODS
 
 
 def read_results(file: Path, adapter: Adapter) -> Results:

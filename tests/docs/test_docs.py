@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import field_tables
 import pytest
 import torch
 import zoo
@@ -23,6 +22,7 @@ from training import Around, Rows, arguments, far, learner, nas, trainer
 from zoo import causal_lm, logits_of
 
 from peft_learners import BottleneckConfig, LearnerConfig
+from scripts.docs import field_tables
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -36,7 +36,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 def test_fields_table(name, config):
     """The table of fields is that of the configs."""
     text = (field_tables.DOCS / name).read_text()
-    assert field_tables.with_tables(text, config) == text, "run: python scripts/field_tables.py"
+    assert field_tables.with_tables(text, config) == text, "run: python -m scripts.docs.field_tables"
     table = text.partition(field_tables.BEGIN)[2].partition(field_tables.END)[0]
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", table, re.M)
     assert sorted(row[0] for row in rows) == sorted(f.name for f in fields(config))
@@ -53,7 +53,7 @@ def test_fields_table_mended(tmp_path: Path):
     page = tmp_path / "far.md"
     good = page.read_text()
     page.write_text(good.replace("| `retention_ratio` | `0.1` |", "| `retention_ratio` | `0.2` |"))
-    with pytest.raises(SystemExit, match=r"Not up to date: far\.md\. Run: python scripts/field_tables.py"):
+    with pytest.raises(SystemExit, match=r"Not up to date: far\.md\. Run: python -m scripts.docs.field_tables"):
         field_tables.main(["--check", "--docs", str(tmp_path)])
     assert page.read_text() != good
     field_tables.main(["--docs", str(tmp_path)])

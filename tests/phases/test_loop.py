@@ -17,18 +17,19 @@ from training import Rows, adapter_values, dense_parameters, learner
 
 from peft_learners import ScheduleError
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "accelerate_loop.py"
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = "scripts.demo.accelerate_loop"
 
 
 def in_one_process(out: Path, warm: Warm) -> str:
-    run = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    run = f"import runpy; runpy.run_module({SCRIPT!r}, run_name='__main__')"
     return warm.python(run, "--output_dir", str(out), log=out.with_name("log"))
 
 
 def in_two_processes(out: Path, warm: Warm) -> str:
     torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
-    command = [sys.executable, *torchrun, str(SCRIPT), "--output_dir", str(out)]
-    done = subprocess.run(command, env=processes.environment(), capture_output=True, text=True)
+    command = [sys.executable, *torchrun, "-m", SCRIPT, "--output_dir", str(out)]
+    done = subprocess.run(command, env=processes.environment(), cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -1,4 +1,4 @@
-"""`scripts/bench.py` on a tiny BERT: its rows, with bytes and flops against hand counts."""
+"""`scripts/bench/run.py` on a tiny BERT: its rows, with bytes and flops against hand counts."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
-import bench
-import bench_common
-import bench_rows
-import bench_settings
-import profile_step
 import pytest
-import run_record
 import torch
 import zoo
+
+from scripts.bench import measure as bench_common
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
+from scripts.bench import settings as bench_settings
+from scripts.glue import run_record
 
 # The zoo's BERT: 2 layers, d = 16, h = 32, a pooler. A tenth of the nodes is kept.
 LAYERS, D, H, R = 2, 16, 32, 2
@@ -358,17 +358,17 @@ def test_file_sizes_and_seconds(found):
 
 def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
     begun = tmp_path / "tiny-cpu.jsonl"
-    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), [row for row in rows if row["group"] == "learner"])
+    run_record.write_lines(begun.with_name(f"{begun.name}.part"), [row for row in rows if row["group"] == "learner"])
     measured = []
     monkeypatch.setattr(bench, "measure_group", lambda work, group, *_: measured.append(group) or [])
     groups = {name: bench.groups_of(SETTING)[name] for name in ("learner", "inference")}
     bench.measure_setting(bench_settings.prepare(SETTING, None, torch.device("cpu")), groups, begun)
     assert measured == ["inference"] and [file.name for file in tmp_path.iterdir()] == [begun.name]
     other = bench_settings.prepare(SETTING, None, torch.device("cpu"), seed=1)  # of which nothing is there
-    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), rows)
+    run_record.write_lines(begun.with_name(f"{begun.name}.part"), rows)
     bench.measure_setting(other, groups, begun)
     assert measured == ["inference", "learner", "inference"]
-    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), rows)
+    run_record.write_lines(begun.with_name(f"{begun.name}.part"), rows)
     work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
     bench.measure_setting(work, groups, begun, again=True)
     assert measured[3:] == ["learner", "inference"]
@@ -380,7 +380,7 @@ def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsy
     old = [dict(row) for row in rows if row["group"] == "inference"]
     for row in old:
         row.update({key: value} if key in row else {"device": {**row["device"], key: value}})
-    bench_rows.write_rows(begun.with_name(f"{begun.name}.part"), old)
+    run_record.write_lines(begun.with_name(f"{begun.name}.part"), old)
     measured = []
     monkeypatch.setattr(bench, "measure_group", lambda work, group, *_: measured.append(group) or [])
     work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
@@ -391,7 +391,7 @@ def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsy
 
 def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
     assert {row["code"] for row in rows} == {run_record.code()}
-    answers = {"status": " M scripts/bench.py\n", "rev-parse": "abc\n"}
+    answers = {"status": " M scripts/bench/run.py\n", "rev-parse": "abc\n"}
 
     def run(command, **_):
         return SimpleNamespace(stdout=next(text for word, text in answers.items() if word in command))
@@ -406,12 +406,6 @@ def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
 
     monkeypatch.setattr(subprocess, "run", no_git)
     assert run_record.code.__wrapped__() is None
-
-
-def test_a_profile_s_methods_are_named():
-    work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
-    with pytest.raises(ValueError, match="methods must be some of lora, full, .*; got lora_twice"):
-        profile_step.profile_setting(work, ["lora", "lora_twice"], 1, Path("nowhere"))
 
 
 def test_what_can_t_be_built_has_a_row_that_says_why(tmp_path):

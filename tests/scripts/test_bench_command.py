@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import bench
-import bench_rows
 import pytest
 import torch
 import zoo
+
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
+from scripts.glue import run_record
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +73,10 @@ def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeyp
     argv += ["--dropout", "0.0"]
     path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
     good = {"schema_version": bench.SCHEMA_VERSION, "device": {"threads": 1}, "setting": {"dropout": {"a": 0.0}}}
-    bench_rows.write_rows(path, [good])
+    run_record.write_lines(path, [good])
     bench.main(argv)
     assert measured == []
-    bench_rows.write_rows(path, [] if first is None else [{**good, **first}])
+    run_record.write_lines(path, [] if first is None else [{**good, **first}])
     bench.main(argv)
     assert measured == ["minilm-16x32-r8"] and f"{path} {why}" in capsys.readouterr().out
 
@@ -85,7 +87,7 @@ def test_a_broken_file_is_named(tmp_path):
     for line in ('{"setting": {', "3", ""):
         path.write_text(f"{{}}\n{line}\n")
         for read in (lambda: bench_rows.read_rows(tmp_path), lambda: bench.main([*argv, "--threads", "1"])):
-            with pytest.raises(ValueError, match=r"x-cpu.jsonl, line 2, .* delete the file, or run .* with --again"):
+            with pytest.raises(ValueError, match=r"x-cpu.jsonl, line 2, .* delete the file, and make it again"):
                 read()
     path.rename(tmp_path / "minilm-16x32-r8-cpu-selected.jsonl")
     assert bench_rows.read_rows(tmp_path) == []

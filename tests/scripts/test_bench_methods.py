@@ -1,16 +1,12 @@
-"""The methods that `scripts/bench.py` compares, on a tiny BERT: what trains, and who gathers importance."""
+"""The methods that `scripts/bench/run.py` compares, on a tiny BERT: what trains, and who gathers importance."""
 
 from __future__ import annotations
 
 from collections import Counter
 
-import bench_common
-import bench_methods
-import bench_settings
 import pytest
 import torch
 import zoo
-from bench_methods import GROUPS, METHODS
 from peft import AdaLoraModel
 from peft.tuners.lora import LoraLayer
 
@@ -18,6 +14,10 @@ from peft_learners.far import FARModel
 from peft_learners.learner import LearnerModel
 from peft_learners.nas_lora import NASLoRAModel
 from peft_learners.nas_lora.budget import Gatherer
+from scripts.bench import measure as bench_common
+from scripts.bench import methods as bench_methods
+from scripts.bench import settings as bench_settings
+from scripts.bench.methods import GROUPS, METHODS
 
 # The zoo's BERT: 2 layers, d = 16, h = 32. NAS-LoRA's low-rank updates of rank 16 are on query, key, the attention's
 # output and both layers of the FFN; biases on these, the value, the pooler and the norms (2 per layer, and the

@@ -1,23 +1,21 @@
-"""What is made of the benchmark's rows: targets, tables, and the records of imports, curves and profiles."""
+"""What is made of the benchmark's rows: targets, tables, and the records of imports and curves."""
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import json
 from pathlib import Path
 
-import bench
-import bench_import
-import bench_rows
-import bench_scaling
-import bench_settings
-import bench_tables
-import bench_targets
-import profile_step
 import pytest
 import torch
-import zoo
+
+from scripts.bench import imports as bench_import
+from scripts.bench import rows as bench_rows
+from scripts.bench import run as bench
+from scripts.bench import scaling as bench_scaling
+from scripts.bench import settings as bench_settings
+from scripts.bench import tables as bench_tables
+from scripts.docs import pages
+from scripts.glue import run_record
 
 QUARTILES = {"q1": 0.8, "median": 0.9, "q3": 1.0}
 
@@ -47,9 +45,9 @@ def row(setting: str, method: str, median: float = 0.9, **more) -> dict:
 # -- targets -------------------------------------------------------------------------------------------------------
 
 
-def found(rows: list[dict], **more) -> dict[tuple[str, str], tuple]:
-    findings = bench_targets.check(rows, **more)
-    return {(f.target.name, f.setting): (f.target.limit, f.value, f.verdict) for f in findings}
+def found(rows: list[dict], device: str = "cpu") -> dict[tuple[str, str], tuple]:
+    findings = bench_tables.targets_table(bench_rows.table_of(rows, device)).to_numpy()
+    return {(name, setting): tuple(rest) for name, setting, *rest in findings}
 
 
 def test_each_target_is_held_against_its_rows():
@@ -60,40 +58,31 @@ def test_each_target_is_held_against_its_rows():
         row("minilm-16x128-r64", "far_after", 0.5),
         row("minilm-16x128-r8", "nas_search", 1.04),
         row("import", "peft_learners", import_seconds={"median": 0.0492}),
-        {**row("minilm-16x32-r8", "nas_search"), "skipped": "ValueError: no."},
+        {"setting": {"name": "minilm-16x32-r8"}, "device": {"type": "cpu"}, "method": "nas_search", "skipped": "No."},
         row("llama-4x512-r64", "learner_primed", 0.95),
+        {**row("minilm-16x32-r8", "learner_primed", 0.8), "device": {"type": "cuda"}},
     ]
     findings = found(rows)
     time, search = (
         "Learner after priming / LoRA: step time",
         "NAS-LoRA's search (U-MaM) / without importance: step time",
     )
-    assert findings[time, "minilm-16x128-r64"] == (0.87, 0.87, "met")
-    assert findings[time, "minilm-16x32-r64"] == (0.87, 0.871, "MISSED")
-    assert findings[time, "minilm-16x128-r8"] == (0.91, 0.871, "met")
-    assert findings[time, "minilm-16x32-r8"] == (0.91, None, "not measured")
-    assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == (0.95, 0.94, "met")
-    assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == (1.05, 1.04, "met")
-    assert findings["FAR after priming / full fine-tuning: step time", "minilm-16x128-r64"] == (0.88, 0.5, "met")
-    assert findings["FAR after priming / full fine-tuning: stored bytes", "minilm-16x128-r64"][1:] == (0.94, "MISSED")
-    assert findings[search, "minilm-16x128-r8"] == (1.03, 1.04, "MISSED")
-    assert findings[search, "minilm-16x32-r8"] == (1.03, None, "skipped: ValueError: no.")
-    assert findings["import over `import peft`: ms", "import"] == (50, pytest.approx(49.2), "met")
+    assert findings[time, "minilm-16x128-r64"] == ("0.87", "0.870", "met")
+    assert findings[time, "minilm-16x32-r64"] == ("0.87", "0.871", "MISSED")
+    assert findings[time, "minilm-16x128-r8"] == ("0.91", "0.871", "met")
+    assert findings[time, "minilm-16x32-r8"] == ("0.91", "", "not measured")
+    assert findings["Learner after priming / LoRA: stored bytes", "minilm-16x32-r64"] == ("0.95", "0.940", "met")
+    assert findings["Learner after priming: flops / bound", "minilm-16x32-r64"] == ("1.05", "1.040", "met")
+    assert findings["FAR after priming / full fine-tuning: step time", "minilm-16x128-r64"] == ("0.88", "0.500", "met")
+    assert findings["FAR after priming / full fine-tuning: stored bytes", "minilm-16x128-r64"][1:] == (
+        "0.940",
+        "MISSED",
+    )
+    assert findings[search, "minilm-16x128-r8"] == ("1.03", "1.040", "MISSED")
+    assert findings[search, "minilm-16x32-r8"] == ("1.03", "", "skipped: No.")
+    assert findings["import over `import peft`: ms", "import"] == ("50", "49.200", "met")
     assert (time, "llama-4x512-r64") not in findings
-    assert found(rows, everywhere=True)[time, "llama-4x512-r64"][1:] == (0.95, "")
-    assert found(rows, device="cuda")[time, "minilm-16x128-r64"][1:] == (None, "not measured")
-
-
-def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
-    target = bench_targets.Target("a figure", 1.0, ("tiny",), "lora", bench_targets.step_time("full"))
-    monkeypatch.setattr(bench_targets, "TARGETS", (target,))
-    for value, status in ((1.0, 0), (1.01, 1)):
-        bench_rows.write_rows(tmp_path / "tiny-cpu.jsonl", [row("tiny", "lora", value)])
-        assert bench_targets.main([str(tmp_path)]) == 0
-        assert bench_targets.main([str(tmp_path), "--strict"]) == status
-    assert "a figure     tiny     1.00  1.010  MISSED" in capsys.readouterr().out
-    with pytest.raises(FileNotFoundError, match="must hold rows"):
-        bench_targets.main([str(tmp_path / "elsewhere")])
+    assert found(rows, "cuda")[time, "minilm-16x128-r64"][1:] == ("", "not measured")
 
 
 # -- tables --------------------------------------------------------------------------------------------------------
@@ -102,12 +91,13 @@ def test_strict_fails_where_a_target_is_missed(tmp_path, capsys, monkeypatch):
 def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     rows = [row("minilm-16x32-r8", "lora", 1.0), row("minilm-16x128-r64", "far_after", 0.777)]
     rows += [row("minilm-16x128-r64", name) for name in ("lora", "learner_primed", "inference_lora")]
-    rows += [{**row("minilm-16x128-r64", "bitfit"), "skipped": "ValueError: no."}]
+    where = {key: rows[0][key] for key in ("device", "method")} | {"setting": {"name": "minilm-16x128-r64"}}
+    rows += [{**where, "method": "bitfit", "skipped": "ValueError: no."}]
     rows += [row("minilm-16x128-r64-dropout", "far_after", bytes_ratios={"full": {"stored": 0.6, "total": 0.5}})]
     rows += [row("minilm-16x128-r8", "nas_search")]
-    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
-    bench_tables.main([str(tmp_path)])
-    lines = capsys.readouterr().out.splitlines()
+    run_record.write_lines(tmp_path / "rows.jsonl", rows)
+    tables = bench_tables.Tables(tmp_path)
+    lines = [line for name in tables.makers for line in pages.markdown(tables[name])]
     cell = "0.90 [0.80, 1.00]"
     assert f"| after priming |  |  |  | {cell} | 0.94 | 0.50 |" in lines
     assert "| LoRA | 1.04 |  |  | 1.04 |" in lines
@@ -119,18 +109,20 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     assert whole in lines
     assert f"| BitFit | skipped: ValueError: no. |{'  |' * 9}" in lines
     bench_tables.main([str(tmp_path), "--table", "minilm-16x32-r8"])
-    assert whole.replace(cell, "1.00 [0.80, 1.00]") in capsys.readouterr().out.splitlines()
-    with pytest.raises(SystemExit):
+    said = capsys.readouterr().out
+    assert "minilm-16x32-r8\n" in said and "LoRA 1.00 [0.80, 1.00] 1.00 [0.80, 1.00]" in said and "BitFit" not in said
+    with pytest.raises(ValueError, match="must be one of learner, flops, .*, got unknown"):
         bench_tables.main([str(tmp_path), "--table", "unknown"])
+    with pytest.raises(FileNotFoundError, match="must be rows"):
+        bench_tables.main([str(tmp_path / "elsewhere")])
 
 
 def test_every_method_of_the_tables_is_measured():
     assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
     assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
-    for target in bench_targets.TARGETS:
-        settings = {setting.removesuffix(bench_targets.KEPT_HEAP) for setting in target.settings}
-        assert target.settings == ("import",) or settings <= set(bench_settings.SETTINGS)
-        assert target.settings == ("import",) or target.method in bench.METHODS
+    for _, _, settings, method, _ in bench_tables.TARGETS:
+        shapes = {setting.removesuffix(bench_tables.KEPT_HEAP) for setting in settings}
+        assert settings == ("import",) or (shapes <= set(bench_settings.SETTINGS) and method in bench.METHODS)
 
 
 # -- imports and curves --------------------------------------------------------------------------------------------
@@ -171,60 +163,6 @@ def test_curves():
     assert trained["rank", 4, "lora"] - trained["rank", 2, "lora"] == 2 * (sizes + 32)  # the pooler too
 
 
-# -- profiles ------------------------------------------------------------------------------------------------------
-
-SIZES = profile_step.Sizes(frozenset((384, 1536)), frozenset((16, 512)), frozenset((64,)))
-
-
-@pytest.mark.parametrize(
-    "name,shapes,purpose",
-    [
-        ("aten::addmm", [[384], [512, 1536], [1536, 384]], profile_step.BASE),
-        ("aten::mm", [[16, 384], [384, 384]], profile_step.BASE),
-        ("aten::mm", [[1536, 512], [512, 384]], profile_step.DENSE_GRADIENT),
-        ("aten::addmm", [[384, 1536], [384, 64], [64, 1536]], profile_step.FORMING),
-        ("aten::mm", [[512, 384], [384, 64]], profile_step.NARROW),
-        ("aten::addmm_", [[512, 384], [512, 64], [64, 384]], profile_step.NARROW),
-        ("aten::mm", [[64, 512], [512, 384]], profile_step.NARROW),
-        ("aten::mm", [[16, 384], [384, 2]], profile_step.HEAD),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu", [], "attention"),
-        ("aten::gelu_backward", [[512, 1536], [512, 1536]], "activation function"),
-        ("aten::native_layer_norm", [[512, 384]], "norms"),
-        ("aten::_fused_adamw_", [], "optimizer"),
-        ("aten::embedding_dense_backward", [], "embeddings and loss"),
-        ("aten::copy_", [[512, 384], [512, 384]], "copies, sums, element by element"),
-        ("autograd::engine::evaluate_function: AddmmBackward0", [], profile_step.OUTSIDE),
-    ],
-)
-def test_operators_are_known_by_name_and_shape(name, shapes, purpose):
-    assert profile_step.purpose_of(name, shapes, SIZES) == purpose
-
-
-def test_a_profile_of_a_step(tmp_path):
-    # Two rows of 16 tokens are as many as hidden units (32), so that rows are a token shorter.
-    config = copy.copy(zoo.bert().config)
-    setting = bench_settings.Setting("tiny", 16, 4, 1, batch=2, config=lambda: config)
-    work = bench_settings.prepare(setting, None, torch.device("cpu"))
-    returned = profile_step.profile_setting(work, ["full", "learner_unprimed"], 2, tmp_path)
-    record = json.loads((Path(tmp_path) / "profile-tiny-cpu.json").read_text())
-    assert record == json.loads(json.dumps(returned))
-    assert record["setting"]["tokens"] == 15 and record["setting"]["batch"] == 2
-    full, learner = (record["methods"][name] for name in ("full", "learner_unprimed"))
-    for entry in (full, learner):
-        assert sum(entry["shares"].values()) == pytest.approx(1)
-        assert min(entry["shares"].values()) >= 0 and entry["profiled_step_seconds"] > 0
-        for part in (profile_step.BASE, "attention", "optimizer", "norms", "activation function"):
-            assert entry["shares"][part] > 0
-    assert full["shares"][profile_step.DENSE_GRADIENT] > 0 and profile_step.FORMING not in full["shares"]
-    assert learner["shares"][profile_step.FORMING] > 0 and learner["shares"][profile_step.NARROW] > 0
-    assert full["shares"][profile_step.DENSE_GRADIENT] > learner["shares"].get(profile_step.DENSE_GRADIENT, 0)
-    with pytest.raises(
-        ValueError, match="rank must be none of the model's sizes, for products to be told apart, got 2"
-    ):
-        other = bench_settings.prepare(dataclasses.replace(setting, rank=2), None, torch.device("cpu"))
-        profile_step.profile_setting(other, ["full"], 1, tmp_path)
-
-
 # -- pages ---------------------------------------------------------------------------------------------------------
 
 
@@ -234,22 +172,24 @@ def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
         row("scaling", "learner_unprimed", 0.5, axis="rank", value=8),
         row("scaling", "lora", 1.0, axis="rank", value=8),
     ]
-    bench_rows.write_rows(tmp_path / "rows.jsonl", rows)
+    run_record.write_lines(tmp_path / "rows.jsonl", rows)
     record = {"methods": {"lora": {"shares": {"norms": 0.25, "attention": 0.5}}, "full": {"shares": {"norms": 0.1}}}}
     (tmp_path / "profile-minilm-16x32-r64-cpu.json").write_text(json.dumps(record))
     names = ("learner-kept-heap", "scaling", "targets", "profile-minilm-16x32-r64")
     text = "before\n" + "".join(f"<!-- bench:{name} -->\nold\n<!-- bench:end -->\nbetween\n" for name in names)
-    new = bench_tables.with_tables(text, tmp_path)
+    tables = bench_tables.Tables(tmp_path)
+
+    def lines_of(name: str) -> list[str]:
+        return pages.markdown(tables[name])
+
+    new = pages.spliced(text, "bench", lines_of)
     assert "old" not in new and new.startswith("before\n") and new.count("between") == len(names)
     assert "| after priming |  |  |  | 0.77 [0.80, 1.00] | 0.94 | 0.50 |" in new
     assert "| rank | 8: 0.50 |" in new and new.count("not measured") > 5
     assert "| norms | 25 % | 10 % |" in new and "| attention | 50 % | 0 % |" in new
-    assert bench_tables.with_tables(new, tmp_path) == new
-    with pytest.raises(ValueError, match="bench:no-such -->"):
-        bench_tables.with_tables("<!-- bench:no-such -->\n<!-- bench:end -->", tmp_path)
-    (tmp_path / "page.md").write_text(text)
-    assert bench_tables.write_pages(tmp_path, tmp_path) == ["page.md"]
-    assert (tmp_path / "page.md").read_text() == new and bench_tables.write_pages(tmp_path, tmp_path) == []
+    assert pages.spliced(new, "bench", lines_of) == new
+    with pytest.raises(ValueError, match="must be one of learner, .* got no-such"):
+        pages.spliced("<!-- bench:no-such -->\n<!-- bench:end -->", "bench", lines_of)
 
 
 def test_what_the_environment_tells_the_allocator_stands_in_the_rows(monkeypatch):

@@ -1,14 +1,11 @@
 """The generated task of the demo: deterministic, balanced, without overlap, and out of reach of counting words."""
 
 import hashlib
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import demo_task
+from scripts.demo import task as demo_task
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +30,7 @@ def words(sentence: demo_task.Sentence) -> list[str]:
     ],
 )
 def test_same_sentences_everywhere(split, digest):
-    # sha256 of what `python scripts/demo_task.py --split ...` prints; the same on Python 3.10 to 3.13
+    # sha256 of what `python -m scripts.demo.task --split ...` prints; the same on Python 3.10 to 3.13
     text = "".join(f"{s.label}\t{s.construction}\t{s.text}\n" for s in demo_task.load(split))
     assert hashlib.sha256(text.encode()).hexdigest() == digest
 

@@ -1,4 +1,4 @@
-"""`scripts/glue_metrics.py` on fixed predictions.
+"""`scripts/glue/metrics.py` on fixed predictions.
 
 The `evaluate` package does not ship the GLUE metric's code: `evaluate.load("glue", task)` fetches it. Without network
 the numbers are compared with hand computation, which each test shows, and with constants that were computed once by
@@ -7,14 +7,11 @@ with network, also with `evaluate.load` itself.
 """
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import glue_metrics
+from scripts.glue import metrics as glue_metrics
 
 # true positives 4 (rows 0, 1, 2, 8), false negatives 1 (row 3), false positives 2 (rows 6, 7), true negatives 3
 REFERENCES = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0])

@@ -1,4 +1,4 @@
-"""The peers in `scripts/train_glue.py`: what each trains, to the unit, and that a run cut off goes on exactly."""
+"""The peers in `scripts/glue/train.py`: what each trains, to the unit, and that a run cut off goes on exactly."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
-import glue_data
-import glue_methods
 import pytest
 import torch
-import train_glue
-from glue_methods import METHODS, MethodArguments
 from safetensors.torch import load_file
 from tiny_glue import same_numbers
 from transformers import (
@@ -30,6 +26,12 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from scripts.glue import data as glue_data
+from scripts.glue import methods as glue_methods
+from scripts.glue import train as train_glue
+from scripts.glue.method_arguments import MethodArguments
+from scripts.glue.methods import METHODS
 
 NEW = ("freeze_ffns", "adalora", "shira", "prompt_tuning", "bottleneck")
 

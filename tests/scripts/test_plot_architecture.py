@@ -1,7 +1,6 @@
-"""`scripts/plot_architecture.py`: shares and their means are right, and what can't be averaged is refused."""
+"""`scripts/glue/plot_architecture.py`: shares and their means are right, and what can't be averaged is refused."""
 
 import json
-import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +13,8 @@ from peft import LoraConfig, get_peft_model
 from training import adapted, arguments, sgd, trainer
 
 from peft_learners import Architecture, FARConfig, NASLoRAConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import plot_architecture
-from plot_architecture import OUTSIDE, Column
+from scripts.glue import plot_architecture
+from scripts.glue.plot_architecture import OUTSIDE, Column
 
 #: Parts with parameters kept and in the search space.
 Counts = dict[str, dict[str, tuple[int, int]]]

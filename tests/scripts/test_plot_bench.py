@@ -1,10 +1,11 @@
-"""`scripts/plot_bench.py` on rows written by hand."""
+"""`scripts/bench/plot.py` on rows written by hand."""
 
 from __future__ import annotations
 
-import bench_rows
-import plot_bench
 import pytest
+
+from scripts.bench import plot as plot_bench
+from scripts.glue import run_record
 
 
 def row(setting: str, method: str, median: float, flops: int, **more) -> dict:
@@ -39,7 +40,7 @@ ROWS = [
 
 @pytest.mark.parametrize("ending,begin", [("png", b"\x89PNG"), ("svg", b"<?xml")])
 def test_a_picture_per_setting(tmp_path, ending, begin):
-    bench_rows.write_rows(tmp_path / "rows.jsonl", ROWS)
+    run_record.write_lines(tmp_path / "rows.jsonl", ROWS)
     plot_bench.main([str(tmp_path), "--out", str(tmp_path / "out"), "--ending", ending])
     names = {f"bench-tiny-cpu.{ending}", f"bench-scaling-cpu.{ending}"}
     assert {path.name for path in (tmp_path / "out").iterdir()} == names
@@ -66,5 +67,5 @@ def test_what_is_drawn(tmp_path, monkeypatch):
 
 
 def test_a_folder_without_rows(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"must hold rows of scripts/bench.py \(\*.jsonl\), but has none"):
+    with pytest.raises(FileNotFoundError, match=r"must hold rows of scripts.bench.run \(\*.jsonl\), but has none"):
         plot_bench.main([str(tmp_path)])

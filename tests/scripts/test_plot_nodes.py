@@ -1,6 +1,5 @@
-"""`scripts/plot_nodes.py`: what it reads is what the adapter holds, and overlaps are right."""
+"""`scripts/glue/plot_nodes.py`: what it reads is what the adapter holds, and overlaps are right."""
 
-import sys
 import warnings
 from pathlib import Path
 
@@ -12,9 +11,7 @@ from peft import LoraConfig, get_peft_model
 from training import sgd
 
 from peft_learners import FARConfig
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import plot_nodes
+from scripts.glue import plot_nodes
 
 OUTPUTS = [f"bert.encoder.layer.{i}.output.dense" for i in (0, 1)]
 INPUTS = [f"bert.encoder.layer.{i}.intermediate.dense" for i in (0, 1)]
@@ -126,7 +123,7 @@ def test_short_names():
     assert plot_nodes.short_names(OUTPUTS[:1]) == OUTPUTS[:1]
     assert plot_nodes.short_names([INPUTS[0], OUTPUTS[0]]) == ["intermediate", "output"]
     assert plot_nodes.short_names(["h.2.mlp.c", "h.10.mlp.c", "h.2.x.c"]) == ["h.2.mlp", "h.10.mlp", "h.2.x"]
-    assert sorted(["h.10.c", "h.2.d", "h.2.c"], key=plot_nodes._natural) == ["h.2.c", "h.2.d", "h.10.c"]
+    assert sorted(["h.10.c", "h.2.d", "h.2.c"], key=plot_nodes.natural) == ["h.2.c", "h.2.d", "h.10.c"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 3])

@@ -1,4 +1,4 @@
-"""`scripts/report.py`: reading, pictures and pages of invented runs, and the committed pages."""
+"""`scripts/docs/report.py`: reading, pictures and pages of invented runs, and the committed pages."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import bench_rows
-import bench_tables
-import plot_bench
 import pytest
-import report
-import report_pictures
-import report_scores
-import report_statistics
 from matplotlib import pyplot as plt
-from report_runs import Results
-from sweep_plan import VARIANTS, Run
 from sweep_records import METRICS, ROOT, grid, paper, record, results, scored
+
+from scripts.bench import plot as plot_bench
+from scripts.bench import rows as bench_rows
+from scripts.docs import pages, report
+from scripts.docs import pictures as report_pictures
+from scripts.docs.runs import Results
+from scripts.glue import run_record
+from scripts.sweep.plan import VARIANTS, Run
 
 # -- pictures --------------------------------------------------------------------------------------------------------
 
@@ -131,38 +130,25 @@ def write(folder: Path, name: str, value: Any) -> None:
     (folder / name).write_text(value if isinstance(value, str) else json.dumps(value))
 
 
-def test_files_that_are_cut_off_unfinished_or_of_other_names_are_passed_over(tmp_path):
-    run = paper("rte", "full")
-    good = record(run, 60.0)
-    write(tmp_path, f"{run.name}.json", good)
-    write(tmp_path, f"{paper('rte', 'full', 1).name}.json", json.dumps(record(paper("rte", "full", 1), 60.0))[:-9])
-    write(
-        tmp_path, f"{paper('rte', 'full', 2).name}.json", {**record(paper("rte", "full", 2), 60.0), "finished": False}
-    )
-    write(tmp_path, "notes.json", good)
-    write(tmp_path, "paper-rte-no_such_variant-lr2e-05-seed0.json", good)
-    write(tmp_path, f".{run.name}.json.77.part", good)
-    write(tmp_path, "list.json", "[1, 2]")
-    assert list(Results.read(tmp_path).records) == [run]
-    assert Results.read(tmp_path / "nothing").records == {}
+def write_runs(folder: Path, found: dict[Run, dict[str, Any]]) -> None:
+    """Records into their protocols' files, each in the place of the run's line or below the others."""
+    for run, own in found.items():
+        path = folder / f"{run.protocol}.jsonl"
+        rows = {row["run"]: row for row in run_record.read_lines(path)}
+        run_record.write_lines(path, ({**rows, run.name: {"run": run.name, **own}}).values())
 
 
-def test_a_file_of_other_settings_than_its_name_says_is_refused(tmp_path):
-    write(tmp_path, f"{paper('rte', 'full', 4).name}.json", record(paper("rte", "full"), 60.0))
+def test_records_of_other_settings_than_their_names_say_are_refused(tmp_path):
+    write_runs(tmp_path, {paper("rte", "full", 4): record(paper("rte", "full"), 60.0)})
     with pytest.raises(ValueError, match="seed 0 there, 4 here"):
         Results.read(tmp_path)
-
-
-def test_records_of_other_folders_may_stand_for_runs(tmp_path):
-    write(tmp_path, "by-hand.json", record(paper("rte", "bitfit"), 60.0))
-    assert list(Results.read(tmp_path / "sweep", [tmp_path]).records) == [paper("rte", "bitfit")]
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     """Results of two runs, and a page in a folder beside them."""
-    for run in (paper("rte", "full"), paper("rte", "lora64")):
-        write(tmp_path / "results/sweep", f"{run.name}.json", record(run, 61.4))
+    runs = (paper("rte", "full"), paper("rte", "lora64"))
+    write_runs(tmp_path / "results/sweep", {run: record(run, 61.4) for run in runs})
     shutil.copy(ROOT / "results/papers.json", tmp_path / "results")
     write(tmp_path / "results/architectures", "run-a.json", {})
     write(tmp_path / "results/figures", "run-a-architecture.png", "")
@@ -191,7 +177,7 @@ def test_one_command_writes_the_tables_and_draws_the_pictures(folder, capsys):
 
 
 def test_a_page_or_picture_that_is_not_up_to_date_is_told(folder):
-    with pytest.raises(SystemExit, match=r"Not up to date: page\.md, .*Run: python scripts/report\.py"):
+    with pytest.raises(SystemExit, match=r"Not up to date: page\.md, .*Run: python -m scripts\.docs\.report"):
         report.main(command(folder, "--check"))
     report.main(command(folder))
     report.main(command(folder, "--check"))
@@ -212,7 +198,7 @@ def test_a_picture_drawn_from_other_numbers_is_not_up_to_date_and_it_alone_is_dr
     run = paper("rte", "full")
     found = record(run, 61.4)
     found["epochs"][0]["eval_accuracy"] = 0.4  # instead of 0.5: neither a table nor the other picture shows it
-    write(folder / "results/sweep", f"{run.name}.json", found)
+    write_runs(folder / "results/sweep", {run: found})
     with pytest.raises(SystemExit, match=r"Not up to date: sweep-convergence-paper\.png\. "):
         report.main(command(folder, "--check"))
     capsys.readouterr()
@@ -239,7 +225,7 @@ def test_a_file_that_is_no_whole_picture_or_another_one_is_not_up_to_date(folder
 
 def test_learned_architectures_of_the_sweep_stand_beside_the_others(folder):
     run, found = searched("rte", 0, 2, 6)
-    write(folder / "results/sweep", f"{run.name}.json", found)
+    write_runs(folder / "results/sweep", {run: found})
     report.main(command(folder))
     text = (folder / "docs/page.md").read_text()
     assert text.index("`run-a` ([json]") < text.index("](../results/figures/sweep-architecture-u_bitfit18.png)")
@@ -253,7 +239,7 @@ def test_a_folder_says_what_all_its_runs_have_in_common(folder):
     for run in (paper("rte", "full"), paper("rte", "lora64")):
         found = record(run, 61.4, rows={"train": 64, "dev": 277})
         found["config"]["max_train_samples"] = 64
-        write(sweep, f"{run.name}.json", found)
+        write_runs(sweep, {run: found})
     with pytest.raises(ValueError, match="max_train_samples 64 there, None here"):
         report.main(command(folder))
     write(sweep, "sweep.json", {"model": "all-MiniLM-L6-v2", "settings": {"max_train_samples": 64}})
@@ -267,7 +253,7 @@ def test_a_folder_says_what_all_its_runs_have_in_common(folder):
 def test_a_run_that_was_added_makes_the_page_stale(folder):
     report.main(command(folder))
     run = paper("rte", "full", 1)
-    write(folder / "results/sweep", f"{run.name}.json", record(run, 70.0))
+    write_runs(folder / "results/sweep", {run: record(run, 70.0)})
     with pytest.raises(SystemExit, match=r"Not up to date: page\.md"):
         report.main(command(folder, "--check"))
 
@@ -288,12 +274,12 @@ def test_papers_numbers_must_be_there(folder):
 def test_splicing_fills_each_marker_and_leaves_the_rest():
     text = "a\n<!-- x:one -->\nold\n<!-- x:end -->\nb <!-- y:one -->\nkept\n<!-- y:end -->\n"
     text += "<!-- x:two -->\n<!-- x:end -->"
-    new = bench_tables.spliced(text, "x", lambda name: [f"| {name} |"])
+    new = pages.spliced(text, "x", lambda name: [f"| {name} |"])
     assert new == (
         "a\n<!-- x:one -->\n\n| one |\n\n<!-- x:end -->\nb <!-- y:one -->\nkept\n<!-- y:end -->\n"
         "<!-- x:two -->\n\n| two |\n\n<!-- x:end -->"
     )
-    assert bench_tables.spliced(new, "x", lambda name: [f"| {name} |"]) == new
+    assert pages.spliced(new, "x", lambda name: [f"| {name} |"]) == new
 
 
 @pytest.mark.parametrize(
@@ -307,19 +293,10 @@ def test_splicing_fills_each_marker_and_leaves_the_rest():
 )
 def test_a_marker_without_an_end_is_refused(text):
     with pytest.raises(ValueError, match="must have its <!-- x:end -->"):
-        bench_tables.spliced(text, "x", lambda name: [])
+        pages.spliced(text, "x", lambda name: [])
 
 
 def test_the_committed_pages_are_those_of_the_committed_files():
     assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") > 10
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
-
-
-def test_scores_by_the_nas_recipe_are_medians():
-    """Of 80, 90 and 82 the median is 82, the mean 84."""
-    assert report_statistics.median_cell([80.0, 90.0, 82.0]) == "82.0 (median of 3 seeds)"
-    assert report_statistics.median_cell([80.0]) == "80.0 (one seed)"
-    assert report_statistics.median_cell([]) == report_statistics.MISSING
-    assert report_scores.LAYOUTS["nas"].text([80.0, 90.0, 82.0]) == "82.0 (median of 3 seeds)"
-    assert report_scores.LAYOUTS["table2-tuned"].text([80.0, 82.0]) == "81.0 ± 1.0 (2 seeds)"

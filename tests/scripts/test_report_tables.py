@@ -5,62 +5,66 @@ from __future__ import annotations
 from statistics import fmean
 from typing import Any
 
+import pandas as pd
 import pytest
-from report_costs import table1
-from report_progress import coverage_table, phases_table, rates_table, setting_table
-from report_runs import Results
-from report_scores import LAYOUTS, headline, score_tables
-from report_statistics import (
-    difference_cell,
-    estimate,
-    median_difference_cell,
-    paired_differences,
-    score_cell,
-    short_cell,
-)
-from sweep_plan import VARIANTS, Run
 from sweep_records import PAPERS, grid, lines_with, paper, record, results, scored
+
+from scripts.bench.rows import table_of
+from scripts.docs.costs import table1
+from scripts.docs.progress import coverage_table, phases_table, rates_table, setting_table
+from scripts.docs.runs import Results
+from scripts.docs.scores import LAYOUTS, headline, number, score_tables, short_number
+from scripts.sweep.plan import VARIANTS, Run
 
 # -- statistics ------------------------------------------------------------------------------------------------------
 
 
+def text(*values: float, signed: bool = False, medians: bool = False) -> str:
+    return number(pd.Series(values, dtype=float), medians, signed)
+
+
 def test_standard_error_is_that_of_the_mean_with_one_degree_of_freedom_less():
     # mean (70 + 72 + 77) / 3 = 73; squares 9 + 1 + 16 = 26; sd = sqrt(26 / 2) = 3.60555; / sqrt(3) = 2.08167
-    found = estimate([70.0, 72.0, 77.0])
-    assert (found.mean, found.seeds) == (73.0, 3)
-    assert found.error == pytest.approx(2.08167, abs=1e-5)
-    assert score_cell(found) == "73.0 ± 2.1 (3 seeds)" and short_cell(found) == "73.0 ± 2.1 (3)"
+    assert text(70.0, 72.0, 77.0) == "73.0 ± 2.1 (3 seeds)"
+    assert short_number(pd.Series([70.0, 72.0, 77.0])) == "73.0 ± 2.1 (3)"
 
 
 def test_differences_are_paired_over_the_seeds_that_both_have():
     ours, theirs = {0: 70.0, 1: 72.0, 2: 77.0, 9: 99.0}, {2: 75.0, 1: 73.0, 0: 69.0, 5: 1.0}
+    runs = {paper("rte", "bitfit", seed): value for seed, value in ours.items()}
+    runs |= {paper("rte", "full", seed): value for seed, value in theirs.items()}
+    lines = score_tables(scored(runs), PAPERS, LAYOUTS["table2-paper"])
     # 1, -1, 2: mean 2/3; squares (1 + 25 + 16) / 9; sd = sqrt(42 / 9 / 2) = 1.52753; / sqrt(3) = 0.88192
-    found = estimate(paired_differences(ours, theirs))
-    assert (found.mean, found.error, found.seeds) == (pytest.approx(2 / 3), pytest.approx(0.88192, abs=1e-5), 3)
-    assert difference_cell(found) == "+0.7 ± 0.9 (3 seeds), tie"
-    assert paired_differences(ours, {5: 1.0}) == [] and difference_cell(None) == "–"  # noqa: RUF001
+    (row,) = lines_with(lines, "| BitFit")
+    assert "| +0.7 ± 0.9 (3 seeds), tie | – |" in row  # noqa: RUF001
 
 
 def test_a_tie_is_a_difference_smaller_than_its_error():
     # 1, 1, 2: mean 4/3; squares (1 + 1 + 4) / 9; sd = sqrt(1/3) = 0.57735; / sqrt(3) = 1/3
-    larger = estimate(paired_differences({0: 1.0, 1: 1.0, 2: 2.0}, {0: 0.0, 1: 0.0, 2: 0.0}))
-    assert difference_cell(larger) == "+1.3 ± 0.3 (3 seeds)" and not larger.tie
-    assert difference_cell(estimate([-1.0, -1.0, -2.0])) == "-1.3 ± 0.3 (3 seeds)"
+    assert text(1.0, 1.0, 2.0, signed=True) == "+1.3 ± 0.3 (3 seeds)"
+    assert text(-1.0, -1.0, -2.0, signed=True) == "-1.3 ± 0.3 (3 seeds)"
     # -1, 3: mean 1, sd = sqrt(8), error = 2
-    assert estimate([-1.0, 3.0]).tie
+    assert text(-1.0, 3.0, signed=True) == "+1.0 ± 2.0 (2 seeds), tie"
     # 0, 2: mean 1, sd = sqrt(2), error = 1: not smaller
-    assert not estimate([0.0, 2.0]).tie
-    assert estimate([0.0, 0.0]).tie
+    assert text(0.0, 2.0, signed=True) == "+1.0 ± 1.0 (2 seeds)"
+    assert text(0.0, 0.0, signed=True) == "+0.0 ± 0.0 (2 seeds), tie"
 
 
 def test_one_seed_has_no_error_and_is_no_tie():
-    assert score_cell(estimate([71.3])) == "71.3 (one seed)"
-    assert difference_cell(estimate([0.0])) == "+0.0 (one seed)" and not estimate([0.0]).tie
-    assert short_cell(estimate([71.3])) == "71.3 (1)" and estimate([]) is None
+    assert text(71.3) == "71.3 (one seed)"
+    assert text(0.0, signed=True) == "+0.0 (one seed)"
+    assert short_number(pd.Series([71.3])) == "71.3 (1)" and text() == "–"  # noqa: RUF001
 
 
 def test_a_small_negative_difference_is_not_written_as_minus_zero():
-    assert difference_cell(estimate([-0.01])) == "+0.0 (one seed)"
+    assert text(-0.01, signed=True) == text(-0.01, signed=True, medians=True) == "+0.0 (one seed)"
+
+
+def test_medians():
+    """Of 80, 90 and 82 the median is 82, the mean 84."""
+    assert text(80.0, 90.0, 82.0, medians=True) == "82.0 (median of 3 seeds)"
+    assert text(80.0, medians=True) == "80.0 (one seed)" and text(medians=True) == "–"  # noqa: RUF001
+    assert text(-1.0, 4.0, signed=True, medians=True) == "+1.5 (median of 2 pairs)"
 
 
 # -- tables of scores ------------------------------------------------------------------------------------------------
@@ -196,8 +200,6 @@ def test_differences_by_the_nas_recipe_are_medians_of_the_paired_ones():
     (row,) = lines_with(lines, "| U-BitFit, 9 %")
     assert "| 3e-3 | 61.0 (median of 3 seeds) | -2.0 (one seed) | +1.0 (median of 3 pairs) |" in row
     assert "| 1e-4 | 63.0 (one seed) |" in lines_with(lines, "| full")[0] and "tie" not in "".join(lines)
-    assert median_difference_cell([]) == "–" and median_difference_cell([-0.01]) == "+0.0 (one seed)"  # noqa: RUF001
-    assert median_difference_cell([-1.0, 4.0]) == "+1.5 (median of 2 pairs)"
 
 
 def test_a_seed_without_a_value_is_counted_and_left_out():
@@ -249,14 +251,14 @@ def test_further_seeds_count_at_the_chosen_rate():
     other = Run("tuned", "rte", "full", 1e-4, 3)
     found = Results({**runs, other: record(other, 64.0, held_out=10.0)})
     # seed 0 at 1e-4: 60 + 1 = 61; seed 3: 64. Mean 62.5, sd = sqrt(2 * 1.5^2) = 2.12, error 1.5
-    assert found.scores("tuned", "rte", "full") == pytest.approx({0: 61.0, 3: 64.0})
+    assert found.scores("tuned", "rte", "full").to_dict() == pytest.approx({0: 61.0, 3: 64.0})
     assert "62.5 ± 1.5 (2 seeds)" in "\n".join(score_tables(found, PAPERS, LAYOUTS["table2-tuned"]))
 
 
 def test_a_protocol_that_chooses_nothing_has_one_rate():
     found = scored({paper("rte", "full"): 60.0, Run("paper", "rte", "full", 1e-4, 1): 61.0})
     with pytest.raises(ValueError, match="'paper' must have one learning rate for full on rte, got 2e-05, 0.0001"):
-        found.cell("paper", "rte", "full")
+        found.of("paper", "rte", "full")
 
 
 # -- README, coverage, phases, setting -------------------------------------------------------------------------------
@@ -328,7 +330,7 @@ def test_costs_stand_beside_the_papers():
     # FAR's whole training: 1 % of the steps at 1.1 and 99 % at 0.875, 0.8773. The paper's minutes: 46.60 / 56.87 =
     # 0.819; 33.01, 31.02, 32.59, 27.73 and 40.50 of 56.87 likewise. Of bitfit and of one of the Learner's phases there
     # are no rows here; LoRA has none either, and is not in the paper.
-    assert table1(rows, PAPERS)[2:] == [
+    assert table1(table_of(rows), PAPERS)[2:] == [
         "| full fine-tuning | 9 | 2.0 | 1 | 1.00 | – | 4.0 | 6.0 | 8.0 | 66.95 | 66.95 | 56.87 | 1.00 | 1.306 |",  # noqa: RUF001
         "| FAR, 10 % | 9, then 4 | 3.0, then 1.0 | 1.10, then 0.88 | 0.88 | – | 6.0, then 2.0 | 9.0, then 3.0 | "  # noqa: RUF001
         "12.0, then 4.0 | 66.95 | 41.45 | 46.60 | 0.82 | 1.017 |",
@@ -338,7 +340,7 @@ def test_costs_stand_beside_the_papers():
         f"| BitFit | {dashes}66.95 | 0.64 | 27.73 | 0.49 | 0.440 |",
         f"| Learner, primed | {dashes}72.26 | 5.96 | 40.50 | 0.71 | 0.793 |",
     ]
-    assert table1([], PAPERS) == ["No rows of minilm-16x128-r64 yet."]
+    assert table1(table_of(rows), PAPERS, "minilm-16x32-r8") == ["No rows of minilm-16x32-r8 yet."]
 
 
 # -- the papers' numbers ---------------------------------------------------------------------------------------------

@@ -6,9 +6,9 @@ import json
 import re
 from pathlib import Path
 
-import bench_rows
-import bench_tables
 import pytest
+
+from scripts.bench import rows as bench_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 METRICS = {"mrpc": ("eval_accuracy", "eval_f1"), "cola": ("eval_matthews_correlation",),
@@ -56,20 +56,13 @@ def test_every_single_run_is_in_the_tables():
 
 
 def test_results_hold_no_path_of_a_machine():
-    for path in (ROOT / "results").glob("[!.]*/*.json"):  # not what a sweep is training just now
+    for path in (ROOT / "results").glob("[!.]*/*.json*"):  # not what a sweep is training just now
         assert not re.search(r'"/(?!\s)', path.read_text()), path
-
-
-@pytest.mark.parametrize("page", ["performance.md", *PAGES])
-def test_benchmark_tables_are_those_of_the_rows(page):
-    text = (ROOT / "docs" / page).read_text()
-    assert text.count("<!-- bench:end -->") >= 1
-    assert bench_tables.with_tables(text, BENCH) == text, "run: python scripts/bench_tables.py --write"
 
 
 def test_ratios_in_the_benchmarks_rows_are_those_of_their_seconds():
     """Of each row, the median over the rounds of its seconds over its peer's, by plain sorting."""
-    found = bench_rows.rows_to_show(BENCH)
+    found = bench_rows.read_rows(BENCH)
     own: dict[tuple, dict[str, list[float]]] = {}
     for row in found:
         if "step" in row.get("seconds", {}):

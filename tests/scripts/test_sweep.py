@@ -1,8 +1,7 @@
-"""`scripts/sweep.py`: real runs of a tiny model, processes killed at random, two sweeps in one folder."""
+"""`scripts/sweep/run.py`: real runs of a tiny model, processes killed at random, two sweeps in one folder."""
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -12,16 +11,17 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-import glue_data
 import pytest
-import run_record
-import sweep
-import sweep_store
-import train_glue
-from report_runs import Results
-from sweep_plan import Run
 
-SCRIPTS = Path(sweep.__file__).parent
+from scripts.docs.runs import Results
+from scripts.glue import data as glue_data
+from scripts.glue import run_record
+from scripts.glue import train as train_glue
+from scripts.sweep import run as sweep
+from scripts.sweep import store as sweep_store
+from scripts.sweep.plan import Run, best_rate
+
+ROOT = Path(__file__).resolve().parents[2]
 #: Settings of the small sweeps that are not a real one's.
 CHANGED = {"max_length": 32, "r": 4, "per_device_train_batch_size": 4, "num_train_epochs": 4.0}
 #: Of runs that are to be killed: long enough to be met in training.
@@ -31,16 +31,19 @@ TIMES = ("seconds", "wall_seconds", "peak_memory_bytes", "date")
 
 def record(run: Run, **changes: object) -> dict:
     """A finished record of a run, as train_glue.py would write it."""
-    from sweep_plan import VARIANTS, settings
+    from scripts.sweep.plan import VARIANTS, settings
 
     config = {**settings(run), **changes.pop("config", {})}
     config.setdefault("total_batch_size", config["per_device_train_batch_size"])
     fields = {"method": VARIANTS[run.variant].method, "task": run.task, "model": sweep_store.MODEL}
-    return {**fields, "config": config, "final": {"eval_accuracy": 0.5}, "finished": True, **changes}
+    return {"run": run.name, **fields, "config": config, "final": {"eval_accuracy": 0.5}, "finished": True, **changes}
 
 
-def write(folder: Path, name: str, value: dict) -> None:
-    run_record.write_json(folder / f"{name}.json", value)
+def write(folder: Path, *runs: dict) -> None:
+    """Lines of the protocols' files, in the place of what was there."""
+    for name in {row["run"].partition("-")[0] for row in runs}:
+        rows = [row for row in runs if row["run"].startswith(f"{name}-")]
+        run_record.write_lines(folder / f"{name}.jsonl", rows)
 
 
 PAPER = Run("paper", "rte", "lora64", 2e-5, 0)
@@ -50,13 +53,21 @@ TUNED = Run("tuned", "rte", "lora64", 3e-4, 0)
 # -- what is finished ------------------------------------------------------------------------------------------------
 
 
-def test_unfinished_foreign_and_broken_files_are_no_runs(tmp_path):
-    write(tmp_path, PAPER.name, record(PAPER, finished=False))
-    write(tmp_path, "notes", {"finished": True, "config": {}})
-    (tmp_path / f"{TUNED.name}.json").write_text('{"finished": tr', encoding="utf-8")
+def test_lines_of_no_finished_run_are_refused(tmp_path):
     assert sweep_store.finished(tmp_path) == {}
-    write(tmp_path, PAPER.name, record(PAPER))
+    write(tmp_path, record(PAPER))
     assert set(sweep_store.finished(tmp_path)) == {PAPER}
+    for wrong in (
+        record(PAPER, finished=False),
+        {**record(PAPER), "run": "paper-x"},
+        {"run": PAPER.name, "file": "x"},
+    ):
+        write(tmp_path, record(TUNED), wrong)
+        with pytest.raises(ValueError, match="paper.jsonl must hold finished runs, got 'paper-"):
+            sweep_store.finished(tmp_path)
+    (tmp_path / "paper.jsonl").write_text('{"run": "pap', encoding="utf-8")
+    with pytest.raises(ValueError, match="paper.jsonl, line 1, must be a JSON object"):
+        sweep_store.finished(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -73,24 +84,52 @@ def test_unfinished_foreign_and_broken_files_are_no_runs(tmp_path):
         {"max_train_samples": 64},
     ],
 )
-def test_a_file_made_with_other_settings_than_its_name_says_is_refused(config, tmp_path):
-    write(tmp_path, PAPER.name, record(PAPER, config=config))
+def test_a_record_made_with_other_settings_than_its_name_says_is_refused(config, tmp_path):
+    write(tmp_path, record(PAPER, config=config))
     (key,) = config
     with pytest.raises(ValueError, match=f"{key} .* there, .* here.*another --out"):
         sweep_store.finished(tmp_path)
 
 
-def test_records_with_other_names_stand_for_runs_with_their_settings(tmp_path):
+def test_a_line_may_name_the_file_of_its_record(tmp_path):
     old = record(PAPER)
     del old["config"]["holdout_share"]  # records from before there was such a thing
-    write(tmp_path / "old", "rte-lora", old)
-    write(tmp_path / "old", "rte-lora-other-rank", record(PAPER, config={"r": 5}))
-    write(tmp_path / "old", "rte-lora-other-model", record(PAPER, model="other"))
-    assert set(sweep_store.finished(tmp_path / "new", [tmp_path / "old"])) == {PAPER}
+    run_record.write_json(tmp_path / "old.json", old)
+    write(tmp_path / "sweep", {"run": PAPER.name, "file": "../old.json"})
+    assert sweep_store.finished(tmp_path / "sweep") == {PAPER: old}
+    run_record.write_json(tmp_path / "old.json", record(PAPER, model="other"))
+    with pytest.raises(ValueError, match="model 'other' there"):
+        sweep_store.finished(tmp_path / "sweep")
 
 
-def test_the_committed_runs_of_earlier_work_are_reused():
-    found = sweep_store.finished(SCRIPTS.parent / "results" / "nothing", [SCRIPTS.parent / "results" / "glue"])
+def test_finished_runs_move_into_their_protocols_file_once_and_in_its_order(tmp_path):
+    """Killed before the line is there, or before the run's folder is gone: the next look ends the same."""
+    work, about = tmp_path / sweep_store.WORK, sweep_store.About()
+    other = Run("paper", "rte", "full", 2e-5, 0)
+    write(tmp_path, record(other))
+    run_record.write_json(work / TUNED.name / "results.json", record(TUNED))
+    run_record.write_json(work / PAPER.name / "results.json", record(PAPER, finished=False))
+    (work / PAPER.name / "checkpoint-3").mkdir()
+    assert set(sweep_store.collect(tmp_path, about)) == {other, TUNED}
+    assert not (work / TUNED.name).exists() and (work / PAPER.name / "checkpoint-3").is_dir()
+    assert run_record.read_lines(tmp_path / "tuned.jsonl") == [record(TUNED)]
+    run_record.write_json(work / PAPER.name / "results.json", record(PAPER))
+    run_record.write_json(work / TUNED.name / "results.json", record(TUNED))  # as if the folder had not gone
+    assert set(sweep_store.collect(tmp_path, about)) == {other, TUNED, PAPER}
+    assert run_record.read_lines(tmp_path / "paper.jsonl") == [record(other), record(PAPER)]
+    assert run_record.read_lines(tmp_path / "tuned.jsonl") == [record(TUNED)]
+    assert [path.name for path in work.iterdir()] == [".lock"]
+
+
+def test_a_finished_folder_of_other_settings_is_refused_and_kept(tmp_path):
+    run_record.write_json(tmp_path / sweep_store.WORK / PAPER.name / "results.json", record(PAPER, config={"r": 8}))
+    with pytest.raises(ValueError, match="r 8 there, 64 here"):
+        sweep_store.collect(tmp_path, sweep_store.About())
+    assert not (tmp_path / "paper.jsonl").exists() and (tmp_path / sweep_store.WORK / PAPER.name).is_dir()
+
+
+def test_the_committed_runs_of_earlier_work_count():
+    found = sweep_store.finished(ROOT / "results" / "sweep")
     names = {(run.protocol, run.task, run.variant) for run in found}
     paper = {"full", "lora64", "learner64_p2", "far10", "far10_random", "far10_output_node"}
     assert names >= {("paper", "mrpc", name) for name in paper} | {
@@ -110,7 +149,7 @@ def test_scores_are_means_of_a_tasks_metrics_and_only_of_held_out_rows():
     }
     assert list(sweep_store.holdout_scores(runs).values()) == [None, 70.0, float("-inf")]
     found = Results(runs)
-    assert found.chosen == {("rte", "lora64"): 3e-4}
+    assert best_rate(found.held_out, "rte", "lora64") == 3e-4
     assert not found.is_searched("rte", "lora64")
 
 
@@ -132,7 +171,7 @@ def test_wrong_arguments_are_named(words, message):
 
 
 def test_the_list_marks_what_is_finished(tmp_path, capsys):
-    write(tmp_path, PAPER.name, record(PAPER))
+    write(tmp_path, record(PAPER))
     words = ["--model_name_or_path", f"x/{sweep_store.MODEL}", "--out", str(tmp_path), "--list", "--seeds", "0"]
     assert sweep.main([*words, "--protocols", "paper", "--tasks", "rte", "--variants", "lora64", "full"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -147,12 +186,12 @@ def test_a_folder_is_one_sweeps_and_says_whose(tmp_path):
     with pytest.raises(ValueError, match="holds a sweep of tiny with .*64.* this one is of tiny with {}"):
         sweep_store.About("tiny").write(tmp_path)
     cut = record(PAPER, model="somebody/tiny", config={"max_train_samples": 64})
-    write(tmp_path, PAPER.name, cut)
+    write(tmp_path, cut)
     assert set(sweep_store.finished(tmp_path)) == {PAPER}  # as the folder says
 
 
 def test_a_model_of_the_hub_and_its_folder_are_one(tmp_path):
-    write(tmp_path, PAPER.name, record(PAPER, model=f"sentence-transformers/{sweep_store.MODEL}"))
+    write(tmp_path, record(PAPER, model=f"sentence-transformers/{sweep_store.MODEL}"))
     assert set(sweep_store.finished(tmp_path)) == {PAPER}
 
 
@@ -162,7 +201,7 @@ def test_settings_of_methods_after_the_dashes_are_known():
 
 
 def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
-    write(tmp_path, PAPER.name, record(PAPER))
+    write(tmp_path, record(PAPER))
     words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path), "--list"]
     with pytest.raises(ValueError, match="max_train_samples None there, 7 here"):
         sweep.main([*words, "--", "--max_train_samples", "7"])
@@ -239,16 +278,17 @@ def without_times(value: object) -> object:
 
 
 def results(folder: Path) -> dict[str, object]:
-    return {path.name: without_times(json.loads(path.read_text())) for path in folder.glob("*-seed*.json")}
+    rows = [row for path in folder.glob("*.jsonl") for row in run_record.read_lines(path)]
+    found = {row["run"]: without_times(row) for row in rows}
+    assert len(found) == len(rows)
+    return found
 
 
 def tuned_but_for_one_rate(out: Path) -> None:
     """Write the other two rates of the tuned protocol's grid, as if they had been trained and learned nothing."""
-    for lr in (1e-4, 1e-3):
-        run = Run("tuned", "rte", "learner8_p2", lr, 0)
-        config = {**CHANGED, "num_train_epochs": EPOCHS}
-        held_out = {"accuracy": 0.0, "loss": 1.0}
-        write(out, run.name, record(run, model="tiny-bert", config=config, holdout=held_out))
+    runs = [Run("tuned", "rte", "learner8_p2", lr, 0) for lr in (1e-4, 1e-3)]
+    config, held_out = {**CHANGED, "num_train_epochs": EPOCHS}, {"accuracy": 0.0, "loss": 1.0}
+    write(out, *(record(run, model="tiny-bert", config=config, holdout=held_out) for run in runs))
 
 
 @pytest.mark.slow
@@ -263,11 +303,12 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
     todo = [run for run in unbroken.read() if run not in unbroken.records]
     assert [(run.protocol, run.lr) for run in todo] == [("paper", 2e-5), ("tuned", 3e-4)]
     for run in todo:
-        train_glue.main([*unbroken.command(run)[2:], "--use_cpu"])
+        train_glue.main([*unbroken.command(run)[3:], "--use_cpu"])
+    unbroken.read()
     expected = results(alone)
     assert len(expected) == 2 + 2
 
-    command = [sys.executable, str(SCRIPTS / "sweep.py"), *broken]
+    command = [sys.executable, "-m", "scripts.sweep.run", *broken]
     rng, seen, logs = random.Random(), set(), ""
     for _ in range(3):
         process = subprocess.Popen(command, start_new_session=True)
@@ -286,7 +327,7 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
     both = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait() for process in both] == [0, 0]
     assert results(out) == expected
-    assert not list((out / ".work").iterdir())
+    assert [path.name for path in (out / ".work").iterdir()] == [".lock"]
 
 
 @pytest.mark.slow
@@ -296,7 +337,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(words, tmp_path, capsys)
     assert sweep.main(words(tmp_path, "--jobs", "2")) == 1
     said = capsys.readouterr()
     assert "paper-rte-learner8_p2-lr2e-05-seed0 failed with status 1: see " in said.out + said.err
-    assert set(results(tmp_path)) == {"paper-mrpc-learner8_p2-lr2e-05-seed0.json"}
+    assert set(results(tmp_path)) == {"paper-mrpc-learner8_p2-lr2e-05-seed0"}
 
 
 def test_a_folder_in_which_another_process_trains_is_left_alone(words, tmp_path):
@@ -321,6 +362,6 @@ def test_the_progress_in_a_log_file_is_not_drawn_at_every_look(words, tmp_path, 
 def test_adapters_are_kept_where_that_is_asked_for(words, tmp_path):
     run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
     (tmp_path / "out" / ".work" / run.name / "adapter").mkdir(parents=True)
-    write(tmp_path / "out", run.name, record(run, model="tiny-bert", config=CHANGED))
+    write(tmp_path / "out", record(run, model="tiny-bert", config=CHANGED))
     assert sweep.main(words(tmp_path / "out", "--tasks", "rte", "--keep", str(tmp_path / "kept"))) == 0
     assert (tmp_path / "kept" / run.name).is_dir() and not (tmp_path / "out" / ".work" / run.name).exists()

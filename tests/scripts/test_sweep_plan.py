@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import sweep_plan
-from sweep_plan import PROTOCOLS, TASKS, VARIANTS, Run, best_rate, missing_rates, planned, settings
+
+from scripts.sweep import plan as sweep_plan
+from scripts.sweep.plan import PROTOCOLS, TASKS, VARIANTS, Run, best_rate, missing_rates, planned, settings
 
 CORE = [name for name, variant in VARIANTS.items() if variant.core]
 SMALL = TASKS[0]
@@ -110,8 +111,8 @@ def test_prefixes_are_balanced():
 )
 def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
     found = grids(scores)
-    assert best_rate(found, "rte", "lora64", 0) == best
-    assert missing_rates(found, "rte", "lora64", 0) == missing
+    assert best_rate(found, "rte", "lora64") == best
+    assert missing_rates(found, "rte", "lora64") == missing
     assert [run for run in planned(found, protocols=["tuned"]) if run == tuned(3e-3)] == (
         [tuned(3e-3)] * (3e-3 in missing)
     )
@@ -122,13 +123,13 @@ def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
 )
 def test_a_grid_whose_rates_are_all_equal_is_looked_at_from_both_ends(beyond, missing):
     found = {**grids([50.0, 50.0, 50.0]), **dict(zip([tuned(3e-5), tuned(3e-3)], beyond, strict=False))}
-    assert missing_rates(found, "rte", "lora64", 0) == missing
+    assert missing_rates(found, "rte", "lora64") == missing
 
 
 def test_a_grid_stops_once_the_step_beyond_is_worse():
     found = {**grids([60.0, 61.0, 62.0]), tuned(3e-3): 61.5}
-    assert best_rate(found, "rte", "lora64", 0) == 1e-3
-    assert missing_rates(found, "rte", "lora64", 0) == []
+    assert best_rate(found, "rte", "lora64") == 1e-3
+    assert missing_rates(found, "rte", "lora64") == []
     assert tuned(3e-3) in planned(found)  # what is finished stays in the plan
 
 
@@ -148,7 +149,7 @@ def test_further_seeds_take_the_rate_that_the_first_seed_chose():
 def test_dev_scores_choose_nothing():
     """Scores are of held-out rows alone; a run that held out none has none."""
     found = dict.fromkeys(grids([0.0, 0.0, 0.0]))
-    assert best_rate(found, "rte", "lora64", 0) is None
+    assert best_rate(found, "rte", "lora64") is None
 
 
 def test_the_recipes():
@@ -157,13 +158,13 @@ def test_the_recipes():
     assert settings(Run("nas", "rte", "bitfit", 3e-3, 0))["num_train_epochs"] == 3
     assert {settings(Run(p, "rte", "full", 1e-4, 0))["holdout_share"] for p in PROTOCOLS if p != "tuned"} == {0.0}
     assert {p for p in PROTOCOLS if settings(Run(p, "rte", "full", 2e-5, 0))["bf16"]} == {"curves"}
-    assert settings(tuned(1e-4))["holdout_share"] == sweep_plan.HOLDOUT_SHARE
+    assert settings(tuned(1e-4))["holdout_share"] == 0.1
 
 
 def test_a_rate_off_the_ladder_is_a_rate():
     found = {**grids([60.0, 61.0, 62.0]), tuned(2e-3): 63.0}
-    assert best_rate(found, "rte", "lora64", 0) == 2e-3
-    assert missing_rates(found, "rte", "lora64", 0) == [3e-3]
+    assert best_rate(found, "rte", "lora64") == 2e-3
+    assert missing_rates(found, "rte", "lora64") == [3e-3]
 
 
 def test_without_its_seed_a_grid_is_not_trained_and_its_choice_holds():

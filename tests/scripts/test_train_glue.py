@@ -1,4 +1,4 @@
-"""`scripts/train_glue.py` with a tiny model, a tiny tokenizer and invented sentences, all made here."""
+"""`scripts/glue/train.py` with a tiny model, a tiny tokenizer and invented sentences, all made here."""
 
 import json
 import os
@@ -10,16 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts"))
-import glue_data
-import glue_methods
-import run_record
-import train_glue
 from tiny_glue import same_numbers
 
-SCRIPTS = Path(train_glue.__file__).parent
-SHARED = Path(__file__).resolve().parents[3] / "shared"
+from scripts.glue import data as glue_data
+from scripts.glue import methods as glue_methods
+from scripts.glue import run_record
+from scripts.glue import train as train_glue
+
+ROOT = Path(__file__).resolve().parents[2]
+SHARED = ROOT.parent / "shared"
 
 #: For slow tests: the phased methods, an adapter of PEFT's, and none (BitFit trains as full fine-tuning does).
 MAIN = ("learner", "far", "nas_lora", "lora", "full")
@@ -386,7 +385,7 @@ def test_no_checkpoint(tmp_path):
 @pytest.mark.parametrize("method", ("learner", "nas_lora", "full"))
 def test_killed_run_goes_on(method, arguments, tmp_path):
     settings = {"method": method, "num_train_epochs": 12, "per_device_train_batch_size": 4, "priming_epochs": 1.5}
-    command = [sys.executable, str(SCRIPTS / "train_glue.py")]
+    command = [sys.executable, "-m", "scripts.glue.train"]
     killed = subprocess.Popen([*command, *arguments(**settings)], env=environment(), stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")):
@@ -419,7 +418,7 @@ LAUNCHERS = {
 )
 def test_launchers(method, launcher, arguments, tmp_path):
     processes, module = LAUNCHERS[launcher]
-    command = [sys.executable, "-m", *module, str(SCRIPTS / "train_glue.py")]
+    command = [sys.executable, "-m", *module, "-m", "scripts.glue.train"]
     command += arguments(method=method, per_device_train_batch_size=16 // processes)
     command = ["--rank" if part == "--r" else part for part in command]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)

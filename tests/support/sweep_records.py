@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from report_runs import Papers, Results
-from sweep_plan import VARIANTS, Run, settings
+from scripts.docs.runs import Papers, Results
+from scripts.sweep.plan import VARIANTS, Run, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 PAPERS = Papers.read(ROOT / "results/papers.json")
@@ -16,7 +16,7 @@ ROWS = {"rte": 2490, "mrpc": 3668, "cola": 8551, "stsb": 5749}
 
 
 def record(run: Run, *metrics: float | None, held_out: float | None = None, **more: Any) -> dict[str, Any]:
-    """What train_glue.py writes about a run with these metrics on dev, in percent."""
+    """What scripts.glue.train writes about a run with these metrics on dev, in percent."""
     values = {
         f"eval_{name}": None if v is None else v / 100 for name, v in zip(METRICS[run.task], metrics, strict=True)
     }

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
-import glue_data
 import pytest
 import torch
+
+from scripts.glue import data as glue_data
 
 SUBJECTS = ["cat", "dog", "bird", "fox", "child", "sailor", "farmer", "robot"]
 VERBS = ["sees", "likes", "chases", "paints", "carries", "finds"]
