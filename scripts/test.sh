@@ -10,6 +10,7 @@ if [[ $# -eq 0 ]]; then
     "$venv/bin/python" -m ruff check .
     "$venv/bin/python" -m ruff format --check .
     "$venv/bin/python" -m mypy
+    "$venv/bin/lint-imports" --no-cache >&2
     set -- -n 2 --dist loadfile --no-loadscope-reorder
 fi
 exec "$venv/bin/python" -m pytest "$@"

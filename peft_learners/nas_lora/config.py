@@ -199,9 +199,8 @@ class NASLoRAConfig(PhasedConfig):
                 raise ValueError(
                     f"The model has no NAS-LoRA adapter {adapter!r} whose search is over: there is no architecture."
                 )
-            from .layer import layers_of  # which imports this module
-
-            layers = layers_of(root, adapter)
+            modules: Any = root.named_modules()  # the layers' module imports this one
+            layers = {name: module for name, module in modules if adapter in getattr(module, "nas_lora_space", ())}
             source = Architecture.of(config, {name: layer.kept_positions(adapter) for name, layer in layers.items()})
         elif not isinstance(source, Architecture):
             source = Architecture.from_pretrained(str(source))
