@@ -16,7 +16,7 @@ from peft.config import PeftConfig
 from peft.utils import PeftType, register_peft_method
 
 #: Config classes by the names of their methods.
-_METHODS: dict[str, type] = {}
+_METHODS: dict[str, Any] = {}
 
 
 def _restore(name: str) -> PeftType:
@@ -109,7 +109,7 @@ def register(config_cls: type, model_cls: type) -> None:
     _METHODS[name] = config_cls
 
 
-def methods() -> dict[str, type]:
+def methods() -> dict[str, Any]:
     """The config classes of all methods that are registered, by name: what tools iterate over."""
     return dict(_METHODS)
 

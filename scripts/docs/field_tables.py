@@ -13,15 +13,9 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners.registry import methods
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
-PAGES: dict[str, type[PeftConfig]] = {
-    "learner.md": LearnerConfig,
-    "far.md": FARConfig,
-    "nas_lora.md": NASLoRAConfig,
-    "bottleneck.md": BottleneckConfig,
-}
 BEGIN, END = "<!-- fields:begin -->", "<!-- fields:end -->"
 #: Help texts of fields that training writes begin a sentence with this word.
 WRITTEN = "Written "
@@ -92,17 +86,17 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--docs", type=Path, default=DOCS, help="folder of the pages")
     args = parser.parse_args(arguments)
     stale = []
-    for name, config in PAGES.items():
-        path = args.docs / name
+    for method, config in methods().items():
+        path = args.docs / f"{method}.md"
         text = path.read_text(encoding="utf-8")
         new = with_tables(text, config)
         if new != text:
-            stale.append(name)
+            stale.append(path.name)
             if not args.check:
                 path.write_text(new, encoding="utf-8")
     if args.check and stale:
         sys.exit(f"Not up to date: {', '.join(stale)}. Run: python -m scripts.docs.field_tables")
-    print(f"{len(PAGES)} pages, {len(stale)} {'not up to date' if args.check else 'rewritten'}.")
+    print(f"{len(methods())} pages, {len(stale)} {'not up to date' if args.check else 'rewritten'}.")
 
 
 if __name__ == "__main__":

@@ -28,10 +28,12 @@ from typing import Any, Union
 
 import pytest
 
+from peft_learners.registry import methods
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "docs" / "verbs.md"
 #: Names of tuners in parameters of tests, by their beginnings.
-COLUMNS = {"Learner": "learner", "FAR": "far", "NAS-LoRA": "nas", "bottleneck": "bottleneck"}
+COLUMNS = {config.display_name: method.partition("_")[0] for method, config in methods().items()}
 
 VERBS: dict[str, tuple[str, ...]] = {
     "Adapters on a model": (

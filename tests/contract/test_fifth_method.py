@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+
+import processes
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = {
@@ -20,6 +26,7 @@ class ToyConfig(PhasedConfig):
 
     method: ClassVar[str] = "toy"
     display_name: ClassVar[str] = "Toy"
+    about: ClassVar[str] = "Toys are low-rank modules without a scaling."
 
     r: int = option(4, "Rank of the toys.", Check(is_positive_int, "a whole number of at least 1", "r=4"))
 ''',
@@ -61,8 +68,8 @@ class ToyModel(PhasedModel):
         return ToyLinear(module)
 
     def _update_layer(self, layer, adapter, config, name):
-        layer._add("toy_A", adapter, config, config.r, layer.in_features, kaiming=True)
-        layer._add("toy_B", adapter, config, layer.out_features, config.r)
+        layer.add_parameter("toy_A", adapter, config, config.r, layer.in_features, kaiming=True)
+        layer.add_parameter("toy_B", adapter, config, layer.out_features, config.r)
 ''',
     "__init__.py": '''
 """A toy method."""
@@ -75,3 +82,68 @@ from .model import ToyModel
 register(ToyConfig, ToyModel)
 ''',
 }
+
+CARD = """
+import sys
+from pathlib import Path
+import toy, zoo
+from peft import PeftModel, get_peft_model
+from peft_learners.hub import write_card
+
+folder = Path(sys.argv[1])
+model = get_peft_model(zoo.build("distilbert"), toy.ToyConfig(task_type="SEQ_CLS"))
+model.save_pretrained(folder)
+short = (folder / "README.md").read_text()
+(folder / "README.md").unlink()
+write_card(folder, base_model="distilbert/distilbert-base-uncased")
+PeftModel.from_pretrained(zoo.build("distilbert"), folder)
+print(short, (folder / "README.md").read_text())
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path):
+    """Runs Python where the folder of the toy method can be imported, and gives what it printed."""
+    for name, text in TOY.items():
+        (tmp_path / "toy").mkdir(exist_ok=True)
+        (tmp_path / "toy" / name).write_text(text.lstrip())
+    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests" / "support")))
+
+    def run(*arguments: str) -> str:
+        environment = {**processes.environment(), "PYTHONPATH": path}
+        command = [sys.executable, *arguments]
+        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.slow
+def test_contract(toy):
+    """The contract's checks run on it, as on ours."""
+    options = ("-p", "toy", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-W", "ignore")
+    out = toy("-m", "pytest", *options, "tests/contract/test_contract.py", "-k", "toy and (distilbert or llama)")
+    passed = int(out.splitlines()[-1].partition(" passed")[0])
+    assert passed >= 30 and "failed" not in out.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_cards(toy, tmp_path: Path):
+    """What is saved has a README, a card can be made of it, and both call it by its name."""
+    (tmp_path / "card.py").write_text(CARD)
+    out = toy(str(tmp_path / "card.py"), str(tmp_path / "saved"))
+    assert "A Toy adapter of" in out and "Toys are low-rank modules without a scaling." in out
+    assert out.count("import peft_learners") >= 2
+
+
+@pytest.mark.slow
+def test_field_tables(toy, tmp_path: Path):
+    """Its fields stand in a table, with their help texts."""
+    pages = tmp_path / "docs"
+    pages.mkdir()
+    for name in ("learner", "far", "nas_lora", "bottleneck", "toy"):
+        (pages / f"{name}.md").write_text("<!-- fields:begin -->\n<!-- fields:end -->\n")
+    tables = "import sys, toy; from scripts.docs.field_tables import main; main(sys.argv[1:])"
+    assert "5 pages" in toy("-c", tables, "--docs", str(pages))
+    assert "| `r` | `4` | Rank of the toys. |" in (pages / "toy.md").read_text()

@@ -11,6 +11,7 @@ import torch
 from peft import PeftConfig
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners.registry import methods
 
 
 @dataclass(frozen=True)
@@ -92,3 +93,8 @@ TUNERS: dict[str, Tuner] = {
     "bottleneck-sequential": Tuner(_sequential, "bottleneck_", ("training",), merges=False),
     "bottleneck-parallel": Tuner(_parallel, "bottleneck_", ("training",), merges=False),
 }
+
+# A method that is registered and not named above goes through the contract as its config is by default.
+for _method, _config in methods().items():
+    if not any(tuner.prefix == f"{_method}_" for tuner in TUNERS.values()):
+        TUNERS[_method] = Tuner(_config, f"{_method}_", tuple(phase.name for phase in _config().outline().phases))
