@@ -22,6 +22,7 @@ from training import Around, Rows, arguments, far, learner, nas, trainer
 from zoo import causal_lm, logits_of
 
 from peft_learners import BottleneckConfig, LearnerConfig
+from peft_learners.registry import methods
 from scripts.docs import field_tables
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -32,10 +33,10 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
 # -- fields ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name,config", field_tables.PAGES.items())
+@pytest.mark.parametrize("name,config", methods().items())
 def test_fields_table(name, config):
     """The table of fields is that of the configs."""
-    text = (field_tables.DOCS / name).read_text()
+    text = (field_tables.DOCS / f"{name}.md").read_text()
     assert field_tables.with_tables(text, config) == text, "run: python -m scripts.docs.field_tables"
     table = text.partition(field_tables.BEGIN)[2].partition(field_tables.END)[0]
     rows = re.findall(r"^\| `(\w+)` \| `(.+?)` \| (.+) \|$", table, re.M)
@@ -48,8 +49,8 @@ def test_fields_table(name, config):
 
 def test_fields_table_mended(tmp_path: Path):
     """A page that isn't up to date is told, and mended."""
-    for name in field_tables.PAGES:
-        shutil.copy(field_tables.DOCS / name, tmp_path)
+    for name in methods():
+        shutil.copy(field_tables.DOCS / f"{name}.md", tmp_path)
     page = tmp_path / "far.md"
     good = page.read_text()
     page.write_text(good.replace("| `retention_ratio` | `0.1` |", "| `retention_ratio` | `0.2` |"))
