@@ -22,6 +22,7 @@ CONFIGS = {
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_epochs": 0, "init_weights": False, **more}),
     "nas_lora": lambda **more: NASLoRAConfig(**{"r": 4, "init_weights": False, **more}),
 }
+ARCHITECTURES = ("distilbert", "bert", "roberta", "mobilebert", "albert", "gpt2", "vit", "bart")
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +75,15 @@ def exported(kind: type, classes: int) -> PeftModel:
     return model
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-@pytest.mark.parametrize("classes", [5, 16, 32])  # 16: as many as the head's inputs; 32: as the FFN's nodes
-@pytest.mark.parametrize("arch", ["distilbert", "bert", "roberta", "mobilebert", "albert", "gpt2", "vit", "bart"])
+@pytest.mark.parametrize(
+    ("arch", "classes", "method"),
+    [
+        # 16: as many as the head's inputs; 32: as the FFN's nodes
+        *((arch, classes, "learner") for arch in ARCHITECTURES for classes in (5, 16, 32)),
+        ("bert", 5, "nas_lora"),
+        ("gpt2", 16, "nas_lora"),
+    ],
+)
 def test_heads_load(arch, classes, method):
     """Heads of any form and size are loaded."""
     kind, inputs, expected = saved(arch, classes, method)

@@ -13,7 +13,7 @@ import torch
 import zoo
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
-from trained import Trained, trained
+from trained import Trained, trained, trained_once
 from training import sgd
 from tuners import TUNERS, refuses_to_merge
 from zoo import logits_of
@@ -24,57 +24,66 @@ from peft_learners.structure.modules import linear_names, new_head, norm_names
 CASES = [(tuner, arch) for tuner in TUNERS for arch in zoo.ZOO]
 
 
-@pytest.fixture(params=CASES, ids=lambda case: "-".join(case))
+cases = {"params": CASES, "ids": "-".join}
+
+
+@pytest.fixture(**cases)
 def run(request: pytest.FixtureRequest) -> Trained:
     """A trained model of its own for each test (training is done once per case)."""
     return trained(*request.param)
 
 
-def test_structure(run):
+@pytest.fixture(**cases)
+def shared_run(request: pytest.FixtureRequest) -> Trained:
+    """A trained model that the test only looks at."""
+    return trained_once(*request.param)
+
+
+def test_structure(shared_run):
     """The model's attention, linear layers, norms and head are found."""
-    entry = zoo.ZOO[run.arch]
-    linears = linear_names(run.base)
+    entry = zoo.ZOO[shared_run.arch]
+    linears = linear_names(shared_run.base)
     assert len(linears) == entry.linears
-    assert len(attention_names(run.base, linears)) == entry.attention
-    assert len(norm_names(run.base)) == entry.norms
-    assert tuple(new_head(run.base)) == entry.head
+    assert len(attention_names(shared_run.base, linears)) == entry.attention
+    assert len(norm_names(shared_run.base)) == entry.norms
+    assert tuple(new_head(shared_run.base)) == entry.head
 
 
 @pytest.mark.verb("get_peft_model", limit={"NAS-LoRA": "a fresh adapter changes the function, unless init='lora'"})
-def test_fresh_adapter(run):
+def test_fresh_adapter(shared_run):
     """A fresh adapter leaves the function as it is, unless its tuner says otherwise."""
-    assert torch.equal(run.fresh_logits, run.base_logits) == TUNERS[run.tuner].fresh_is_identity
+    assert torch.equal(shared_run.fresh_logits, shared_run.base_logits) == TUNERS[shared_run.tuner].fresh_is_identity
 
 
 @pytest.mark.verb("get_peft_model")
-def test_phases(run):
+def test_phases(shared_run):
     """Training goes through all phases and changes the function."""
-    assert tuple(run.phases) == TUNERS[run.tuner].phases
-    assert run.model.peft_config["default"].completed_phases == list(TUNERS[run.tuner].phases[:-1])
-    assert not torch.allclose(run.logits, run.base_logits, atol=1e-2)
+    assert tuple(shared_run.phases) == TUNERS[shared_run.tuner].phases
+    assert shared_run.model.peft_config["default"].completed_phases == list(TUNERS[shared_run.tuner].phases[:-1])
+    assert not torch.allclose(shared_run.logits, shared_run.base_logits, atol=1e-2)
 
 
-def test_gradients(run):
+def test_gradients(shared_run):
     """All that trains gets a gradient, and nothing else moves."""
-    assert run.without_gradient == []
-    assert run.frozen_moved == []
+    assert shared_run.without_gradient == []
+    assert shared_run.frozen_moved == []
 
 
-def test_optimizer_state(run):
+def test_optimizer_state(shared_run):
     """The optimizer holds state for exactly what trains."""
-    assert run.state_matches
-    assert all(p.grad is None for p in run.model.parameters() if not p.requires_grad)
+    assert shared_run.state_matches
+    assert all(p.grad is None for p in shared_run.model.parameters() if not p.requires_grad)
 
 
-def test_base_untouched(run):
+def test_base_untouched(shared_run):
     """The base's weights are never written to."""
-    original = dict(run.base.named_parameters())
+    original = dict(shared_run.base.named_parameters())
     inside = {
         name.replace(".base_layer.", "."): p
-        for name, p in run.model.base_model.model.named_parameters(remove_duplicate=False)
+        for name, p in shared_run.model.base_model.model.named_parameters(remove_duplicate=False)
     }
     for name, value in original.items():
-        heads = zoo.ZOO[run.arch].head
+        heads = zoo.ZOO[shared_run.arch].head
         places = (name, *(name.replace(f"{head}.", f"{head}.original_module.", 1) for head in heads))
         (place,) = {p for p in places if p in inside}
         assert torch.equal(inside[place], value), name
@@ -122,14 +131,14 @@ def test_reload(run, tmp_path: Path):
 
 
 @pytest.mark.verb("save_pretrained")
-def test_saved_tensors(run, tmp_path: Path):
+def test_saved_tensors(shared_run, tmp_path: Path):
     """Everything that contributes is saved, and nothing else."""
-    run.model.save_pretrained(tmp_path)
+    shared_run.model.save_pretrained(tmp_path)
     saved = load_file(tmp_path / "adapter_model.safetensors")
     added = {
         name.replace(".default", "").replace(".modules_to_save", ""): p
-        for name, p in run.model.state_dict().items()
-        if (f".{TUNERS[run.tuner].prefix}" in name or ".modules_to_save." in name) and p.numel()
+        for name, p in shared_run.model.state_dict().items()
+        if (f".{TUNERS[shared_run.tuner].prefix}" in name or ".modules_to_save." in name) and p.numel()
     }
     assert saved.keys() == added.keys()
     assert all(torch.equal(saved[name], added[name]) for name in saved)

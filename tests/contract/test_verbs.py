@@ -90,7 +90,7 @@ def test_mixed_batch_generates(tuner, beams):
 def test_auto_classes(tuner, arch, tmp_path: Path):
     """PEFT's auto classes load base and adapter."""
     run = trained(tuner, arch)
-    run.base.save_pretrained(tmp_path / "base")
+    copy.deepcopy(run.base).save_pretrained(tmp_path / "base")
     run.model.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
     run.model.save_pretrained(tmp_path / "adapter")
     again = AUTO[arch].from_pretrained(tmp_path / "adapter")

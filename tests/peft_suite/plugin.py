@@ -127,10 +127,23 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             _ours.add(metafunc.definition.nodeid)
 
 
+def _chosen(item: pytest.Item) -> bool:
+    if item.nodeid.partition("[")[0] not in _ours:
+        return False
+    module, own = item.path.stem, getattr(item, "cls", None)
+    family = FAMILY.get(module) or FAMILY.get(own.__name__ if own else "")
+    values = item.callspec.params  # type: ignore[attr-defined]
+    if family is None or not {"model_id", "config_kwargs"} <= values.keys():
+        return True
+    paths = _paths(family)
+    model = paths.index(values["model_id"])
+    return peft_cases.covered(family, values["config_cls"], values["config_kwargs"], model, len(paths))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    left_out = [item for item in items if item.nodeid.partition("[")[0] not in _ours]
-    items[:] = [item for item in items if item.nodeid.partition("[")[0] in _ours]
-    config.hook.pytest_deselected(items=left_out)
+    chosen = [_chosen(item) for item in items]
+    config.hook.pytest_deselected(items=[item for item, its in zip(items, chosen, strict=True) if not its])
+    items[:] = [item for item, its in zip(items, chosen, strict=True) if its]
     for item in items:
         test, _, case = item.name.partition("[")
         reason = peft_cases.skipped(test, case.removesuffix("]"))

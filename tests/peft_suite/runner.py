@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -25,6 +26,16 @@ MODULES = (
     "test_low_level_api",
     "test_other",
 )
+ENVIRONMENT = {
+    # Only what the suite needs: a plugin that some environment has must not change what it does.
+    "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+    "PYTEST_ADDOPTS": "",
+    "HF_HUB_OFFLINE": "1",
+    "HF_DATASETS_OFFLINE": "1",
+    "CUDA_VISIBLE_DEVICES": "",
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",  # the models are tiny: threads only cost
+    "TRANSFORMERS_VERBOSITY": "error",
+}
 
 
 @dataclass
@@ -52,12 +63,15 @@ def arguments(suite: Path, report: Path, modules: Sequence[str] = MODULES) -> li
     return [*fixed, *(f"tests/{module}.py" for module in modules)]
 
 
-def environment() -> dict[str, str]:
-    # Only what the suite needs: a plugin that some environment has must not change what it does.
-    own = {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTEST_ADDOPTS": ""}
-    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
-    single = {"HF_DEACTIVATE_ASYNC_LOAD": "1"}  # the models are tiny: threads only cost
-    return processes.environment(**own, **offline, **single, TRANSFORMERS_VERBOSITY="error")
+def here(package: str, arguments: list[str]) -> int:
+    """The exit status of pytest in this process, on a copy of the package in the folder `package`."""
+    import pytest
+
+    sys.path.insert(0, package)
+    copy = importlib.import_module("peft_learners")
+    if not Path(str(copy.__file__)).is_relative_to(package):
+        raise ImportError(f"peft_learners is {copy.__file__}, not the copy in {package}")
+    return int(pytest.main(arguments))
 
 
 def run(suite: Path, folder: Path, *options: str, modules: Sequence[str] = MODULES) -> Report:
@@ -69,7 +83,9 @@ def run(suite: Path, folder: Path, *options: str, modules: Sequence[str] = MODUL
     """
     report = folder / "report.xml"
     command = [sys.executable, "-m", "pytest", *arguments(suite, report, modules), *options]
-    done = subprocess.run(command, cwd=suite, env=environment(), capture_output=True, text=True, timeout=850)
+    done = subprocess.run(
+        command, cwd=suite, env=processes.environment(**ENVIRONMENT), capture_output=True, text=True, timeout=850
+    )
     return read(report, done.returncode, done.stdout, done.stderr)
 
 

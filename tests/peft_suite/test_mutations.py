@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from forks import Warm
 
-from peft_suite import forks, runner, source
-from peft_suite.forks import Job
+from peft_suite import runner, source
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_learners"
@@ -139,6 +139,14 @@ MUTANTS = [
     ),
 ]
 CONTROL = "control"
+#: What PEFT's tests and ours import beside the package: slow, and the same for all copies.
+COMMON = (
+    "accelerate.test_utils.testing",
+    "datasets",
+    "peft",
+    "transformers.models.auto.modeling_auto",
+    "transformers.trainer",
+)
 TESTS = sorted({mutant.test for mutant in MUTANTS})
 
 
@@ -155,8 +163,8 @@ def copy_of_package(folder: Path, mutant: Mutant | None) -> Path:
     return folder
 
 
-def job_of(folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> Job:
-    """A run of the mutant's test; without one, of all tests that are ours, or PEFT's."""
+def report_of(warm: Warm, folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> runner.Report:
+    """What a run of the mutant's test reported; without one, of all tests that are ours, or PEFT's."""
     tests = [mutant.test] if mutant is not None else TESTS
     chosen = [f"tests/{test}" for test in tests if test.startswith(CONTRACT) == of_ours]
     report = folder / "report.xml"
@@ -165,29 +173,28 @@ def job_of(folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> J
     else:
         options = runner.arguments(suite, report, modules=())
     package = str(copy_of_package(folder, mutant))
-    return Job(package, str(ROOT if of_ours else suite), [*options, *chosen], str(folder / "log"))
+    where = ROOT if of_ours else suite
+    job = warm.start("peft_suite.runner:here", package, [*options, *chosen], log=folder / "log", folder=where)
+    return runner.read(report, job.wait(), job.output())
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[runner.Report]]:
     """By the name of each mutant, what its runs reported."""
     suite = source.fetch_or_skip()
-    jobs: list[tuple[str, Job]] = []
+    warm = Warm(*COMMON, **runner.ENVIRONMENT)
+    reports: dict[str, list[runner.Report]] = {}
 
     def add(mutant: Mutant | None, of_ours: bool) -> None:
-        folder = tmp_path_factory.mktemp("mutant")
-        jobs.append((CONTROL if mutant is None else mutant.name, job_of(folder, mutant, suite, of_ours)))
+        report = report_of(warm, tmp_path_factory.mktemp("mutant"), mutant, suite, of_ours)
+        reports.setdefault(CONTROL if mutant is None else mutant.name, []).append(report)
 
     add(None, False)
     add(None, True)
     for mutant in MUTANTS:
         if occurrences(mutant) == 1:
             add(mutant, mutant.test.startswith(CONTRACT))
-    statuses = forks.run([job for _, job in jobs])
-    reports: dict[str, list[runner.Report]] = {}
-    for (name, job), status in zip(jobs, statuses, strict=True):
-        log = Path(job.log)
-        reports.setdefault(name, []).append(runner.read(log.with_name("report.xml"), status, log.read_text()))
+    warm.close()
     return reports
 
 

@@ -12,7 +12,7 @@ from peft_suite import runner, source
 from peft_suite.skips import RUNS
 
 #: By tuner, how many of PEFT's tests pass at least. Bottleneck adapters skip those that merge.
-TUNERS = {"Learner": 900, "FAR": 900, "NAS": 900, "Bottleneck": 750}
+TUNERS = {"Learner": 1100, "FAR": 1100, "NAS": 1000, "Bottleneck": 550}
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def test_peft_suite(suite: Path, tmp_path: Path, record_property: Callable[[str,
     passed = report.counts["passed"]
     by_tuner = {tuner: sum(n for (_, of), n in passed.items() if of == tuner) for tuner in TUNERS}
     record_property(f"PEFT {source.RELEASE}'s own test-suite", f"{report.closing_line}; passed by tuner: {by_tuner}")
-    assert report.total("passed") >= 3000, report.closing_line
+    assert report.total("passed") >= 3800, report.closing_line
     assert sum(by_tuner.values()) == report.total("passed"), "some test of PEFT's has no case of ours"
     assert all(by_tuner[tuner] >= least for tuner, least in TUNERS.items()), by_tuner
     assert [(m, tuner) for m in runner.MODULES for tuner in TUNERS if not passed[m, tuner]] == []

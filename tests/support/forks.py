@@ -66,7 +66,8 @@ class Warm:
         return int(answer)
 
     def start(self, target: str, *arguments: Any, log: Path, folder: Path | None = None, **environment: str) -> Job:
-        """Fork, and call there `target` ("module:function") with arguments that JSON can hold.
+        """Fork, and call there `target` ("module:function") with arguments that JSON can hold. What it returns is its
+        exit status if it is a number.
 
         Args:
             log: where its stdout goes, and that of its own processes.
@@ -115,6 +116,9 @@ def _in_fork(target: str, arguments: Sequence[Any], log: str, folder: str | None
         status = getattr(importlib.import_module(module), function)(*arguments)
     except SystemExit as end:
         status = end.code
+        if isinstance(status, str):
+            print(status, file=sys.stderr)
+            status = 1
     except BaseException:
         import traceback
 
@@ -122,7 +126,7 @@ def _in_fork(target: str, arguments: Sequence[Any], log: str, folder: str | None
         status = 1
     sys.stdout.flush()
     sys.stderr.flush()
-    return int(status or 0)
+    return status if isinstance(status, int) else 0
 
 
 def main(imports: Sequence[str]) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
-from dataclasses import dataclass
 
 import torch
 import zoo
@@ -15,7 +15,7 @@ from zoo import logits_of
 STEPS_PER_EPOCH, EPOCHS = 3, 2
 
 
-@dataclass
+@dataclasses.dataclass
 class Trained:
     tuner: str
     arch: str
@@ -60,10 +60,12 @@ def train(tuner: str, arch: str) -> Trained:
 
 
 @functools.cache
-def _trained(tuner: str, arch: str) -> Trained:
+def trained_once(tuner: str, arch: str) -> Trained:
+    """The same for all tests of a process, which may only look at it."""
     return train(tuner, arch)
 
 
 def trained(tuner: str, arch: str) -> Trained:
-    """A copy of the model that went through all phases (trained once for all tests of a process)."""
-    return copy.deepcopy(_trained(tuner, arch))
+    """With a copy of the model that went through all phases; base and inputs are those of all tests."""
+    shared = trained_once(tuner, arch)
+    return dataclasses.replace(shared, model=copy.deepcopy(shared.model))

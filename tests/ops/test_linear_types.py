@@ -118,24 +118,25 @@ def test_float32_bias():
     assert torch.equal(out, torch.full((2, 3), 258, dtype=BF16))
 
 
+@pytest.mark.parametrize("dtype", [BF16, torch.float16])
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("name", CORNERS)
-def test_autocast(name, path):
+def test_autocast(name, path, dtype):
     """Autocast agrees with the reference, and gives gradients in the parameters' types."""
     tensors = {n: t.detach().float().requires_grad_(t.requires_grad) for n, t in CORNERS[name].tensors.items()}
     problem = CORNERS[name]._replace(tensors=tensors)
     g = upstream(problem)
 
     def run(t: dict[str, Tensor]) -> Tensor:
-        with torch.autocast("cpu", BF16):
+        with torch.autocast("cpu", dtype):
             out = call(path, problem, t)
-        assert out.dtype == BF16
+        assert out.dtype == dtype
         return out
 
     exact, magnitude = exact_results(lambda t: reference(problem, t), tensors, g)
     got = results(run, tensors, g)
     assert all(gradient.dtype == torch.float32 for gradient in got[1:])
-    near(got, exact, magnitude, bound_of(BF16))
+    near(got, exact, magnitude, bound_of(dtype))
 
 
 @pytest.mark.parametrize("path", [*PATHS, linear_with_updates])

@@ -15,7 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_learners.nas_lora.layer import NASLoRALinear
-from peft_learners.ops import Entries, cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops import (
+    Entries,
+    cut_linear,
+    effective_linear,
+    linear_with_updates,
+    separate_linear,
+    wants_effective_weight,
+)
 
 AB = frozenset({"x", "a0", "b0"})
 
@@ -94,6 +101,13 @@ def test_flops_cut(axis, rest):
 
 
 SHAPES = [(rows, d, h) for d, h in ((8, 8), (8, 24), (24, 8)) for rows in (1, 3, 4, 5, 6, 7, 8, 23, 24, 25, 60)]
+
+
+def test_path():
+    """The path depends on shape alone."""
+    # d h / (d + h) = 192 at 384 x 384
+    assert not wants_effective_weight(192, 384, 384)
+    assert wants_effective_weight(193, 384, 384)
 
 
 def test_cheaper_path():
