@@ -1,7 +1,7 @@
-"""Tiny models of each family of PEFT's suite, saved so that its tests load them as they would from the Hub.
+"""Tiny models of each family of PEFT's suite, in a cache of the Hub, so that its tests load them by their ids.
 
 PEFT's tests skip by the names of architectures (all merging on Llamas, for one), because of what some of PEFT's own
-tuners can't do. So the folders' names say nothing.
+tuners can't do. So the ids say nothing.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 import transformers as tf
 import zoo
+from huggingface_hub.file_download import repo_folder_name
 
 SMALL = zoo.SMALL
 BART = {
@@ -56,14 +57,21 @@ FAMILIES: dict[str, list[Callable[[], torch.nn.Module]]] = {
 }
 
 
+#: What the cache calls the only revision of each model.
+REVISION = "0" * 40
+
+
 @functools.cache
-def saved(family: str, folder: Path) -> list[str]:
-    """Folders of a family's models, each with the same weights in every run."""
-    paths = []
+def saved(family: str, cache: Path) -> list[str]:
+    """Ids on the Hub of a family's models, which are put into a cache, each with the same weights in every run."""
+    ids = []
     for number, build in enumerate(FAMILIES[family]):
-        path = folder / f"{family.replace(' ', '-')}-{number}"
+        name = f"peft-suite/{family.replace(' ', '-')}-{number}"
+        folder = cache / repo_folder_name(repo_id=name, repo_type="model")
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text(REVISION)
         torch.manual_seed(number)
         model = build()
-        model.save_pretrained(path)
-        paths.append(str(path))
-    return paths
+        model.save_pretrained(folder / "snapshots" / REVISION)
+        ids.append(name)
+    return ids

@@ -18,6 +18,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import jinja2
 import pytest
 import torch
@@ -55,12 +56,18 @@ NOT_FOR_PLUGINS = (
     "test_prompt_learning_*",
     "test_mixed_adapter_batches_mha_raises",  # asks for the words "lora.MultiheadAttention"
 )
-_folder = tempfile.TemporaryDirectory(prefix="peft-suite-models-")
+# PEFT's tests want a card that names the base model by what it was loaded from, and ours name no local folder.
+_cache = tempfile.TemporaryDirectory(prefix="peft-suite-models-")
+huggingface_hub.constants.HF_HUB_CACHE = _cache.name
 _ours: set[str] = set()
 
 
 def _paths(family: str) -> list[str]:
-    return models.saved(family, Path(_folder.name))
+    """Ids of a family's models. They are in the cache, so that PEFT's tests need not ask the Hub for them once."""
+    ids = models.saved(family, Path(_cache.name))
+    if tests := sys.modules.get("tests.testing_utils"):
+        tests._HUB_MODEL_ACCESSES.update(dict.fromkeys(ids, 1))
+    return ids
 
 
 def _auto_models() -> Iterator[Row]:
@@ -169,4 +176,4 @@ def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
 
 
 def pytest_unconfigure() -> None:
-    _folder.cleanup()
+    _cache.cleanup()
