@@ -8,9 +8,12 @@ import pytest
 import torch
 import zoo
 
+from scripts.bench import compare
 from scripts.bench import rows as bench_rows
 from scripts.bench import run as bench
 from scripts.glue import run_record
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +125,31 @@ def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
     args.dropout, args.model_name_or_path = None, "somewhere"
     assert len(bench.settings_to_run(args, device)) == 9
     assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_two_checkouts_packages_are_measured_in_turn(arguments, tmp_path):
+    """The second one's package is this one's under another name, which no commit is of."""
+    (tmp_path / "peft_learners").symlink_to(ROOT / "peft_learners")
+    model = arguments[arguments.index("--model_name_or_path") + 1]
+    words = [str(ROOT), str(tmp_path), "--setting", "minilm-16x32-r8", "--model_name_or_path", model]
+    more = [
+        "--groups",
+        "learner",
+        "inference",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    rows = compare.main([*words, *more])
+    assert rows == run_record.read_lines(tmp_path / "rows.jsonl")
+    assert [row["method"] for row in rows] == [*bench.GROUPS["learner"], *bench.GROUPS["inference"]]
+    for row in rows:
+        assert row["stored"]["before"] == row["stored"]["after"] >= 0
+        assert 0 < row["time_ratio"]["q1"] <= row["time_ratio"]["median"] <= row["time_ratio"]["q3"]
+        assert row["code"] == {"before": run_record.code(), "after": f"{run_record.code()}, package None"}
+    assert rows[0]["time_to_lora"] == {key: {"q1": 1.0, "median": 1.0, "q3": 1.0} for key in ("before", "after")}
+    assert rows[1]["stored"]["before"] > 0 and rows[-1]["time_to_lora"] == {"before": None, "after": None}
