@@ -12,12 +12,12 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a file, or of a folder's files `*.jsonl` but `*-selected*.jsonl`; none if there is no such file.
+    """The rows of a file, or of a folder's files `*.jsonl`; none if there is no such file.
 
     Raises:
         ValueError: a line is no row.
     """
-    files = sorted(file for file in path.glob("*.jsonl") if "-selected" not in file.name) if path.is_dir() else [path]
+    files = sorted(path.glob("*.jsonl")) if path.is_dir() else [path]
     return [row for file in files for row in read_lines(file)]
 
 

@@ -2,12 +2,10 @@
 
     python -m scripts.bench.run --setting minilm-16x128-r64 --model_name_or_path MODEL --out results/bench
     python -m scripts.bench.run --setting all --model_name_or_path MODEL
-    python -m scripts.bench.targets results/bench
 
 Each setting leaves a file of JSON lines, a row per method, `<setting>-<cpu or cuda>.jsonl`. A setting whose file is
 there is skipped; one that was cut off goes on with the next group of methods. What is measured otherwise than the
-setting says (some methods or groups, other rounds, dropout or threads) needs a `--label` of its own, or its file's
-name ends in `-selected`, which no table and no target reads.
+setting says (some groups, other rounds, dropout or threads) needs a `--label` of its own.
 
 The methods of a group are held at once, each a copy of one model, and take their steps in turn, a step each per
 round. Times are reported as ratios to the step of LoRA, of full fine-tuning and of a method's own peer in the same
@@ -63,7 +61,7 @@ SPECIAL = ("scaling", "import")
 #: Arguments with which a run is no longer the setting's own.
 OTHERWISE = ("groups", "rounds", "dropout", "threads")
 #: Arguments that say nothing to the settings of no single shape.
-FOR_SHAPES = ("methods", "groups", "dropout")
+FOR_SHAPES = ("groups", "dropout")
 
 
 @dataclass
@@ -77,13 +75,6 @@ class BenchArguments:
         default=None, metadata={"help": "The model of the settings minilm-*: a Hub id or a local folder."}
     )
     out: str = field(default="results/bench", metadata={"help": "Folder of the rows."})
-    methods: Optional[list[str]] = field(
-        default=None,
-        metadata={
-            "help": "Measure these alone, beside those they are compared with; the file's name ends in -selected.",
-            "choices": list(METHODS),
-        },
-    )
     groups: Optional[list[str]] = field(
         default=None, metadata={"help": "Measure these groups of methods alone.", "choices": list(GROUPS)}
     )
@@ -112,12 +103,13 @@ def parse(argv: Optional[list[str]]) -> tuple[BenchArguments, torch.device]:
         ValueError: a number below 1, or arguments that don't go together.
     """
     (args,) = HfArgumentParser(BenchArguments, description=__doc__).parse_args_into_dataclasses(argv)
-    if args.methods and args.groups:
-        raise ValueError("--groups and --methods must not be given together: --methods has each method's groups.")
     for name in ("rounds", "threads"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
+    otherwise = [f"--{each}" for each in OTHERWISE if getattr(args, each) != getattr(BenchArguments, each, None)]
+    if otherwise and args.label is None:
+        raise ValueError(f"--label must name what is measured with other {', '.join(otherwise)}, got none.")
     torch.set_num_threads(args.threads)
     return args, torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
@@ -125,16 +117,11 @@ def parse(argv: Optional[list[str]]) -> tuple[BenchArguments, torch.device]:
 # -- a setting -----------------------------------------------------------------------------------------------------
 
 
-def groups_of(setting: Setting, chosen: Optional[Sequence[str]] = None) -> dict[str, dict[str, Build]]:
-    """The methods to measure, by group, each beside those with which it is compared.
-
-    Args:
-        chosen: methods; None: the setting's.
-    """
-    chosen = chosen or setting.methods
+def groups_of(setting: Setting) -> dict[str, dict[str, Build]]:
+    """The methods to measure, by group, each beside those with which it is compared."""
     groups: dict[str, dict[str, Build]] = {}
-    for group in GROUPS if setting.groups is None or chosen is not setting.methods else setting.groups:
-        asked = [name for name in GROUPS[group] if chosen is None or name in chosen]
+    for group in setting.groups or GROUPS:
+        asked = [name for name in GROUPS[group] if setting.methods is None or name in setting.methods]
         needed = {other for name in asked for other in (name, *references_of(name))}
         names = [name for name in GROUPS[group] if name in needed]
         if set(names) - {"lora", "full"} or (group == "learner" and names):
@@ -346,77 +333,52 @@ def settings_to_run(args: BenchArguments, device: torch.device) -> list[str]:
     return [*names, *SPECIAL]
 
 
-def path_of(name: str, args: BenchArguments, device: torch.device) -> Path:
-    """The file of a setting's rows."""
-    kind = "cpu" if name == "import" else device.type
-    otherwise = any(getattr(args, each) != getattr(BenchArguments, each, None) for each in OTHERWISE)
-    selected = args.methods is not None or (otherwise and args.label is None)
-    ends = (args.label, kind, "selected" if selected else None)
-    return Path(args.out) / f"{'-'.join([name, *filter(None, ends)])}.jsonl"
-
-
-def unfinished(path: Path, args: BenchArguments) -> Optional[str]:
-    """Why a setting's file does not count as measured; None where it does.
+def is_measured(path: Path) -> bool:
+    """Whether there are rows in a setting's file, of today's form.
 
     Raises:
         ValueError: a line is no row.
     """
-    if not path.is_file():
-        return "is not there"
     rows = read_rows(path)
-    if not rows:
-        return "is empty"
-    first = rows[0]
-    if (version := first.get("schema_version")) != SCHEMA_VERSION:
-        return f"has schema_version {version}, not {SCHEMA_VERSION}"
-    if (threads := first["device"]["threads"]) != args.threads:
-        return f"was measured with {threads} threads, not {args.threads}"
-    if args.dropout is not None and set(rates := first["setting"]["dropout"].values()) - {args.dropout}:
-        return f"was measured with dropout {', '.join(map(str, rates))}, not {args.dropout}"
-    return None
+    return bool(rows) and rows[0].get("schema_version") == SCHEMA_VERSION
 
 
-def run_setting(name: str, args: BenchArguments, device: torch.device, path: Path) -> None:
-    """Measure one setting."""
-    if name == "import":
-        found = import_rows(args.rounds or IMPORT_ROUNDS)
-        common = common_fields({"name": name}, torch.device("cpu"))
-        run_record.write_lines(path, [{**common, **row} for row in found])
+def run_setting(setting: str, name: str, args: BenchArguments, device: torch.device, path: Path) -> None:
+    """Measure one setting.
+
+    Args:
+        name: of the setting with the label.
+    """
+    if setting == "import":
+        common = common_fields({"name": name}, device)
+        run_record.write_lines(path, ({**common, **row} for row in import_rows(args.rounds or IMPORT_ROUNDS)))
         return
-    if name == "scaling":
+    if setting == "scaling":
         rows: list[Row] = []
-        curves = points(AXES, args.rounds or SCALING_ROUNDS)
+        curves = points(AXES, args.rounds or SCALING_ROUNDS, name=name)
         for work, found in scaling_rows(measure_point, curves, device, args.seed, args.fused):
             rows += [{**common_fields(work.record(), device), **row} for row in found]
         run_record.write_lines(path, rows)
         return
-    setting = SETTINGS[name]
-    if args.groups is not None:
-        setting = replace(setting, groups=tuple(args.groups))
-    if args.label is not None:
-        setting = replace(setting, name=f"{name}-{args.label}")
-    if args.rounds is not None:
-        setting = replace(setting, rounds=args.rounds)
-    if args.dropout is not None:
-        setting = replace(setting, dropout=args.dropout)
-    work = prepare(setting, args.model_name_or_path, device, args.seed, args.fused)
-    print(report(measure_setting(work, groups_of(setting, args.methods), path, args.again)))
+    given = {"groups": args.groups, "rounds": args.rounds, "dropout": args.dropout}
+    changes = {key: value for key, value in given.items() if value is not None}
+    own = replace(SETTINGS[setting], name=name, **changes)
+    work = prepare(own, args.model_name_or_path, device, args.seed, args.fused)
+    print(report(measure_setting(work, groups_of(own), path, args.again)))
 
 
 def main(argv: Optional[list[str]] = None) -> int:
     """Run the script."""
     args, device = parse(argv)
-    for name in settings_to_run(args, device):
-        path = path_of(name, args, device)
-        if not args.again:
-            why = unfinished(path, args)
-            if why is None:
-                print(f"{name}: {path} is there (--again measures anew)")
-                continue
-            if path.is_file():
-                print(f"{name}: {path} {why}")
+    for setting in settings_to_run(args, device):
+        name = "-".join(filter(None, (setting, args.label)))
+        place = torch.device("cpu") if setting == "import" else device
+        path = Path(args.out) / f"{name}-{place.type}.jsonl"
+        if not args.again and is_measured(path):
+            print(f"{name}: {path} is there (--again measures anew)")
+            continue
         print(f"{name}:")
-        run_setting(name, args, device, path)
+        run_setting(setting, name, args, place, path)
         print(f"-> {path}")
     return 0
 

@@ -36,24 +36,27 @@ class Point:
     methods: dict[str, Build]
 
 
-def points(axes: Mapping[str, Sequence[int]], rounds: int = ROUNDS, width: int = WIDTH) -> Iterator[Point]:
+def points(
+    axes: Mapping[str, Sequence[int]], rounds: int = ROUNDS, width: int = WIDTH, name: str = "scaling"
+) -> Iterator[Point]:
     """All points, axis by axis.
 
     Args:
         width: of the model, where that is not the axis.
+        name: of the setting.
     """
     for axis, values in axes.items():
         for value in values:
             at = {"rank": RANK, "tokens": BATCH * TOKENS, "width": width, **{axis: value}}
             config = partial(small_bert, at["width"])
-            setting = Setting("scaling", TOKENS, at["rank"], rounds, batch=at["tokens"] // TOKENS, config=config)
-            methods = {name: METHODS[name] for name in ("lora", "full", "learner_unprimed")}
+            setting = Setting(name, TOKENS, at["rank"], rounds, batch=at["tokens"] // TOKENS, config=config)
+            methods = {method: METHODS[method] for method in ("lora", "full", "learner_unprimed")}
             if axis.endswith("adapters"):
                 active = value if axis == "active_adapters" else 1
                 # Without a new head, of which PEFT has only one active; the rank is that of all that are active.
                 setting = replace(setting, task_type=None, rank=RANK_OF_SEVERAL * active)
                 several = partial(several_adapters, count=value, active=active)
-                methods |= {name: partial(several, name) for name in ("lora", "learner_unprimed")}
+                methods |= {method: partial(several, method) for method in ("lora", "learner_unprimed")}
             yield Point(axis, value, setting, methods)
 
 

@@ -157,7 +157,7 @@ def seconds(table: pd.DataFrame, name: str) -> pd.Series:
 # -- tables --------------------------------------------------------------------------------------------------------
 
 
-def shapes_table(table: pd.DataFrame, cells: pd.Series, methods: Mapping[str, str], ending: str = "") -> pd.DataFrame:
+def shapes_table(cells: pd.Series, methods: Mapping[str, str], ending: str = "") -> pd.DataFrame:
     """Texts of methods, a column per shape of MiniLM.
 
     Args:
@@ -170,14 +170,14 @@ def shapes_table(table: pd.DataFrame, cells: pd.Series, methods: Mapping[str, st
 def learner_table(table: pd.DataFrame, ending: str = "") -> pd.DataFrame:
     """Step time against LoRA, and bytes in the last shape."""
     stored, total = (texts(table, f"bytes_ratios.lora.{kind}") for kind in ("stored", "total"))
-    return shapes_table(table, quartiles(table, "lora"), LEARNER, ending).assign(
+    return shapes_table(quartiles(table, "lora"), LEARNER, ending).assign(
         stored=at(stored, LONG + ending, LEARNER), all=at(total, LONG + ending, LEARNER)
     )
 
 
 def flops_table(table: pd.DataFrame) -> pd.DataFrame:
     """Flops relative to the bound."""
-    return shapes_table(table, texts(table, "flops_to_bound"), FLOPS)
+    return shapes_table(texts(table, "flops_to_bound"), FLOPS)
 
 
 def far_table(table: pd.DataFrame) -> pd.DataFrame:
@@ -213,7 +213,7 @@ def nas_table(table: pd.DataFrame) -> pd.DataFrame:
 
 def inference_table(table: pd.DataFrame, ending: str = "") -> pd.DataFrame:
     """A forward pass against the base model's."""
-    return shapes_table(table, quartiles(table, "inference_base"), INFERENCE, ending)
+    return shapes_table(quartiles(table, "inference_base"), INFERENCE, ending)
 
 
 def methods_table(table: pd.DataFrame, setting: str) -> pd.DataFrame:

@@ -45,7 +45,6 @@ from transformers import (
     PrinterCallback,
     Trainer,
     TrainerCallback,
-    TrainerControl,
     TrainerState,
     TrainingArguments,
     set_seed,
@@ -127,9 +126,7 @@ class Data:
 class Progress(TrainerCallback):
     """Prints a line per epoch."""
 
-    def on_evaluate(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
         if state.global_step % (state.max_steps // EPOCHS) == 0:
             loss = next(log["loss"] for log in reversed(state.log_history) if "loss" in log)
             entry = state.log_history[-1]

@@ -22,10 +22,11 @@ import io
 import os
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Union
 
+import pandas as pd
 import pytest
 
 from peft_learners.registry import methods
@@ -104,13 +105,6 @@ class Mark:
     no: str | None = None
 
 
-@dataclass
-class Cell:
-    tests: set[str] = field(default_factory=set)
-    limits: list[str] = field(default_factory=list)
-    refusals: list[str] = field(default_factory=list)
-
-
 def columns_of(parameters: Mapping[str, Any]) -> list[str]:
     """The tuners that a test's parameters speak of; none: it has no such parameter."""
     value = parameters.get("tuner", parameters.get("run"))
@@ -179,21 +173,11 @@ def collect() -> list[Mark]:
     return collector.marks
 
 
-def cells_of(marks: Iterable[Mark]) -> dict[tuple[str, str], Cell]:
-    """All that is said of a verb and a tuner."""
-    cells: dict[tuple[str, str], Cell] = {}
-    for mark in marks:
-        cell = cells.setdefault((mark.verb, mark.column), Cell())
-        cell.tests.add(mark.test)
-        for texts, text in ((cell.limits, mark.limit), (cell.refusals, mark.no)):
-            if text is not None and text not in texts:
-                texts.append(text)
-    return cells
-
-
 def table(marks: Iterable[Mark]) -> str:
     """The document."""
-    cells, notes, tests = cells_of(marks), [], []  # type: ignore[var-annotated]
+    found = pd.DataFrame(map(vars, marks))
+    notes: list[str] = []
+    tests: list[str] = []
     lines = [INTRODUCTION]
 
     def number(text: str, of: list[str]) -> int:
@@ -201,21 +185,22 @@ def table(marks: Iterable[Mark]) -> str:
             of.append(text)
         return of.index(text) + 1
 
-    def said(cell: Cell | None) -> str:
-        if cell is None:
+    def said(cell: pd.DataFrame) -> str:
+        if cell.empty:
             return "not tested"
-        words = "no" if cell.refusals else "with limits" if cell.limits else "yes"
-        reasons = "".join(f" [{number(text, notes)}]" for text in cell.refusals + cell.limits)
+        refusals, limits = ([*cell[name].dropna().unique()] for name in ("no", "limit"))
+        words = "no" if refusals else "with limits" if limits else "yes"
+        reasons = "".join(f" [{number(text, notes)}]" for text in refusals + limits)
         return f"{words}{':' if reasons else ''}{reasons}"
 
     for group, verbs in VERBS.items():
         lines += [f"## {group}\n", f"| | {' | '.join(COLUMNS)} | tests |", "|---" * (len(COLUMNS) + 2) + "|"]
         for verb in verbs:
-            row = [cells.get((verb, column)) for column in COLUMNS]
-            names = sorted(set().union(*(cell.tests for cell in row if cell is not None)))
-            refs = ", ".join(f"t{number(name, tests)}" for name in names)
+            own = found[found.verb == verb]
+            cells = " | ".join(said(own[own.column == column]) for column in COLUMNS)
+            refs = ", ".join(f"t{number(name, tests)}" for name in sorted({*own.test}))
             code = verb.removesuffix(" (transformers)")
-            lines.append(f"| `{code}` | {' | '.join(map(said, row))} | {refs} |")
+            lines.append(f"| `{code}` | {cells} | {refs} |")
         lines.append("")
     lines += ["## Limits and reasons\n", *(f"{i}. {text}." for i, text in enumerate(notes, start=1)), ""]
     lines += ["## Tests\n", *(f"- t{i}: `tests/{name}`" for i, name in enumerate(tests, start=1)), ""]

@@ -8,9 +8,12 @@ import pytest
 import torch
 import zoo
 
+from scripts.bench import compare
 from scripts.bench import rows as bench_rows
 from scripts.bench import run as bench
 from scripts.glue import run_record
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -18,14 +21,15 @@ def arguments(tmp_path_factory) -> list[str]:
     folder = tmp_path_factory.mktemp("hidden-place") / "tiny-bert"
     zoo.build("bert").save_pretrained(folder)
     fixed = ["--setting", "minilm-16x32-r8", "--model_name_or_path", str(folder), "--device", "cpu"]
-    return [*fixed, "--threads", "1", "--rounds", "1", "--methods", "shira"]
+    return [*fixed, "--threads", "1", "--rounds", "1", "--groups", "peft", "--label", "x"]
 
 
 def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
     bench.main([*arguments, "--out", str(tmp_path), "--dropout", "0.1"])
-    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
+    path = tmp_path / "minilm-16x32-r8-x-cpu.jsonl"
     rows = bench_rows.read_rows(path)
-    assert [row["method"] for row in rows] == ["lora", "full", "shira"]
+    assert [row["method"] for row in rows] == list(bench.GROUPS["peft"])
+    assert rows[0]["setting"]["name"] == "minilm-16x32-r8-x"
     assert rows[0]["setting"]["model"] == "tiny-bert" and "hidden-place" not in path.read_text()
     assert set(rows[0]["setting"]["dropout"].values()) == {0.1}
     date = path.stat().st_mtime_ns
@@ -39,46 +43,44 @@ def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-    "more,name",
+    "more,named",
     [
-        ([], "minilm-16x32-r8-cpu"),
-        (["--label", "x"], "minilm-16x32-r8-x-cpu"),
-        (["--groups", "far"], "minilm-16x32-r8-cpu-selected"),
-        (["--rounds", "1"], "minilm-16x32-r8-cpu-selected"),
-        (["--dropout", "0"], "minilm-16x32-r8-cpu-selected"),
-        (["--threads", "1"], "minilm-16x32-r8-cpu-selected"),
-        (["--threads", "1", "--label", "x"], "minilm-16x32-r8-x-cpu"),
-        (["--methods", "lora", "--label", "x"], "minilm-16x32-r8-x-cpu-selected"),
+        (["--groups", "far"], "--groups"),
+        (["--rounds", "1"], "--rounds"),
+        (["--dropout", "0", "--threads", "1"], "--dropout, --threads"),
     ],
 )
-def test_what_is_measured_otherwise_does_not_pass_for_the_setting_s_own(monkeypatch, more, name):
+def test_what_is_measured_otherwise_needs_a_name_of_its_own(monkeypatch, more, named):
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    args, device = bench.parse(["--setting", "minilm-16x32-r8", "--device", "cpu", *more])
-    assert bench.path_of("minilm-16x32-r8", args, device) == Path(f"results/bench/{name}.jsonl")
+    words = ["--setting", "minilm-16x32-r8", "--device", "cpu", *more]
+    with pytest.raises(ValueError, match=f"--label must name what is measured with other {named}, got none"):
+        bench.parse(words)
+    bench.parse([*words, "--label", "x"])
 
 
-@pytest.mark.parametrize(
-    "first,why",
-    [
-        (None, "is empty"),
-        ({"schema_version": 0}, f"has schema_version 0, not {bench.SCHEMA_VERSION}"),
-        ({"device": {"threads": 7}}, "was measured with 7 threads, not 1"),
-        ({"setting": {"dropout": {"a": 0.1, "b": 0.0}}}, "was measured with dropout 0.1, 0.0, not 0.0"),
-    ],
-)
-def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeypatch, capsys, first, why):
+@pytest.mark.parametrize("rows", [[], [{"schema_version": 0}]], ids=["empty", "older"])
+def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeypatch, rows):
     measured = []
-    monkeypatch.setattr(bench, "run_setting", lambda name, *_: measured.append(name))
-    argv = ["--setting", "minilm-16x32-r8", "--out", str(tmp_path), "--device", "cpu", "--threads", "1"]
-    argv += ["--dropout", "0.0"]
-    path = tmp_path / "minilm-16x32-r8-cpu-selected.jsonl"
-    good = {"schema_version": bench.SCHEMA_VERSION, "device": {"threads": 1}, "setting": {"dropout": {"a": 0.0}}}
-    run_record.write_lines(path, [good])
+    monkeypatch.setattr(bench, "run_setting", lambda *given: measured.append((given[0], given[1], given[-1])))
+    argv = [
+        "--setting",
+        "minilm-16x32-r8",
+        "--out",
+        str(tmp_path),
+        "--device",
+        "cpu",
+        "--threads",
+        "1",
+        "--label",
+        "x",
+    ]
+    path = tmp_path / "minilm-16x32-r8-x-cpu.jsonl"
+    run_record.write_lines(path, [{"schema_version": bench.SCHEMA_VERSION}])
     bench.main(argv)
     assert measured == []
-    run_record.write_lines(path, [] if first is None else [{**good, **first}])
+    run_record.write_lines(path, rows)
     bench.main(argv)
-    assert measured == ["minilm-16x32-r8"] and f"{path} {why}" in capsys.readouterr().out
+    assert measured == [("minilm-16x32-r8", "minilm-16x32-r8-x", path)]
 
 
 def test_a_broken_file_is_named(tmp_path):
@@ -89,8 +91,6 @@ def test_a_broken_file_is_named(tmp_path):
         for read in (lambda: bench_rows.read_rows(tmp_path), lambda: bench.main([*argv, "--threads", "1"])):
             with pytest.raises(ValueError, match=r"x-cpu.jsonl, line 2, .* delete the file, and make it again"):
                 read()
-    path.rename(tmp_path / "minilm-16x32-r8-cpu-selected.jsonl")
-    assert bench_rows.read_rows(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -99,14 +99,13 @@ def test_a_broken_file_is_named(tmp_path):
         (["--setting", "minilm-16x32-r8"], "--model_name_or_path must name the model of the setting minilm-16x32-r8"),
         (["--setting", "bert-large-16x128-r64"], "needs a device of the kind cuda, got cpu"),
         (["--setting", "import", "--rounds", "0"], "--rounds must be at least 1, got 0"),
-        (["--setting", "minilm-16x32-r8", "--methods", "lora", "--groups", "far"], "must not be given together"),
-        (["--setting", "import", "--methods", "lora"], "--setting import must be without --methods"),
+        (["--setting", "import", "--groups", "far"], "--setting import must be without --groups"),
         (["--setting", "scaling", "--groups", "far", "--dropout", "0"], "must be without --groups and --dropout"),
     ],
 )
 def test_arguments_that_can_t_be_right(tmp_path, more, message):
     with pytest.raises(ValueError, match=message):
-        bench.main([*more, "--out", str(tmp_path), "--device", "cpu", "--threads", "1"])
+        bench.main([*more, "--out", str(tmp_path), "--device", "cpu", "--threads", "1", "--label", "x"])
 
 
 def test_more_tokens_than_positions(arguments, tmp_path):
@@ -115,10 +114,38 @@ def test_more_tokens_than_positions(arguments, tmp_path):
 
 
 def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
-    args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1"])
+    args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1", "--label", "x"])
     assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
     args.dropout = 0.0
     assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64"]
     args.dropout, args.model_name_or_path = None, "somewhere"
     assert len(bench.settings_to_run(args, device)) == 9
     assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
+
+
+@pytest.mark.slow
+def test_two_checkouts_packages_are_measured_in_turn(arguments, tmp_path):
+    """The second one's package is this one's under another name, which no commit is of."""
+    (tmp_path / "peft_learners").symlink_to(ROOT / "peft_learners")
+    model = arguments[arguments.index("--model_name_or_path") + 1]
+    words = [str(ROOT), str(tmp_path), "--setting", "minilm-16x32-r8", "--model_name_or_path", model]
+    more = [
+        "--groups",
+        "learner",
+        "inference",
+        "--rounds",
+        "3",
+        "--threads",
+        "1",
+        "--out",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    rows = compare.main([*words, *more])
+    assert rows == run_record.read_lines(tmp_path / "rows.jsonl")
+    assert [row["method"] for row in rows] == [*bench.GROUPS["learner"], *bench.GROUPS["inference"]]
+    for row in rows:
+        assert row["stored"]["before"] == row["stored"]["after"] >= 0
+        assert 0 < row["time_ratio"]["q1"] <= row["time_ratio"]["median"] <= row["time_ratio"]["q3"]
+        assert row["code"] == {"before": run_record.code(), "after": f"{run_record.code()}, package None"}
+    assert rows[0]["time_to_lora"] == {key: {"q1": 1.0, "median": 1.0, "q3": 1.0} for key in ("before", "after")}
+    assert rows[1]["stored"]["before"] > 0 and rows[-1]["time_to_lora"] == {"before": None, "after": None}
