@@ -11,10 +11,10 @@ from typing import Any, Optional, Union
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import SafetensorError
 
 from ..config import PhasedConfig
+from ..registry import methods
 from .readme import (
     CARD,
     CONFIG,
@@ -98,7 +98,7 @@ def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None) -> 
     if base_model is not None and not is_hub_id(base_model):
         raise ValueError(f"`base_model=` must be the id of a model on the Hub (OWNER/NAME), got {base_model!r}.")
     if fault := _fault(folder):
-        *names, last = (cls.display_name or cls.__name__ for cls in _methods())
+        *names, last = (cls.display_name or cls.__name__ for cls in methods().values())
         raise ValueError(f"{folder} must be the folder of a saved {', '.join(names)} or {last} adapter, but {fault}.")
     config: Any = PeftConfig.from_pretrained(str(folder))
     name = base_model or config.base_model_name_or_path
@@ -112,10 +112,6 @@ def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None) -> 
     return Adapter(folder, config, shapes, short_name(name, beside), name if is_hub_id(name, beside) else None)
 
 
-def _methods() -> list[type[PhasedConfig]]:
-    return [cls for cls in PEFT_TYPE_TO_CONFIG_MAPPING.values() if issubclass(cls, PhasedConfig)]
-
-
 def _fault(folder: Path) -> Optional[str]:
     if not folder.is_dir():
         return "it is a file" if folder.exists() else "there is no such folder"
@@ -125,7 +121,7 @@ def _fault(folder: Path) -> Optional[str]:
         kind = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("peft_type")
     except (ValueError, AttributeError):
         return f"its {CONFIG} is damaged"
-    if PEFT_TYPE_TO_CONFIG_MAPPING.get(kind) not in _methods():
+    if str(kind).lower() not in methods():
         return f"it holds an adapter of type {kind}"
     return None if (folder / WEIGHTS).is_file() else f"it holds no {WEIGHTS}"
 
