@@ -244,7 +244,7 @@ def test_readme_names_no_local_folder(tmp_path: Path):
         assert 'from_pretrained("local-base", num_labels=2, ignore_mismatched_sizes=True)' in card.text
 
 
-def test_trainers_push_warns_of_local_base(tmp_path: Path):
+def test_push_warns_of_local_base(tmp_path: Path):
     """And writes nothing: the card of a push is Trainer's own (docs/hub.md)."""
     model, _ = on_local_base(tmp_path)
     run = trainer(model, arguments(tmp_path / "run"))

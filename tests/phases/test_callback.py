@@ -325,7 +325,8 @@ def kept_in(checkpoint: Path) -> dict:
     return json.loads((checkpoint / "trainer_state.json").read_text())["stateful_callbacks"]["PhaseCallback"]
 
 
-def test_checkpoints_keep_the_boundaries_beside_the_log(tmp_path: Path):
+def test_checkpoint_boundaries(tmp_path: Path):
+    """Checkpoints keep the boundaries beside the log."""
     run = trainer(learner(scaling=0.5), arguments(tmp_path, save_strategy="steps", save_steps=3))
     run.train()
     expected = {
@@ -338,7 +339,7 @@ def test_checkpoints_keep_the_boundaries_beside_the_log(tmp_path: Path):
 
 
 @pytest.mark.parametrize("make,callbacks,restored", [(learner, 1, False), (learner, 2, False), (nas, 2, True)])
-def test_a_resumed_run_keeps_its_boundary(tmp_path: Path, make, callbacks, restored):
+def test_resume_keeps_boundary(tmp_path: Path, make, callbacks, restored):
     """With half the batch the boundary would be step 4, or NAS-LoRA's 6. With `restored`, Trainer makes the callbacks
     anew; with two of them, it keeps a list."""
 
@@ -358,7 +359,8 @@ def test_a_resumed_run_keeps_its_boundary(tmp_path: Path, make, callbacks, resto
 
 
 @pytest.mark.parametrize("restored", [False, True], ids=["by-default", "restored"])
-def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path: Path, restored):
+def test_resume_bit_equal(tmp_path: Path, restored):
+    """A resumed run ends bit for bit as the whole one."""
     settings = {"save_strategy": "steps", "save_steps": 1, "restore_callback_states_from_checkpoint": restored}
     whole, again = far(), far()
     trainer(whole, arguments(tmp_path, **settings)).train()
@@ -367,7 +369,8 @@ def test_a_resumed_run_ends_bit_for_bit_as_the_whole_one(tmp_path: Path, restore
     assert all(torch.equal(ours[name], value) for name, value in adapter_values(whole).items())
 
 
-def test_a_checkpoint_that_was_written_without_the_callback_can_be_resumed_with_it(tmp_path: Path):
+def test_resume_from_foreign_checkpoint(tmp_path: Path):
+    """A checkpoint that was written without the callback can be resumed with it."""
     settings = {"save_strategy": "steps", "save_steps": 1}
     trainer(learner(), arguments(tmp_path, **settings), callbacks=[]).train()
     run = trainer(learner(), arguments(tmp_path, **settings))

@@ -53,7 +53,8 @@ def test_a_missing_optimizer_is_named(make):
 
 
 @pytest.mark.parametrize("make", [far, nas])
-def test_no_optimizer_is_needed_behind_the_last_boundary(make):
+def test_optimizer_not_needed(make):
+    """No optimizer is needed behind the last boundary."""
     model = make()
     optimizer = sgd(model)
     model.base_model.set_schedule(total_steps=6, steps_per_epoch=2, optimizer=optimizer)
@@ -65,7 +66,8 @@ def test_no_optimizer_is_needed_behind_the_last_boundary(make):
     assert start.phase in ("reconfigured", "retraining")
 
 
-def test_a_learner_without_an_optimizer_keeps_its_frozen_state():
+def test_learner_without_optimizer():
+    """A Learner without an optimizer keeps its frozen state."""
     model = learner()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     model.base_model.set_schedule(6, 2)
@@ -77,7 +79,8 @@ def test_a_learner_without_an_optimizer_keeps_its_frozen_state():
 
 
 @pytest.mark.parametrize("make", [far, nas, learner])
-def test_an_optimizer_of_other_parameters_is_told(make):
+def test_wrong_optimizer(make):
+    """An optimizer of other parameters is told."""
     model = make()
     wrong = torch.optim.SGD([p for p in model.parameters() if not p.requires_grad], lr=1e-2)
     short = torch.optim.SGD([p for p in model.parameters() if p.requires_grad][1:], lr=1e-2)
@@ -91,7 +94,8 @@ def test_an_optimizer_of_other_parameters_is_told(make):
 
 
 @pytest.mark.parametrize("make", [far, nas, learner, bottleneck])
-def test_the_right_optimizer_and_one_without_a_boundary_ahead_are_not(make):
+def test_right_optimizer(make):
+    """The right optimizer and one without a boundary ahead are not."""
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         model = make()
@@ -103,7 +107,8 @@ def test_the_right_optimizer_and_one_without_a_boundary_ahead_are_not(make):
 # -- its steps --------------------------------------------------------------------------------------------------------
 
 
-def test_only_the_optimizer_that_was_handed_over_is_watched_and_only_in_the_search(monkeypatch):
+def test_hook_on_one_optimizer(monkeypatch):
+    """Only the optimizer that was handed over is watched and only in the search."""
     observers = []  # held, so that they do not go by themselves
     made = NASLoRAModel.observer
     monkeypatch.setattr(NASLoRAModel, "observer", lambda *args: observers.append(made(*args)) or observers[-1])
@@ -122,7 +127,8 @@ def test_only_the_optimizer_that_was_handed_over_is_watched_and_only_in_the_sear
     assert hooks(optimizer) == 0
 
 
-def test_a_second_start_leaves_no_hook_on_the_first_optimizer():
+def test_second_start():
+    """A second start leaves no hook on the first optimizer."""
     model = nas()
     first, second = sgd(model), sgd(model)
     model.base_model.set_schedule(total_steps=4, optimizer=first)
@@ -139,7 +145,8 @@ def test_a_second_start_leaves_no_hook_on_the_first_optimizer():
     assert (hooks(second), hooks(third)) == (0, 1)
 
 
-def test_an_optimizer_keeps_no_model_alive_and_is_copied_without_what_watches_it():
+def test_optimizer_copy():
+    """An optimizer keeps no model alive and is copied without what watches it."""
     model = nas()
     optimizer = sgd(model)
     model.base_model.set_schedule(total_steps=4, optimizer=optimizer)
@@ -156,7 +163,8 @@ def test_an_optimizer_keeps_no_model_alive_and_is_copied_without_what_watches_it
     optimizer.step()
 
 
-def test_a_model_keeps_no_optimizer_alive():
+def test_optimizer_released():
+    """A model keeps no optimizer alive."""
     model = far()
     optimizer = sgd(model)
     model.base_model.set_schedule(6, 2, optimizer=optimizer)
@@ -167,7 +175,7 @@ def test_a_model_keeps_no_optimizer_alive():
 
 
 @pytest.mark.parametrize("make", [far, nas])
-def test_a_restart_takes_the_state_of_the_last_trainings_optimizer_along(make):
+def test_restart_optimizer_state(make):
     """Also after the end: a second training may go on with it, as the same Trainer's does."""
     model = make()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
@@ -194,7 +202,8 @@ def two_processes() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("make", [learner, far])
-def test_a_missing_or_foreign_wrapper_is_named(two_processes, make):
+def test_wrapper_refused(two_processes, make):
+    """A missing or foreign wrapper is named."""
     model, other = make(), nn.Linear(2, 2)
     schedule = {"total_steps": 6, "steps_per_epoch": 2, "optimizer": sgd(model)}
     for wrong in (None, other):
@@ -204,7 +213,8 @@ def test_a_missing_or_foreign_wrapper_is_named(two_processes, make):
 
 
 @pytest.mark.parametrize("around", [lambda ddp: ddp, torch.compile, nn.Sequential], ids=["ddp", "compiled", "inside"])
-def test_ddp_is_rebuilt_wherever_it_is_in_what_was_handed_over(two_processes, around):
+def test_ddp_found(two_processes, around):
+    """DDP is rebuilt wherever it is in what was handed over."""
     model = learner()
     ddp = DistributedDataParallel(model)
     model.base_model.set_schedule(6, 2, optimizer=sgd(model), wrapper=around(ddp))
@@ -215,7 +225,8 @@ def test_ddp_is_rebuilt_wherever_it_is_in_what_was_handed_over(two_processes, ar
     assert ddp.reducer is not reducers[0]
 
 
-def test_a_training_that_has_finished_lets_the_wrapper_go(two_processes):
+def test_wrapper_released(two_processes):
+    """A training that has finished lets the wrapper go."""
     model = learner()
     ddp = DistributedDataParallel(model)
     model.base_model.set_schedule(6, 2, optimizer=sgd(model), wrapper=ddp)

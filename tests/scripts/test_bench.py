@@ -59,7 +59,8 @@ def found(rows) -> dict[str, dict]:
     return {row["method"]: row for row in reversed(rows)}
 
 
-def test_a_row_says_what_was_measured_on_what(path, rows, found):
+def test_row_fields(path, rows, found):
+    """A row says what was measured on what."""
     assert [path.name] == [file.name for file in path.parent.iterdir()]
     places = [(row["group"], row["method"]) for row in rows]
     assert places == [(group, name) for group, names in bench.GROUPS.items() for name in names]
@@ -77,7 +78,8 @@ def test_a_row_says_what_was_measured_on_what(path, rows, found):
     assert found["nas_retrain_structured"]["phase"] == "retraining" and found["inference_lora"]["phase"] == "inference"
 
 
-def test_time_ratios_are_taken_round_by_round_within_the_group(rows):
+def test_paired_ratios(rows):
+    """Time ratios are taken round by round within the group."""
     by_place = {(row["group"], row["method"]): row for row in rows}
     for row in rows:
         parts = ["step"] if row["group"] == "inference" else list(bench_common.TIMES)
@@ -113,7 +115,8 @@ def test_orders_of_rounds_are_balanced(count):
     assert pairs == {(a, b): 2 for a in names for b in names if a != b}
 
 
-def test_the_next_round_has_another_order():
+def test_round_order():
+    """The next round has another order."""
     assert [bench_common.order_of("abcd", number) for number in (0, 1)] == [list("abdc"), list("bcad")]
     assert [bench_common.order_of("abc", number) for number in (0, 1)] == [list("abc"), list("acb")]
 
@@ -149,7 +152,8 @@ class Slow(torch.nn.Module):
         return SimpleNamespace(loss=loss)
 
 
-def test_all_of_a_step_is_timed_and_nothing_else(monkeypatch):
+def test_timed_step(monkeypatch):
+    """All of a step is timed and nothing else."""
     clock = Clock(monkeypatch)
 
     @contextmanager
@@ -190,7 +194,8 @@ def test_inference_takes_no_gradients(monkeypatch):
     assert model.with_gradients == [False, False]
 
 
-def test_saving_and_loading_are_told_apart(monkeypatch):
+def test_save_and_load_times(monkeypatch):
+    """Saving and loading are told apart."""
     clock = Clock(monkeypatch)
     monkeypatch.setattr(bench_common.PeftModel, "from_pretrained", clock.passes(10))
     variant = bench_common.Variant(SimpleNamespace(save_pretrained=clock.passes(1)), None, saves=True)
@@ -201,7 +206,8 @@ def test_saving_and_loading_are_told_apart(monkeypatch):
 # -- flops ---------------------------------------------------------------------------------------------------------
 
 
-def test_products_that_are_added_in_place_are_counted():
+def test_in_place_products():
+    """Products that are added in place are counted."""
     m, k, n, b = 3, 5, 7, 2
     out, batched = torch.zeros(m, n), torch.zeros(b, m, n)
 
@@ -218,7 +224,8 @@ def forward_flops() -> int:
     return 2 * T * WEIGHTS + 2 * BATCH * (D * D + 2 * D)
 
 
-def test_flops_are_those_counted_by_hand(found):
+def test_hand_counted_flops(found):
+    """Flops are those counted by hand."""
     flops = {name: row["flops"] for name, row in found.items()}
     assert flops["inference_base"] == forward_flops()
     assert flops["full"] == 3 * forward_flops()
@@ -251,7 +258,8 @@ def test_attention_is_counted_apart(found):
 
 
 @pytest.mark.parametrize("name,norms_cost", [("llama", True), ("bert", False)])
-def test_the_bound_holds_without_biases_and_with_norms_before_the_first_layers(name, norms_cost):
+def test_flops_bound(name, norms_cost):
+    """The bound holds without biases and with norms before the first layers."""
     entry = zoo.ZOO[name]
     setting = bench_settings.Setting(
         "tiny", TOKENS, R, 1, batch=BATCH, config=lambda: entry.build().config, task_type=entry.task_type
@@ -282,7 +290,8 @@ class Halves(torch.nn.Module):
         return SimpleNamespace(loss=(third[:3] * third[3:]).sum())  # keeps both halves, which lie in that result
 
 
-def test_stored_bytes_of_a_net_by_hand():
+def test_hand_counted_bytes():
+    """Stored bytes of a net by hand."""
     model = Halves()
     variant = bench_common.Variant(model, torch.optim.SGD(model.parameters(), momentum=0.9))
     counted = bench_common.measure_bytes(variant, {"input_ids": torch.rand(6)})
@@ -290,7 +299,8 @@ def test_stored_bytes_of_a_net_by_hand():
     assert counted == {**sizes, "total": 7 * 6 * FLOAT}
 
 
-def test_bytes_ratios_are_own_over_the_reference_s(rows):
+def test_bytes_ratio(rows):
+    """Bytes ratios are own over the reference's."""
     by_place = {(row["group"], row["method"]): row["bytes"] for row in rows}
     for row in rows:
         assert list(row["bytes_ratios"]) == list(row["time_ratios"])
@@ -299,7 +309,8 @@ def test_bytes_ratios_are_own_over_the_reference_s(rows):
             assert ratios == {kind: row["bytes"][kind] / size for kind, size in other.items() if size}
 
 
-def test_far_stores_less_by_the_columns_that_backward_does_not_need(found):
+def test_far_stored_bytes(found):
+    """FAR stores less by the columns that backward does not need."""
     stored = {name: row["bytes"]["stored"] for name, row in found.items()}
     # The second linear layer of an FFN keeps k of the h columns of its input, T rows each.
     columns = LAYERS * T * (H - KEPT_HIDDEN) * FLOAT
@@ -309,7 +320,8 @@ def test_far_stores_less_by_the_columns_that_backward_does_not_need(found):
     assert stored["full"] <= stored["far_priming"] == stored["far_after_output_node"] <= stored["full"] + NORM_SUMS
 
 
-def test_far_s_parameters_gradients_and_optimizer_are_counted(found):
+def test_far_all_bytes(found):
+    """FAR's parameters gradients and optimizer are counted."""
     model = zoo.build("bert")
     total, tensors = sum(p.numel() for p in model.parameters()), len(list(model.parameters()))
     buffers = sum(b.nbytes for b in model.buffers())
@@ -357,7 +369,8 @@ def test_file_sizes_and_seconds(found):
 # -- files, and what can't be measured -----------------------------------------------------------------------------
 
 
-def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
+def test_resumed_setting(path, tmp_path, monkeypatch, rows):
+    """A setting that was cut off goes on."""
     begun = tmp_path / "tiny-cpu.jsonl"
     run_record.write_lines(begun.with_name(f"{begun.name}.part"), [row for row in rows if row["group"] == "learner"])
     measured = []
@@ -376,7 +389,8 @@ def test_a_setting_that_was_cut_off_goes_on(path, tmp_path, monkeypatch, rows):
 
 
 @pytest.mark.parametrize("key,value", [("schema_version", 0), ("code", "abc-dirty"), ("threads", 7), ("name", "Z80")])
-def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsys, rows, key, value):
+def test_foreign_rows(path, tmp_path, monkeypatch, capsys, rows, key, value):
+    """What was begun elsewhere begins anew."""
     begun = tmp_path / "tiny-cpu.jsonl"
     old = [dict(row) for row in rows if row["group"] == "inference"]
     for row in old:
@@ -390,7 +404,8 @@ def test_what_was_begun_elsewhere_begins_anew(path, tmp_path, monkeypatch, capsy
     assert f"is of another {key if key in rows[0] else 'device'}: it begins anew" in capsys.readouterr().out
 
 
-def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
+def test_code_version(rows, monkeypatch):
+    """Code is the commit and whether it has changes."""
     assert {row["code"] for row in rows} == {run_record.code()}
     answers = {"status": " M scripts/bench/run.py\n", "rev-parse": "abc\n"}
 
@@ -409,7 +424,8 @@ def test_code_is_the_commit_and_whether_it_has_changes(rows, monkeypatch):
     assert run_record.code.__wrapped__() is None
 
 
-def test_what_can_t_be_built_has_a_row_that_says_why(tmp_path):
+def test_unbuildable_method(tmp_path):
+    """What can't be built has a row that says why."""
     setting = bench_settings.Setting(
         "tiny", TOKENS, R, 1, batch=BATCH, config=lambda: zoo.llama().config, task_type="CAUSAL_LM"
     )
@@ -422,7 +438,8 @@ def test_what_can_t_be_built_has_a_row_that_says_why(tmp_path):
     assert found["lora"]["settings"]["bias"] == "none" and found["learner_primed"]["flops_to_bound"] >= 1
 
 
-def test_a_method_of_others_may_fail_in_its_first_step():
+def test_failing_peer():
+    """A method of others may fail in its first step."""
     work = bench_settings.prepare(SETTING, None, torch.device("cpu"))
 
     def failing(work):

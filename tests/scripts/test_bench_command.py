@@ -24,7 +24,8 @@ def arguments(tmp_path_factory) -> list[str]:
     return [*fixed, "--threads", "1", "--rounds", "1", "--groups", "peft", "--label", "x"]
 
 
-def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
+def test_finished_setting(arguments, tmp_path, capsys):
+    """A setting whose file is there is skipped."""
     bench.main([*arguments, "--out", str(tmp_path), "--dropout", "0.1"])
     path = tmp_path / "minilm-16x32-r8-x-cpu.jsonl"
     rows = bench_rows.read_rows(path)
@@ -50,7 +51,8 @@ def test_a_setting_whose_file_is_there_is_skipped(arguments, tmp_path, capsys):
         (["--dropout", "0", "--threads", "1"], "--dropout, --threads"),
     ],
 )
-def test_what_is_measured_otherwise_needs_a_name_of_its_own(monkeypatch, more, named):
+def test_label_needed(monkeypatch, more, named):
+    """What is measured otherwise needs a name of its own."""
     monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
     words = ["--setting", "minilm-16x32-r8", "--device", "cpu", *more]
     with pytest.raises(ValueError, match=f"--label must name what is measured with other {named}, got none"):
@@ -59,7 +61,8 @@ def test_what_is_measured_otherwise_needs_a_name_of_its_own(monkeypatch, more, n
 
 
 @pytest.mark.parametrize("rows", [[], [{"schema_version": 0}]], ids=["empty", "older"])
-def test_a_file_that_is_not_what_is_asked_for_is_measured_anew(tmp_path, monkeypatch, rows):
+def test_unfit_file(tmp_path, monkeypatch, rows):
+    """A file that is not what is asked for is measured anew."""
     measured = []
     monkeypatch.setattr(bench, "run_setting", lambda *given: measured.append((given[0], given[1], given[-1])))
     argv = [
@@ -103,7 +106,8 @@ def test_a_broken_file_is_named(tmp_path):
         (["--setting", "scaling", "--groups", "far", "--dropout", "0"], "must be without --groups and --dropout"),
     ],
 )
-def test_arguments_that_can_t_be_right(tmp_path, more, message):
+def test_wrong_arguments(tmp_path, more, message):
+    """Arguments that can't be right."""
     with pytest.raises(ValueError, match=message):
         bench.main([*more, "--out", str(tmp_path), "--device", "cpu", "--threads", "1", "--label", "x"])
 
@@ -113,7 +117,8 @@ def test_more_tokens_than_positions(arguments, tmp_path):
         bench.main(["--setting", "minilm-16x128-r8", *arguments[2:], "--out", str(tmp_path)])
 
 
-def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
+def test_missing_device():
+    """All leaves out what the device or the model is missing for."""
     args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1", "--label", "x"])
     assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
     args.dropout = 0.0
@@ -124,7 +129,7 @@ def test_all_leaves_out_what_the_device_or_the_model_is_missing_for():
 
 
 @pytest.mark.slow
-def test_two_checkouts_packages_are_measured_in_turn(arguments, tmp_path):
+def test_compare(arguments, tmp_path):
     """The second one's package is this one's under another name, which no commit is of."""
     (tmp_path / "peft_learners").symlink_to(ROOT / "peft_learners")
     model = arguments[arguments.index("--model_name_or_path") + 1]

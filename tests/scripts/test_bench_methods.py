@@ -79,7 +79,8 @@ def test_every_method_has_a_group():
         assert wanted - {*names} == ({"lora"} if group == "far" else set())  # there, full is compared with itself
 
 
-def test_what_is_compared_trains_the_same(all_trained):
+def test_same_trained(all_trained):
+    """What is compared trains the same."""
     trained = {name: entry["trained"] for name, entry in all_trained.items()}
     low_rank = R * ALL_SIZES + ALL_BIASES + HEAD
     assert trained["lora"] == trained["learner_unprimed_no_norms"] == low_rank
@@ -138,7 +139,8 @@ def test_gradients_and_optimizer(all_trained):
     assert HEAD_TENSORS < steps <= 2 * LINEARS + BIASED + HEAD_TENSORS
 
 
-def test_adalora_s_averages_are_counted_and_a_mask_is_applied_after_each_step(work):
+def test_adalora_masks(work):
+    """AdaLoRA's averages are counted and a mask is applied after each step."""
     variants = build(work, "adalora")
     adalora = variants["adalora"]
     before = bench_common.measure_bytes(adalora, work.rows)["optimizer"]
@@ -174,7 +176,8 @@ def test_shira_s_positions_are_parameters(all_trained):
         *((name, 0) for name in ("lora", "full", "learner_unprimed", "inference_learner", "freeze_ffns")),
     ],
 )
-def test_steps_have_their_driver_s_work(work, monkeypatch, name, calls):
+def test_driver_work(work, monkeypatch, name, calls):
+    """Steps have their driver's work."""
     seen = []
     for tuner in (LearnerModel, FARModel, NASLoRAModel, AdaLoraModel):
         original = tuner.update_and_allocate
@@ -190,7 +193,8 @@ def test_steps_have_their_driver_s_work(work, monkeypatch, name, calls):
     assert len(seen) == calls
 
 
-def test_inference_is_of_what_its_name_says(work):
+def test_inference_methods(work):
+    """Inference is of what its name says."""
     names = ("inference_learner", "inference_learner_unprimed", "inference_learner_merged")
     variants = build(work, "inference_base", "inference_lora", *names)
     merged, primed, flops = {}, {}, {}
@@ -213,7 +217,8 @@ def linears_of(model: torch.nn.Module, kind: type) -> set[str]:
     }
 
 
-def test_loras_are_on_the_layers_of_their_peers(work):
+def test_lora_targets(work):
+    """LoRAs are on the layers of their peers."""
     variants = build(work, "lora", "lora_mam", "nas_retrain_unstructured")
     assert linears_of(variants["lora"].model, LoraLayer) == set(bench_methods.linear_layers(work))
     assert len(bench_methods.linear_layers(work)) == zoo.ZOO["bert"].linears
@@ -223,7 +228,7 @@ def test_loras_are_on_the_layers_of_their_peers(work):
 
 
 @pytest.mark.parametrize("name", ["distilbert", "roberta"])
-def test_other_heads_train_whole_in_all_methods(name):
+def test_heads(name):
     """DistilBERT's is of two linear layers, and the name of one ends in that of the other."""
     entry = zoo.ZOO[name]
     setting = bench_settings.Setting("tiny", TOKENS, R, 1, batch=BATCH, config=lambda: entry.build().config)
@@ -250,7 +255,8 @@ def hooks_in_rounds(work, variants: dict[str, bench_common.Variant]) -> dict[str
     return seen
 
 
-def test_only_the_search_gathers_and_only_for_itself(work, monkeypatch):
+def test_search_gathers(work, monkeypatch):
+    """Only the search gathers and only for itself."""
     calls: Counter[int] = Counter()
     gather = Gatherer.__call__
 
@@ -270,7 +276,8 @@ def test_only_the_search_gathers_and_only_for_itself(work, monkeypatch):
     assert all(seen == [0] * STEPS for seen in retraining.values())
 
 
-def test_the_search_and_its_reference_differ_in_importance_alone(work):
+def test_search_reference(work):
+    """The search and its reference differ in importance alone."""
     for space in ("", "_s_mam", "_u_bitfit"):
         names = [f"nas_plain{space}", f"nas_search{space}"]
         variants = build(work, *names)

@@ -50,7 +50,8 @@ def found(rows: list[dict], device: str = "cpu") -> dict[tuple[str, str], tuple]
     return {(name, setting): tuple(rest) for name, setting, *rest in findings}
 
 
-def test_each_target_is_held_against_its_rows():
+def test_targets():
+    """Each target is held against its rows."""
     rows = [
         row("minilm-16x128-r64", "learner_primed", 0.87),
         row("minilm-16x32-r64", "learner_primed", 0.871),
@@ -117,7 +118,8 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
         bench_tables.main([str(tmp_path / "elsewhere")])
 
 
-def test_every_method_of_the_tables_is_measured():
+def test_methods_measured():
+    """Every method of the tables is measured."""
     assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
     assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
     for _, _, settings, method, _ in bench_tables.TARGETS:
@@ -128,7 +130,8 @@ def test_every_method_of_the_tables_is_measured():
 # -- imports and curves --------------------------------------------------------------------------------------------
 
 
-def test_imports_are_timed_in_processes_of_their_own_with_compiled_modules(tmp_path, monkeypatch):
+def test_import_times(tmp_path, monkeypatch):
+    """Imports are timed in processes of their own with compiled modules."""
     note = "from pathlib import Path\nnote = Path(__file__).with_suffix('.txt').open('a')\n"
     note += "note.write(str(Path(__cached__).exists()))\nnote.close()"
     (tmp_path / "slow_module.py").write_text("import time; time.sleep(0.2)")
@@ -166,7 +169,8 @@ def test_curves():
 # -- pages ---------------------------------------------------------------------------------------------------------
 
 
-def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
+def test_page_markers(tmp_path: Path):
+    """Pages get the tables that their markers name."""
     rows = [row("minilm-16x128-r64", "lora"), row("minilm-16x128-r64-kept-heap", "learner_primed", 0.77)]
     rows += [
         row("scaling", "learner_unprimed", 0.5, axis="rank", value=8),
@@ -192,7 +196,8 @@ def test_pages_get_the_tables_that_their_markers_name(tmp_path: Path):
         pages.spliced("<!-- bench:no-such -->\n<!-- bench:end -->", "bench", lines_of)
 
 
-def test_what_the_environment_tells_the_allocator_stands_in_the_rows(monkeypatch):
+def test_allocator_environment(monkeypatch):
+    """What the environment tells the allocator stands in the rows."""
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "123")
     assert (
         bench.common_fields({"name": "x"}, torch.device("cpu"))["setting"]["allocator"]["MALLOC_TRIM_THRESHOLD_"]

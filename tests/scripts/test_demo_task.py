@@ -50,7 +50,8 @@ def test_balanced(split):
 
 
 @pytest.mark.parametrize("split", ["train", "dev"])
-def test_a_pair_is_two_orders_of_the_same_words(split):
+def test_pairs(split):
+    """A pair is two orders of the same words."""
     pairs: dict[int, list[demo_task.Sentence]] = {}
     for sentence in demo_task.load(split):
         pairs.setdefault(sentence.pair, []).append(sentence)

@@ -71,7 +71,8 @@ def test_equal_to_the_official_code(task, official):
 
 
 @pytest.mark.parametrize("task", list(glue_metrics.METRIC_NAMES))
-def test_offline_metric_is_local_and_immediate(task, monkeypatch):
+def test_offline(task, monkeypatch):
+    """Offline metric is local and immediate."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     metric, source = glue_metrics.load_metric(task)
     assert source == "scikit-learn/scipy"

@@ -70,7 +70,8 @@ def total(model: torch.nn.Module) -> int:
         ("bitfit", 643_586, BIASES + NORM_BIASES + HEAD),
     ],
 )
-def test_what_trains_in_place_on_distilbert(method, count, parts):
+def test_in_place_counts(method, count, parts):
+    """What trains in place on DistilBERT."""
     model = METHODS[method](distilbert(), MethodArguments())
     assert trained(model) == count == parts
     assert total(model) == ALL
@@ -80,19 +81,21 @@ def test_what_trains_in_place_on_distilbert(method, count, parts):
     "mode,count,of,adapters",
     [("sequential", 5_341_442, 71_685_890, SEQUENTIAL), ("parallel", 5_336_834, 71_681_282, PARALLEL)],
 )
-def test_bottleneck_adapters_on_distilbert_have_the_paper_s_widths(mode, count, of, adapters):
+def test_bottleneck_counts(mode, count, of, adapters):
+    """Bottleneck adapters on DistilBERT have the paper's widths."""
     model = METHODS["bottleneck"](distilbert(), MethodArguments(mode=mode))
     assert trained(model) == count == adapters + NORMS + HEAD
     assert of == ALL + adapters
     assert total(model) == of + NORMS + HEAD  # which train beside the pretrained ones
 
 
-def test_prompt_tuning_on_distilbert_trains_the_prompt_and_the_head():
+def test_prompt_counts():
+    """Prompt tuning on DistilBERT trains the prompt and the head."""
     model = METHODS["prompt_tuning"](distilbert(), MethodArguments())
     assert trained(model) == 607_490 == 20 * 768 + HEAD
 
 
-def test_lora_and_mam_train_the_whole_head_of_distilbert():
+def test_lora_mam_heads():
     """Per block: q, k, v, out of 768 x 768, two linear layers of 768 x 3,072; MaM leaves v out and takes biases."""
     sizes = 4 * (768 + 768) + 2 * (768 + 3072)
     biases = 6 * (4 * 768 + 3072 + 768 + 2 * 768) + 768  # norms' too, and the embeddings'
@@ -100,7 +103,8 @@ def test_lora_and_mam_train_the_whole_head_of_distilbert():
     assert trained(METHODS["mam"](distilbert(), MethodArguments(r=8))) == 6 * 8 * (sizes - 2 * 768) + biases + HEAD
 
 
-def test_mam_on_roberta_large_has_the_paper_s_count_beside_the_head():
+def test_mam_roberta_count():
+    """MAM on RoBERTa-large has the paper's count beside the head."""
     config = RobertaConfig(
         hidden_size=1024,
         num_hidden_layers=24,
@@ -121,14 +125,16 @@ def test_mam_on_roberta_large_has_the_paper_s_count_beside_the_head():
         ("adalora", 1_919_810, 96 * SIZES // 6 + 96 * 6 + HEAD),  # one and a half times the rank; a scale per rank
     ],
 )
-def test_peft_s_adapters_on_a_block_of_distilbert(method, count, parts):
+def test_peft_block_counts(method, count, parts):
     """Not without memory, where SHiRA can't draw, and AdaLoRA's constants seem to train."""
     config = DistilBertConfig(n_layers=1, vocab_size=8)
     model = METHODS[method](DistilBertForSequenceClassification(config), MethodArguments(r=64))
     assert trained(model) == count == parts
 
 
-def test_the_seed_draws_shira_s_positions():
+def test_shira_seed():
+    """The seed draws SHiRA's positions."""
+
     def positions(seed: int) -> torch.Tensor:
         torch.manual_seed(seed)
         model = METHODS["shira"](tiny_bert(), MethodArguments(r=4))
@@ -152,7 +158,8 @@ def tiny_bert() -> BertForSequenceClassification:
     return BertForSequenceClassification(config)
 
 
-def test_freeze_ffns_on_bert_leaves_embeddings_ffns_and_the_pooler_s_weight():
+def test_freeze_ffns_bert():
+    """Freeze FFNs on BERT leaves embeddings FFNs and the pooler's weight."""
     model = METHODS["freeze_ffns"](tiny_bert(), MethodArguments())
     block, attention = "bert.encoder.layer.0", "bert.encoder.layer.0.attention"
     projections = [f"{attention}.self.{name}" for name in ("query", "key", "value")] + [f"{attention}.output.dense"]
@@ -173,7 +180,7 @@ SMALL = {
 }
 
 
-def test_bitfit_trains_biases_that_are_no_layer_s():
+def test_bitfit_bare_biases():
     """DeBERTa's queries and values have theirs in the attention itself; beside them output, FFN, norms, embeddings."""
     model = METHODS["bitfit"](DebertaForSequenceClassification(DebertaConfig(**SMALL)), MethodArguments())
     backbone = {name: p.numel() for name, p in model.deberta.named_parameters() if p.requires_grad}
@@ -182,7 +189,8 @@ def test_bitfit_trains_biases_that_are_no_layer_s():
     assert sum(backbone.values()) == 2 * 16 + (16 + 32 + 16) + 2 * 16 + 16
 
 
-def test_bitfit_needs_biases_and_mam_the_names_it_knows():
+def test_bitfit_mam_refused():
+    """BitFit needs biases and MAM the names it knows."""
     llama = LlamaForSequenceClassification(LlamaConfig(**SMALL))
     with pytest.raises(ValueError, match="bitfit trains biases, and the backbone of LlamaForSequenceClassification"):
         METHODS["bitfit"](llama, MethodArguments())
@@ -201,7 +209,8 @@ def test_freeze_ffns_needs_an_attention():
 @pytest.mark.parametrize(
     "name,head", [("distilbert", 16 * 16 + 16 + 34), ("roberta", 16 * 16 + 16 + 34), ("bert", 34)]
 )
-def test_the_head_trains_whole_and_nothing_else_in_it(method, name, head):
+def test_head_whole(method, name, head):
+    """The head trains whole and nothing else in it."""
     small = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
     base: torch.nn.Module = {
         "distilbert": lambda: DistilBertForSequenceClassification(
@@ -257,7 +266,8 @@ def whole(request, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("whole", NEW, indirect=True)
-def test_a_run_trains_its_parameters_and_goes_on_exactly_after_it_was_cut_off(whole, tmp_path):
+def test_cut_off_run(whole, tmp_path):
+    """A run trains its parameters and goes on exactly after it was cut off."""
     method, run, results, folder = whole
     assert results["parameters"]["trained_first_phase"] == results["parameters"]["trained_last_phase"] == TINY[method]
     if method != "freeze_ffns":  # of which the whole model is saved
@@ -282,7 +292,8 @@ def test_a_run_trains_its_parameters_and_goes_on_exactly_after_it_was_cut_off(wh
         assert saved.keys() == again.keys() and all(torch.equal(value, again[key]) for key, value in saved.items())
 
 
-def test_freeze_ffns_changes_what_it_trains_and_nothing_else(arguments, tmp_path):
+def test_freeze_ffns_moves(arguments, tmp_path):
+    """Freeze FFNs changes what it trains and nothing else."""
     train_glue.main(arguments(method="freeze_ffns", save_strategy="steps", save_steps=1))
     first, last = (load_file(tmp_path / "run" / name / "model.safetensors") for name in ("checkpoint-5", "model"))
     moved = {name for name, value in last.items() if not torch.equal(value, first[name])}
@@ -301,7 +312,8 @@ def test_virtual_tokens_take_up_positions(arguments):
 
 
 @pytest.mark.parametrize("whole", ["adalora"], indirect=True)
-def test_adalora_ends_with_the_mean_rank_and_saves_no_other(whole, model_dir, data_dir):
+def test_adalora_ranks(whole, model_dir, data_dir):
+    """AdaLoRA ends with the mean rank and saves no other."""
     from peft import PeftModel
 
     *_, folder = whole
@@ -335,7 +347,8 @@ def test_adalora_needs_two_steps(arguments):
         train_glue.main(arguments(method="adalora", max_steps=1))
 
 
-def test_adalora_masks_once_in_two_steps(arguments, tmp_path):
+def test_adalora_mask_steps(arguments, tmp_path):
+    """AdaLoRA masks once in two steps."""
     train_glue.main(arguments(method="adalora", max_steps=2))
     found = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert sum(len(value) for key, value in found.items() if "lora_E" in key) == 7 * 4

@@ -46,7 +46,8 @@ def read(*folders: Path) -> plot_architecture.Table:
     return plot_architecture.average({f.name: plot_architecture.read_architecture(f) for f in folders})
 
 
-def test_names_are_split_at_the_block():
+def test_split_names():
+    """Names are split at the block."""
     assert plot_architecture.split_name("bert.encoder.layer.10.output.dense") == (
         "bert.encoder.layer.10",
         "output.dense",
@@ -196,7 +197,8 @@ def trained(tmp_path_factory) -> Iterator[list[Path]]:
     yield folders
 
 
-def test_picture_and_table_of_trained_adapters(tmp_path, trained, capsys):
+def test_trained_adapters(tmp_path, trained, capsys):
+    """Picture and table of trained adapters."""
     out, written = tmp_path / "new" / "heatmap.png", tmp_path / "new" / "table.json"
     plot_architecture.main([*map(str, trained), "--out", str(out), "--json", str(written)])
     assert capsys.readouterr().out == f"-> {out}\n-> {written}\n"
@@ -226,7 +228,8 @@ def test_picture_of_other_search_spaces(tmp_path, settings):
     assert imread(tmp_path / "a.png").std() > 0
 
 
-def test_an_adapter_in_its_search_is_refused(tmp_path):
+def test_searching_refused(tmp_path):
+    """An adapter in its search is refused."""
     saved(tmp_path / "one", past_search=False)
     with pytest.raises(ValueError, match=r"was saved in its search \(0 of rounds=1 over\)"):
         read(tmp_path / "one")
@@ -244,7 +247,8 @@ def test_other_folders_are_refused(tmp_path):
             read(tmp_path)
 
 
-def test_adapters_of_other_spaces_on_disk_are_refused(tmp_path):
+def test_other_spaces_refused(tmp_path):
+    """Adapters of other spaces on disk are refused."""
     saved(tmp_path / "a")
     for name, settings, said in (
         ("ranks", {"r": 2}, "has 128 parameters in that of a and 64 parameters in that of ranks"),

@@ -40,7 +40,8 @@ def held(model: torch.nn.Module, layer: str) -> list[int]:
     return model.base_model.model.get_submodule(layer).far_kept["default"].tolist()
 
 
-def test_hidden_units_are_read_once_per_ffn(tmp_path):
+def test_hidden_units(tmp_path):
+    """Hidden units are read once per FFN."""
     model = saved(tmp_path)
     kept = plot_nodes.read_kept(tmp_path)
     assert list(kept) == OUTPUTS
@@ -49,7 +50,8 @@ def test_hidden_units_are_read_once_per_ffn(tmp_path):
         assert indices == held(model, layer) == held(model, layer.replace("output", "intermediate"))
 
 
-def test_output_nodes_are_read_of_each_layer(tmp_path):
+def test_output_nodes(tmp_path):
+    """Output nodes are read of each layer."""
     model = saved(tmp_path, granularity="output_node")
     kept = plot_nodes.read_kept(tmp_path)
     assert list(kept) == [INPUTS[0], OUTPUTS[0], INPUTS[1], OUTPUTS[1]]
@@ -85,12 +87,14 @@ def test_discarded_nodes_need_a_width(tmp_path):
         plot_nodes.main([str(tmp_path), "--width", "output.dense="])
 
 
-def test_the_file_is_believed_before_the_width(tmp_path):
+def test_file_over_width(tmp_path):
+    """The file is believed before the width."""
     saved(tmp_path)
     assert {width for _, width in plot_nodes.read_kept(tmp_path, {"": 99}).values()} == {32}
 
 
-def test_an_adapter_in_priming_has_no_nodes(tmp_path):
+def test_priming_refused(tmp_path):
+    """An adapter in priming has no nodes."""
     saved(tmp_path, past_boundary=False)
     with pytest.raises(ValueError, match="saved before its nodes were selected"):
         plot_nodes.read_kept(tmp_path)

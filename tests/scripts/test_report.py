@@ -38,7 +38,8 @@ def draw_all(found: Results) -> list[str]:
     return names
 
 
-def test_convergence_is_the_mean_over_the_seeds_by_epoch(drawn):
+def test_convergence(drawn):
+    """Convergence is the mean over the seeds by epoch."""
     found = scored({paper("rte", "full"): 60.0, paper("rte", "full", 1): 64.0, paper("rte", "lora8"): 50.0})
     assert draw_all(found) == ["scores", "convergence-paper"]
     score, loss = drawn["sweep-convergence-paper.png"].axes
@@ -48,7 +49,8 @@ def test_convergence_is_the_mean_over_the_seeds_by_epoch(drawn):
     assert drawn["sweep-convergence-paper.png"]._suptitle.get_text().endswith("(2 seeds)")
 
 
-def test_scores_stand_at_what_is_trained_in_the_last_phase(drawn):
+def test_score_positions(drawn):
+    """Scores stand at what is trained in the last phase."""
     tuned = grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0})
     found = Results({**scored({paper("rte", "full"): 60.0, paper("rte", "full", 1): 64.0}).records, **tuned})
     draw_all(found)
@@ -59,7 +61,7 @@ def test_scores_stand_at_what_is_trained_in_the_last_phase(drawn):
     assert list(panels[0].lines[0].get_xdata()) == [6_000_000, 2_000_000]
 
 
-def test_the_nas_panel_has_medians_without_errors(drawn):
+def test_nas_panel(drawn):
     """Of 60, 70 and 62 the median is 62, the mean 64."""
     found = {Run("nas", "rte", "bitfit", 3e-3, seed): value for seed, value in enumerate((60.0, 70.0, 62.0))}
     found |= {paper("rte", "full", seed): value for seed, value in enumerate((60.0, 64.0))}
@@ -74,13 +76,15 @@ def test_the_nas_panel_has_medians_without_errors(drawn):
     assert float(curves.axes[0].lines[0].get_ydata()[-1]) == pytest.approx(62.0)
 
 
-def test_a_panel_counts_the_seeds_of_its_averages(drawn):
+def test_panel_seeds(drawn):
+    """A panel counts the seeds of its averages."""
     draw_all(scored({paper("rte", "full"): 60.0, paper("rte", "full", 1): 64.0, paper("mrpc", "full"): 80.0}))
     (panel,) = drawn["sweep-scores.png"].axes
     assert panel.get_title().endswith("\nRTE and MRPC (1 seed)") and not panel.containers[0].has_yerr
 
 
-def test_tasks_whose_methods_share_no_seed_give_no_panel(drawn):
+def test_no_shared_seed(drawn):
+    """Tasks whose methods share no seed give no panel."""
     assert draw_all(scored({paper("rte", "full", 0): 60.0, paper("mrpc", "full", 1): 60.0})) == ["convergence-paper"]
 
 
@@ -101,7 +105,7 @@ def searched(task: str, seed: int, *kept: int, variant: str = "u_bitfit18") -> t
     return run, record(run, *[60.0] * len(METRICS[task]), architecture=about)
 
 
-def test_learned_architectures_are_means_over_tasks_and_seeds(drawn):
+def test_mean_architectures(drawn):
     """Of 8 parameters 2, 8 and 5 in the first block: 15 / 24; 6, 0 and 3 in the second: 9 / 24."""
     runs = [searched("rte", 0, 2, 6), searched("rte", 1, 8, 0), searched("mrpc", 0, 5, 3)]
     without = Run("nas", "rte", "s_mam100", 1e-3, 0)  # a record that is older than this field
@@ -113,7 +117,8 @@ def test_learned_architectures_are_means_over_tasks_and_seeds(drawn):
     assert title.startswith("U-BitFit, 18 % of the biases on RTE and MRPC (3 runs)\n") and "of 16 parameters" in title
 
 
-def test_no_two_variants_are_drawn_alike():
+def test_distinct_styles():
+    """No two variants are drawn alike."""
     styles = [tuple(report_pictures.style_of(name).values()) for name in VARIANTS]
     assert len(set(styles)) == len(styles)
 
@@ -138,7 +143,8 @@ def write_runs(folder: Path, found: dict[Run, dict[str, Any]]) -> None:
         run_record.write_lines(path, ({**rows, run.name: {"run": run.name, **own}}).values())
 
 
-def test_records_of_other_settings_than_their_names_say_are_refused(tmp_path):
+def test_foreign_records(tmp_path):
+    """Records of other settings than their names say are refused."""
     write_runs(tmp_path, {paper("rte", "full", 4): record(paper("rte", "full"), 60.0)})
     with pytest.raises(ValueError, match="seed 0 there, 4 here"):
         Results.read(tmp_path)
@@ -162,7 +168,8 @@ def command(folder: Path, *more: str) -> list[str]:
     return ["--results", str(folder / "results"), "--pages", str(folder / "docs/page.md"), *more]
 
 
-def test_one_command_writes_the_tables_and_draws_the_pictures(folder, capsys):
+def test_one_command(folder, capsys):
+    """One command writes the tables and draws the pictures."""
     report.main(command(folder))
     said, text = capsys.readouterr().out, (folder / "docs/page.md").read_text()
     assert text.startswith("before\n") and text.count("between") == 5 and "old" not in text.split()
@@ -176,7 +183,8 @@ def test_one_command_writes_the_tables_and_draws_the_pictures(folder, capsys):
     assert (folder / "docs/page.md").read_text() == text
 
 
-def test_a_page_or_picture_that_is_not_up_to_date_is_told(folder):
+def test_check_tells(folder):
+    """A page or picture that is not up to date is told."""
     with pytest.raises(SystemExit, match=r"Not up to date: page\.md, .*Run: python -m scripts\.docs\.report"):
         report.main(command(folder, "--check"))
     report.main(command(folder))
@@ -193,7 +201,8 @@ def test_a_page_or_picture_that_is_not_up_to_date_is_told(folder):
         report.main(command(folder, "--check"))
 
 
-def test_a_picture_drawn_from_other_numbers_is_not_up_to_date_and_it_alone_is_drawn_again(folder, capsys):
+def test_stale_picture(folder, capsys):
+    """A picture drawn from other numbers is not up to date and it alone is drawn again."""
     report.main(command(folder))
     run = paper("rte", "full")
     found = record(run, 61.4)
@@ -209,7 +218,8 @@ def test_a_picture_drawn_from_other_numbers_is_not_up_to_date_and_it_alone_is_dr
     assert capsys.readouterr().out == ""
 
 
-def test_a_file_that_is_no_whole_picture_or_another_one_is_not_up_to_date(folder):
+def test_damaged_picture(folder):
+    """A file that is no whole picture or another one is not up to date."""
     report.main(command(folder))
     scores, other = (folder / f"results/figures/sweep-{name}.png" for name in ("scores", "convergence-paper"))
     whole = scores.read_bytes()
@@ -223,7 +233,8 @@ def test_a_file_that_is_no_whole_picture_or_another_one_is_not_up_to_date(folder
     report.main(command(folder, "--check"))
 
 
-def test_learned_architectures_of_the_sweep_stand_beside_the_others(folder):
+def test_sweep_architectures(folder):
+    """Learned architectures of the sweep stand beside the others."""
     run, found = searched("rte", 0, 2, 6)
     write_runs(folder / "results/sweep", {run: found})
     report.main(command(folder))
@@ -233,7 +244,7 @@ def test_learned_architectures_of_the_sweep_stand_beside_the_others(folder):
     report.main(command(folder, "--check"))
 
 
-def test_a_folder_says_what_all_its_runs_have_in_common(folder):
+def test_common_settings(folder):
     """A sweep on fewer rows: its files are what their names say, and the page names the size."""
     sweep = folder / "results/sweep"
     for run in (paper("rte", "full"), paper("rte", "lora64")):
@@ -250,7 +261,8 @@ def test_a_folder_says_what_all_its_runs_have_in_common(folder):
     report.main(command(folder, "--check"))
 
 
-def test_a_run_that_was_added_makes_the_page_stale(folder):
+def test_added_run(folder):
+    """A run that was added makes the page stale."""
     report.main(command(folder))
     run = paper("rte", "full", 1)
     write_runs(folder / "results/sweep", {run: record(run, 70.0)})
@@ -271,7 +283,8 @@ def test_papers_numbers_must_be_there(folder):
         report.main(command(folder))
 
 
-def test_splicing_fills_each_marker_and_leaves_the_rest():
+def test_splicing():
+    """Splicing fills each marker and leaves the rest."""
     text = "a\n<!-- x:one -->\nold\n<!-- x:end -->\nb <!-- y:one -->\nkept\n<!-- y:end -->\n"
     text += "<!-- x:two -->\n<!-- x:end -->"
     new = pages.spliced(text, "x", lambda name: [f"| {name} |"])
@@ -291,12 +304,14 @@ def test_splicing_fills_each_marker_and_leaves_the_rest():
         "<!-- x:one -->\n<!-- x:end -->\n<!-- x:two -->\n",
     ],
 )
-def test_a_marker_without_an_end_is_refused(text):
+def test_open_marker(text):
+    """A marker without an end is refused."""
     with pytest.raises(ValueError, match="must have its <!-- x:end -->"):
         pages.spliced(text, "x", lambda name: [])
 
 
-def test_the_committed_pages_are_those_of_the_committed_files():
+def test_committed_pages():
+    """The committed pages are those of the committed files."""
     assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") > 10
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])

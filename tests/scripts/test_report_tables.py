@@ -23,13 +23,15 @@ def text(*values: float, signed: bool = False, medians: bool = False) -> str:
     return number(pd.Series(values, dtype=float), medians, signed)
 
 
-def test_standard_error_is_that_of_the_mean_with_one_degree_of_freedom_less():
+def test_standard_error():
+    """Standard error is that of the mean with one degree of freedom less."""
     # mean (70 + 72 + 77) / 3 = 73; squares 9 + 1 + 16 = 26; sd = sqrt(26 / 2) = 3.60555; / sqrt(3) = 2.08167
     assert text(70.0, 72.0, 77.0) == "73.0 ± 2.1 (3 seeds)"
     assert short_number(pd.Series([70.0, 72.0, 77.0])) == "73.0 ± 2.1 (3)"
 
 
-def test_differences_are_paired_over_the_seeds_that_both_have():
+def test_paired_differences():
+    """Differences are paired over the seeds that both have."""
     ours, theirs = {0: 70.0, 1: 72.0, 2: 77.0, 9: 99.0}, {2: 75.0, 1: 73.0, 0: 69.0, 5: 1.0}
     runs = {paper("rte", "bitfit", seed): value for seed, value in ours.items()}
     runs |= {paper("rte", "full", seed): value for seed, value in theirs.items()}
@@ -39,7 +41,8 @@ def test_differences_are_paired_over_the_seeds_that_both_have():
     assert "| +0.7 ± 0.9 (3 seeds), tie | – |" in row  # noqa: RUF001
 
 
-def test_a_tie_is_a_difference_smaller_than_its_error():
+def test_tie():
+    """A tie is a difference smaller than its error."""
     # 1, 1, 2: mean 4/3; squares (1 + 1 + 4) / 9; sd = sqrt(1/3) = 0.57735; / sqrt(3) = 1/3
     assert text(1.0, 1.0, 2.0, signed=True) == "+1.3 ± 0.3 (3 seeds)"
     assert text(-1.0, -1.0, -2.0, signed=True) == "-1.3 ± 0.3 (3 seeds)"
@@ -50,13 +53,15 @@ def test_a_tie_is_a_difference_smaller_than_its_error():
     assert text(0.0, 0.0, signed=True) == "+0.0 ± 0.0 (2 seeds), tie"
 
 
-def test_one_seed_has_no_error_and_is_no_tie():
+def test_one_seed():
+    """One seed has no error and is no tie."""
     assert text(71.3) == "71.3 (one seed)"
     assert text(0.0, signed=True) == "+0.0 (one seed)"
     assert short_number(pd.Series([71.3])) == "71.3 (1)" and text() == "–"  # noqa: RUF001
 
 
-def test_a_small_negative_difference_is_not_written_as_minus_zero():
+def test_minus_zero():
+    """A small negative difference is not written as minus zero."""
     assert text(-0.01, signed=True) == text(-0.01, signed=True, medians=True) == "+0.0 (one seed)"
 
 
@@ -70,7 +75,8 @@ def test_medians():
 # -- tables of scores ------------------------------------------------------------------------------------------------
 
 
-def test_a_tasks_table_has_scores_differences_and_the_papers_number():
+def test_task_table():
+    """A tasks table has scores differences and the papers number."""
     found = scored(
         {
             paper("rte", "full"): 60.0,
@@ -95,14 +101,16 @@ def test_a_tasks_table_has_scores_differences_and_the_papers_number():
     assert not lines_with(lines, "| BitFit") and not lines_with(lines, "**Average")
 
 
-def test_a_score_is_the_mean_of_a_tasks_metrics_of_the_paper_too():
+def test_paper_metric_means():
+    """A score is the mean of a tasks metrics of the paper too."""
     run = paper("mrpc", "full")
     lines = score_tables(results((run, record(run, 70.0, 80.6))), PAPERS, LAYOUTS["table2-paper"])
     # (70 + 80.6) / 2; the paper's (84.80 + 89.43) / 2 = 87.115
     assert lines_with(lines, "| full") == ["| full fine-tuning | 2,000,000 | 75.3 (one seed) |  | – | 87.1 |"]  # noqa: RUF001
 
 
-def test_averages_are_over_the_tasks_that_all_main_methods_have_and_by_seed():
+def test_averaged_tasks():
+    """Averages are over the tasks that all main methods have and by seed."""
     found = scored(
         {
             **{paper("rte", name, seed): 60.0 + seed for name in ("full", "lora64") for seed in (0, 1)},
@@ -129,7 +137,7 @@ def averages_of(scores: dict[Run, float]) -> list[str]:
     return lines[: lines.index(lines_with(lines, "**RTE**")[0])]
 
 
-def test_averages_and_their_differences_are_over_the_seeds_that_all_main_methods_have():
+def test_averaged_seeds():
     """full: 70 and 72; LoRA, 69.5 and 79.5, lacks MRPC's second one: a mean of full's two would be above LoRA's one,
     and the difference of the first is 0.5."""
     found = {paper(task, name, seed): 70.0 + 2 * seed for task in ("rte", "mrpc") for name in MAIN for seed in (0, 1)}
@@ -145,7 +153,8 @@ def test_averages_and_their_differences_are_over_the_seeds_that_all_main_methods
     assert "| 60.0 (one seed) |" in lines_with(lines, "| LoRA, r = 8 ")[0]
 
 
-def test_a_task_that_would_cost_seeds_is_left_out_of_averages():
+def test_costly_task_left_out():
+    """A task that would cost seeds is left out of averages."""
     found = {paper(task, name, seed): 70.0 for task in ("rte", "mrpc") for name in MAIN for seed in (0, 1)}
     found |= {paper("cola", name): 10.0 for name in MAIN}
     lines = averages_of(found)
@@ -155,7 +164,8 @@ def test_a_task_that_would_cost_seeds_is_left_out_of_averages():
     assert lines[0] == "**Average of RTE, MRPC and CoLA**" and "| 50.0 ± 0.0 (2 " in lines_with(lines, "| full")[0]
 
 
-def test_sizes_that_were_cut_down_are_named():
+def test_cut_sizes():
+    """Sizes that were cut down are named."""
     short = paper("rte", "lora64")
     cut = record(short, 55.0, rows={"train": 64, "dev": 277})
     cut["config"] = {**cut["config"], "max_train_samples": 64, "max_length": 32}
@@ -167,7 +177,8 @@ def test_sizes_that_were_cut_down_are_named():
     assert "the first 64 train rows" in score_tables(both, PAPERS, LAYOUTS["table2-paper"])[0]
 
 
-def test_fewer_epochs_than_the_papers_are_named_and_nas_lora_is_held_against_its_uniform_peer():
+def test_fewer_epochs():
+    """Fewer epochs than the papers are named and NAS-LoRA is held against its uniform peer."""
     runs = {
         Run("nas", "rte", "bitfit", 3e-3, 0): 60.0,
         Run("nas", "rte", "full", 1e-4, 0): 66.0,
@@ -189,7 +200,7 @@ def test_fewer_epochs_than_the_papers_are_named_and_nas_lora_is_held_against_its
     assert row.endswith("| 60.0 (one seed) | -6.0 (one seed) |  | 81.9 |")
 
 
-def test_differences_by_the_nas_recipe_are_medians_of_the_paired_ones():
+def test_nas_medians():
     """Of 61 - 60, 60 - 62 and 66 - 61, which are 1, -2 and 5, the median is 1, the mean 4 / 3; the medians differ by
     61 - 61.5."""
     uniform, kept = (60.0, 62.0, 61.0, 90.0), (61.0, 60.0, 66.0)
@@ -202,7 +213,8 @@ def test_differences_by_the_nas_recipe_are_medians_of_the_paired_ones():
     assert "| 1e-4 | 63.0 (one seed) |" in lines_with(lines, "| full")[0] and "tie" not in "".join(lines)
 
 
-def test_a_seed_without_a_value_is_counted_and_left_out():
+def test_missing_value():
+    """A seed without a value is counted and left out."""
     found = {paper("stsb", "full", seed): seed for seed in (0, 1, 2)}
     records = {run: record(run, 80.0, None if seed == 1 else 82.0) for run, seed in found.items()}
     lines = score_tables(Results(records), PAPERS, LAYOUTS["table2-paper"])
@@ -218,7 +230,8 @@ def test_no_runs_give_no_table():
 # -- learning rates --------------------------------------------------------------------------------------------------
 
 
-def test_the_chosen_rate_is_the_best_on_held_out_rows():
+def test_chosen_rate():
+    """The chosen rate is the best on held out rows."""
     found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0}))
     # held out / on dev, which chooses nothing
     assert rates_table(found)[2:] == [
@@ -230,7 +243,8 @@ def test_the_chosen_rate_is_the_best_on_held_out_rows():
     assert not any("†" in line for line in lines)
 
 
-def test_a_best_rate_at_the_end_of_the_grid_is_marked():
+def test_rate_at_grid_end():
+    """A best rate at the end of the grid is marked."""
     found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 63.0}))
     lines = score_tables(found, PAPERS, LAYOUTS["table2-tuned"])
     assert "| 3e-4 † |" in lines_with(lines, "| full")[0] and lines[-1].startswith("† ")
@@ -240,13 +254,15 @@ def test_a_best_rate_at_the_end_of_the_grid_is_marked():
     assert not any("†" in line for line in score_tables(more, PAPERS, LAYOUTS["table2-tuned"]))
 
 
-def test_an_unfinished_grid_gives_no_score():
+def test_unfinished_grid():
+    """An unfinished grid gives no score."""
     found = Results(grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0}))
     assert score_tables(found, PAPERS, LAYOUTS["table2-tuned"]) == ["No finished runs yet."]
     assert "| full fine-tuning | 2 of 3 rates | – |" in "\n".join(coverage_table(found))  # noqa: RUF001
 
 
-def test_further_seeds_count_at_the_chosen_rate():
+def test_further_seeds():
+    """Further seeds count at the chosen rate."""
     runs = grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0})
     other = Run("tuned", "rte", "full", 1e-4, 3)
     found = Results({**runs, other: record(other, 64.0, held_out=10.0)})
@@ -255,7 +271,8 @@ def test_further_seeds_count_at_the_chosen_rate():
     assert "62.5 ± 1.5 (2 seeds)" in "\n".join(score_tables(found, PAPERS, LAYOUTS["table2-tuned"]))
 
 
-def test_a_protocol_that_chooses_nothing_has_one_rate():
+def test_single_rate():
+    """A protocol that chooses nothing has one rate."""
     found = scored({paper("rte", "full"): 60.0, Run("paper", "rte", "full", 1e-4, 1): 61.0})
     with pytest.raises(ValueError, match="'paper' must have one learning rate for full on rte, got 2e-05, 0.0001"):
         found.of("paper", "rte", "full")
@@ -264,7 +281,8 @@ def test_a_protocol_that_chooses_nothing_has_one_rate():
 # -- README, coverage, phases, setting -------------------------------------------------------------------------------
 
 
-def test_the_headline_has_both_protocols_and_dashes_where_nothing_is_finished():
+def test_headline():
+    """The headline has both protocols and dashes where nothing is finished."""
     tuned = grid("rte", "full", {3e-5: 60.0, 1e-4: 62.0, 3e-4: 61.0})
     lines = headline(Results({**scored({paper("rte", "full"): 60.0, paper("mrpc", "bitfit"): 70.0}).records, **tuned}))
     assert lines_with(lines, "| full") == ["| full fine-tuning | 2,000,000 | 60.0 (1) / 61.0 (1) | – / – |"]  # noqa: RUF001
@@ -272,14 +290,17 @@ def test_the_headline_has_both_protocols_and_dashes_where_nothing_is_finished():
     assert lines_with(lines, "| *train rows*") == ["| *train rows* |  | 2,490 / 2,490 | 3,668 / – |"]  # noqa: RUF001
 
 
-def test_coverage_counts_seeds_of_the_planned_ones():
+def test_coverage():
+    """Coverage counts seeds of the planned ones."""
     lines = coverage_table(scored({paper("rte", "lora64"): 60.0, paper("rte", "lora64", 3): 60.0}))
     assert lines[0].endswith("(2 finished runs)")
     assert "| LoRA, r = 64 | 2 of 5 | – | – | – |" in lines  # noqa: RUF001
     assert len(lines_with(lines, "| U-BitFit, 9 %")) == 1  # in its own protocol alone
 
 
-def test_shares_of_phases_are_medians_over_runs():
+def test_phase_shares():
+    """Shares of phases are medians over runs."""
+
     def phases(first: float, second: float, trained: int) -> list[dict[str, Any]]:
         return [
             {"name": "priming", "first_step": 0, "steps": 8, "seconds": first, "trained_parameters": 6_000_000},
@@ -299,7 +320,8 @@ def test_shares_of_phases_are_medians_over_runs():
     ]
 
 
-def test_the_setting_says_what_differs_between_runs():
+def test_setting_differences():
+    """The setting says what differs between runs."""
     first, second = paper("rte", "full"), paper("rte", "lora64")
     code = "0123456789abcdef-dirty"
     table = "\n".join(setting_table(results((first, record(first, 60.0, code=code)), (second, record(second, 60.0)))))
@@ -349,7 +371,7 @@ def test_costs_stand_beside_the_papers():
 @pytest.mark.parametrize(
     "name,table", [("learners", "table2"), ("nas", "table1"), ("nas", "table2")], ids=lambda value: value
 )
-def test_the_papers_averages_are_those_of_their_scores(name, table):
+def test_paper_averages(name, table):
     """Over all tasks but WNLI, pairs averaged first. Both are rounded, each to half a unit of its last digit, so they
     may differ by a whole one."""
     data = PAPERS.data[name][table]
@@ -359,7 +381,7 @@ def test_the_papers_averages_are_those_of_their_scores(name, table):
         assert row["average"] == pytest.approx(fmean(scores), abs=1.001 * 10 ** -data["decimals"]), row["name"]
 
 
-def test_the_papers_rows_are_all_there_and_those_of_ours_are_variants():
+def test_paper_rows():
     """Rows of the papers' tables without their heads. WARP, S-BitFit and U-BitFit of 25k stand in both tables of the
     NAS-LoRA paper, and once here."""
     counts = {

@@ -38,7 +38,8 @@ def rows() -> list[tuple[str, str, str, str]]:
 
 
 @pytest.mark.parametrize("task,method,values,file", rows(), ids=lambda value: str(value)[-40:])
-def test_single_runs_are_those_of_their_files(task, method, values, file):
+def test_single_runs(task, method, values, file):
+    """Single runs are those of their files."""
     result = json.loads((ROOT / file).read_text())
     name, _, variant = method.partition(" (")
     assert result["finished"] and (result["task"], result["method"]) == (task.lower(), name)
@@ -51,16 +52,18 @@ def test_single_runs_are_those_of_their_files(task, method, values, file):
     assert values == " / ".join(f"{100 * result['final'][metric]:.1f}" for metric in METRICS[result["task"]])
 
 
-def test_every_single_run_is_in_the_tables():
+def test_single_runs_in_tables():
+    """Every single run is in the tables."""
     assert {row[3] for row in rows()} == {str(p.relative_to(ROOT)) for p in (ROOT / "results/glue").glob("*.json")}
 
 
-def test_results_hold_no_path_of_a_machine():
+def test_no_machine_paths():
+    """Results hold no path of a machine."""
     for path in (ROOT / "results").glob("[!.]*/*.json*"):  # not what a sweep is training just now
         assert not re.search(r'"/(?!\s)', path.read_text()), path
 
 
-def test_ratios_in_the_benchmarks_rows_are_those_of_their_seconds():
+def test_bench_ratios():
     """Of each row, the median over the rounds of its seconds over its peer's, by plain sorting."""
     found = bench_rows.read_rows(BENCH)
     own: dict[tuple, dict[str, list[float]]] = {}
@@ -79,7 +82,8 @@ def test_ratios_in_the_benchmarks_rows_are_those_of_their_seconds():
     assert checked > 100
 
 
-def test_kept_shares_are_those_of_their_files():
+def test_kept_shares():
+    """Kept shares are those of their files."""
     for init in ("kaiming", "lora"):
         record = json.loads((ROOT / f"results/architectures/shares-{init}.json").read_text())
         for row in record["rows"]:
@@ -97,7 +101,8 @@ def cost_rows() -> list[tuple[str, str, str, str]]:
 
 
 @pytest.mark.parametrize("first,last,size,file", cost_rows())
-def test_costs_in_the_pages_are_those_of_the_runs(first, last, size, file):
+def test_page_costs(first, last, size, file):
+    """Costs in the pages are those of the runs."""
     result = json.loads((ROOT / file).read_text())
     trained = result["parameters"]
     assert (first, last) == (f"{trained['trained_first_phase']:,}", f"{trained['trained_last_phase']:,}")
@@ -106,7 +111,8 @@ def test_costs_in_the_pages_are_those_of_the_runs(first, last, size, file):
 
 
 @pytest.mark.parametrize("file", ["mrpc-learner-r64-minilm", "mrpc-far10-minilm"])
-def test_what_exports_cost_is_what_their_files_say(file):
+def test_export_costs(file):
+    """What exports cost is what their files say."""
     record, page = (
         json.loads((ROOT / f"results/export/{file}.json").read_text()),
         (ROOT / "docs/export.md").read_text(),

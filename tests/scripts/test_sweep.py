@@ -53,7 +53,8 @@ TUNED = Run("tuned", "rte", "lora64", 3e-4, 0)
 # -- what is finished ------------------------------------------------------------------------------------------------
 
 
-def test_lines_of_no_finished_run_are_refused(tmp_path):
+def test_unfinished_lines(tmp_path):
+    """Lines of no finished run are refused."""
     assert sweep_store.finished(tmp_path) == {}
     write(tmp_path, record(PAPER))
     assert set(sweep_store.finished(tmp_path)) == {PAPER}
@@ -84,14 +85,16 @@ def test_lines_of_no_finished_run_are_refused(tmp_path):
         {"max_train_samples": 64},
     ],
 )
-def test_a_record_made_with_other_settings_than_its_name_says_is_refused(config, tmp_path):
+def test_foreign_record(config, tmp_path):
+    """A record made with other settings than its name says is refused."""
     write(tmp_path, record(PAPER, config=config))
     (key,) = config
     with pytest.raises(ValueError, match=f"{key} .* there, .* here.*another --out"):
         sweep_store.finished(tmp_path)
 
 
-def test_a_line_may_name_the_file_of_its_record(tmp_path):
+def test_pointer_line(tmp_path):
+    """A line may name the file of its record."""
     old = record(PAPER)
     del old["config"]["holdout_share"]  # records from before there was such a thing
     run_record.write_json(tmp_path / "old.json", old)
@@ -102,7 +105,7 @@ def test_a_line_may_name_the_file_of_its_record(tmp_path):
         sweep_store.finished(tmp_path / "sweep")
 
 
-def test_finished_runs_move_into_their_protocols_file_once_and_in_its_order(tmp_path):
+def test_finished_moved(tmp_path):
     """Killed before the line is there, or before the run's folder is gone: the next look ends the same."""
     work, about = tmp_path / sweep_store.WORK, sweep_store.About()
     other = Run("paper", "rte", "full", 2e-5, 0)
@@ -121,14 +124,16 @@ def test_finished_runs_move_into_their_protocols_file_once_and_in_its_order(tmp_
     assert [path.name for path in work.iterdir()] == [".lock"]
 
 
-def test_a_finished_folder_of_other_settings_is_refused_and_kept(tmp_path):
+def test_foreign_folder_kept(tmp_path):
+    """A finished folder of other settings is refused and kept."""
     run_record.write_json(tmp_path / sweep_store.WORK / PAPER.name / "results.json", record(PAPER, config={"r": 8}))
     with pytest.raises(ValueError, match="r 8 there, 64 here"):
         sweep_store.collect(tmp_path, sweep_store.About())
     assert not (tmp_path / "paper.jsonl").exists() and (tmp_path / sweep_store.WORK / PAPER.name).is_dir()
 
 
-def test_the_committed_runs_of_earlier_work_count():
+def test_committed_runs():
+    """The committed runs of earlier work count."""
     found = sweep_store.finished(ROOT / "results" / "sweep")
     names = {(run.protocol, run.task, run.variant) for run in found}
     paper = {"full", "lora64", "learner64_p2", "far10", "far10_random", "far10_output_node"}
@@ -138,7 +143,8 @@ def test_the_committed_runs_of_earlier_work_count():
     assert names >= {("nas", "mrpc", "u_mam100"), ("paper", "stsb", "learner64_p2"), ("paper", "cola", "learner64_p2")}
 
 
-def test_scores_are_means_of_a_tasks_metrics_and_only_of_held_out_rows():
+def test_scores():
+    """Scores are means of a tasks metrics and only of held out rows."""
     both = {"accuracy": 0.8, "f1": 0.9}
     assert sweep_store.score(both, "mrpc") == pytest.approx(85.0)  # (80 + 90) / 2
     assert sweep_store.score({"accuracy": 0.8}, "mrpc") is None
@@ -170,7 +176,8 @@ def test_wrong_arguments_are_named(words, message):
         sweep.main(words)
 
 
-def test_the_list_marks_what_is_finished(tmp_path, capsys):
+def test_list(tmp_path, capsys):
+    """The list marks what is finished."""
     write(tmp_path, record(PAPER))
     words = ["--model_name_or_path", f"x/{sweep_store.MODEL}", "--out", str(tmp_path), "--list", "--seeds", "0"]
     assert sweep.main([*words, "--protocols", "paper", "--tasks", "rte", "--variants", "lora64", "full"]) == 0
@@ -178,7 +185,8 @@ def test_the_list_marks_what_is_finished(tmp_path, capsys):
     assert lines == ["  paper-rte-full-lr2e-05-seed0", f"x {PAPER.name}", "1 of 2 finished"]
 
 
-def test_a_folder_is_one_sweeps_and_says_whose(tmp_path):
+def test_folder_owner(tmp_path):
+    """A folder is one sweeps and says whose."""
     about = sweep_store.About("tiny", {"max_train_samples": 64})
     about.write(tmp_path)
     about.write(tmp_path)
@@ -190,17 +198,20 @@ def test_a_folder_is_one_sweeps_and_says_whose(tmp_path):
     assert set(sweep_store.finished(tmp_path)) == {PAPER}  # as the folder says
 
 
-def test_a_model_of_the_hub_and_its_folder_are_one(tmp_path):
+def test_hub_model(tmp_path):
+    """A model of the Hub and its folder are one."""
     write(tmp_path, record(PAPER, model=f"sentence-transformers/{sweep_store.MODEL}"))
     assert set(sweep_store.finished(tmp_path)) == {PAPER}
 
 
-def test_settings_of_methods_after_the_dashes_are_known():
+def test_extra_settings():
+    """Settings of methods after the dashes are known."""
     assert sweep.changed_settings(["--retention_ratio", "0.5", "--bf16"]) == {"retention_ratio": 0.5, "bf16": True}
     assert sweep.changed_settings(["--float32_matmul_precision", "medium"]) == {}
 
 
-def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
+def test_extra_settings_in_record(tmp_path):
+    """Settings after the dashes are part of what a record must say."""
     write(tmp_path, record(PAPER))
     words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path), "--list"]
     with pytest.raises(ValueError, match="max_train_samples None there, 7 here"):
@@ -210,17 +221,20 @@ def test_settings_after_the_dashes_are_part_of_what_a_record_must_say(tmp_path):
 @pytest.mark.parametrize(
     "visible,number,expected", [(None, "1", "1"), ("", "0", "0"), ("3", "0", "3"), ("5,7", "1", "7")]
 )
-def test_a_process_gets_a_gpu_that_the_sweep_was_given(visible, number, expected):
+def test_gpu_given(visible, number, expected):
+    """A process gets a GPU that the sweep was given."""
     assert sweep.visible_device(number, visible) == expected
 
 
 @pytest.mark.parametrize("number", ["1", "cuda:0"])
-def test_a_gpu_that_the_sweep_was_not_given_is_named(number):
+def test_gpu_not_given(number):
+    """A GPU that the sweep was not given is named."""
     with pytest.raises(ValueError, match=f"--devices must be numbers below 1, got {number}: CUDA_VISIBLE_DEVICES=3"):
         sweep.visible_device(number, "3")
 
 
-def test_a_gpu_that_the_sweep_was_not_given_is_refused_before_anything_trains(tmp_path, monkeypatch):
+def test_gpu_refused_early(tmp_path, monkeypatch):
+    """A GPU that the sweep was not given is refused before anything trains."""
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     words = ["--model_name_or_path", sweep_store.MODEL, "--out", str(tmp_path / "out"), "--devices", "0", "1"]
     with pytest.raises(ValueError, match="--devices must be numbers below 1, got 1"):
@@ -231,7 +245,8 @@ def test_a_gpu_that_the_sweep_was_not_given_is_refused_before_anything_trains(tm
 # -- held-out rows ---------------------------------------------------------------------------------------------------
 
 
-def test_held_out_rows_are_the_same_in_every_call_and_not_trained_on(data_dir):
+def test_held_out_rows(data_dir):
+    """Held out rows are the same in every call and not trained on."""
     task = glue_data.find_task("rte")
     everything = glue_data.load_glue(task, str(data_dir))
     first, second = (glue_data.load_glue(task, str(data_dir), holdout_share=0.25) for _ in range(2))
@@ -292,7 +307,7 @@ def tuned_but_for_one_rate(out: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files_of_unbroken_runs(words, tmp_path):
+def test_killed_at_random(words, tmp_path):
     """A run by the paper's recipe, and one that holds out rows and sorts the others by length."""
     alone, out = tmp_path / "alone", tmp_path / "out"
     for folder in (alone, out):
@@ -331,7 +346,8 @@ def test_killed_three_times_at_random_then_two_in_one_folder_ends_with_the_files
 
 
 @pytest.mark.slow
-def test_a_run_that_fails_is_named_and_the_others_go_on(words, tmp_path, capsys):
+def test_failing_run(words, tmp_path, capsys):
+    """A run that fails is named and the others go on."""
     broken = tmp_path / ".work" / "paper-rte-learner8_p2-lr2e-05-seed0" / "run_config.json"
     broken.mkdir(parents=True)  # where a file is to be written
     assert sweep.main(words(tmp_path, "--jobs", "2")) == 1
@@ -340,7 +356,8 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(words, tmp_path, capsys)
     assert set(results(tmp_path)) == {"paper-mrpc-learner8_p2-lr2e-05-seed0"}
 
 
-def test_a_folder_in_which_another_process_trains_is_left_alone(words, tmp_path):
+def test_busy_folder(words, tmp_path):
+    """A folder in which another process trains is left alone."""
     run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
     with run_record.only_process(tmp_path / ".work" / run.name):
         assert sweep.main(words(tmp_path, "--tasks", "rte", "--budget_hours", "0.0003")) == 0
@@ -349,7 +366,8 @@ def test_a_folder_in_which_another_process_trains_is_left_alone(words, tmp_path)
     assert results(tmp_path) == {}
 
 
-def test_the_progress_in_a_log_file_is_not_drawn_at_every_look(words, tmp_path, capsys, monkeypatch):
+def test_progress_in_log(words, tmp_path, capsys, monkeypatch):
+    """The progress in a log file is not drawn at every look."""
     looks, sleep = [], time.sleep
     monkeypatch.setattr(sweep, "POLL", 0.01)
     monkeypatch.setattr(sweep.time, "sleep", lambda seconds: (looks.append(seconds), sleep(seconds)))
@@ -359,7 +377,8 @@ def test_the_progress_in_a_log_file_is_not_drawn_at_every_look(words, tmp_path, 
     assert 1 <= capsys.readouterr().err.count("0/1") <= 3  # at first, at the end
 
 
-def test_adapters_are_kept_where_that_is_asked_for(words, tmp_path):
+def test_keep_adapters(words, tmp_path):
+    """Adapters are kept where that is asked for."""
     run = Run("paper", "rte", "learner8_p2", 2e-5, 0)
     (tmp_path / "out" / ".work" / run.name / "adapter").mkdir(parents=True)
     write(tmp_path / "out", record(run, model="tiny-bert", config=CHANGED))

@@ -30,7 +30,8 @@ def all_finished(score: float = 50.0) -> dict[Run, float]:
     }
 
 
-def test_grids_are_three_neighbours_on_the_ladder():
+def test_grid_neighbours():
+    """Grids are three neighbours on the ladder."""
     for variant in VARIANTS.values():
         indices = [sweep_plan.LADDER.index(lr) for lr in variant.lrs]
         assert not indices or indices == [indices[0], indices[0] + 1, indices[0] + 2]
@@ -48,7 +49,8 @@ def test_no_run_comes_twice():
     assert len(runs) == len(set(runs)) == len({run.name for run in runs})
 
 
-def test_settings_tell_all_variants_of_a_method_apart():
+def test_settings_distinct():
+    """Settings tell all variants of a method apart."""
     seen = {}
     for name, variant in VARIANTS.items():
         key = (variant.method, tuple(sorted(variant.arguments.items(), key=str)))
@@ -69,7 +71,8 @@ def test_the_required_runs_come_first():
     }
 
 
-def test_every_variant_is_trained_on_the_small_tasks_before_any_second_seed():
+def test_variants_first():
+    """Every variant is trained on the small tasks before any second seed."""
     runs = planned(all_finished())
     second = next(i for i, run in enumerate(runs) if run.seed != 0)
     before = {(run.variant, run.task) for run in runs[:second]}
@@ -77,7 +80,8 @@ def test_every_variant_is_trained_on_the_small_tasks_before_any_second_seed():
     assert {run.task for run in runs[:second]} == {*SMALL}
 
 
-def test_main_methods_get_a_second_seed_before_other_tasks_are_begun():
+def test_second_seeds():
+    """Main methods get a second seed before other tasks are begun."""
     runs = planned(all_finished())
     elsewhere = next(i for i, run in enumerate(runs) if run.task not in SMALL)
     again = {(run.protocol, run.variant, run.task) for run in runs[:elsewhere] if run.seed == 1}
@@ -109,7 +113,8 @@ def test_prefixes_are_balanced():
         ([float("-inf")] * 3, None, [3e-5]),  # all diverged
     ],
 )
-def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
+def test_grid_goes_on(scores, best, missing):
+    """A grid goes on beyond an end that is best."""
     found = grids(scores)
     assert best_rate(found, "rte", "lora64") == best
     assert missing_rates(found, "rte", "lora64") == missing
@@ -121,19 +126,22 @@ def test_a_grid_goes_on_beyond_an_end_that_is_best(scores, best, missing):
 @pytest.mark.parametrize(
     "beyond,missing", [((55.0, 50.0), [1e-5]), ((50.0, 55.0), [1e-2]), ((50.0, 50.0), []), ((50.0,), [3e-3])]
 )
-def test_a_grid_whose_rates_are_all_equal_is_looked_at_from_both_ends(beyond, missing):
+def test_flat_grid(beyond, missing):
+    """A grid whose rates are all equal is looked at from both ends."""
     found = {**grids([50.0, 50.0, 50.0]), **dict(zip([tuned(3e-5), tuned(3e-3)], beyond, strict=False))}
     assert missing_rates(found, "rte", "lora64") == missing
 
 
-def test_a_grid_stops_once_the_step_beyond_is_worse():
+def test_grid_stops():
+    """A grid stops once the step beyond is worse."""
     found = {**grids([60.0, 61.0, 62.0]), tuned(3e-3): 61.5}
     assert best_rate(found, "rte", "lora64") == 1e-3
     assert missing_rates(found, "rte", "lora64") == []
     assert tuned(3e-3) in planned(found)  # what is finished stays in the plan
 
 
-def test_further_seeds_take_the_rate_that_the_first_seed_chose():
+def test_further_seeds():
+    """Further seeds take the rate that the first seed chose."""
     found = grids([60.0, 62.0, 61.0])
     runs = [run for run in planned(found, tasks=["rte"], variants=["lora64"]) if run.protocol == "tuned"]
     assert [(run.lr, run.seed) for run in runs] == [
@@ -161,13 +169,15 @@ def test_the_recipes():
     assert settings(tuned(1e-4))["holdout_share"] == 0.1
 
 
-def test_a_rate_off_the_ladder_is_a_rate():
+def test_rate_off_ladder():
+    """A rate off the ladder is a rate."""
     found = {**grids([60.0, 61.0, 62.0]), tuned(2e-3): 63.0}
     assert best_rate(found, "rte", "lora64") == 2e-3
     assert missing_rates(found, "rte", "lora64") == [3e-3]
 
 
-def test_without_its_seed_a_grid_is_not_trained_and_its_choice_holds():
+def test_grid_without_seed():
+    """Without its seed a grid is not trained and its choice holds."""
     found = grids([60.0, 62.0, 61.0])
     runs = planned(found, [1, 2], ["rte"], ["lora64"], ["tuned"])
     assert runs == [tuned(3e-4, seed=1), tuned(3e-4, seed=2)]

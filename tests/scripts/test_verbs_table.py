@@ -12,7 +12,8 @@ from scripts.docs.verbs_table import Mark, marks_of, table
 
 
 @pytest.mark.slow
-def test_the_committed_table_is_what_the_tests_tell():
+def test_committed_table():
+    """The committed table is what the tests tell."""
     done = subprocess.run(
         [sys.executable, "-m", "scripts.docs.verbs_table", "--check"],
         cwd=verbs_table.ROOT,
@@ -22,7 +23,8 @@ def test_the_committed_table_is_what_the_tests_tell():
     assert done.returncode == 0, f"Run `python -m scripts.docs.verbs_table`.\n{done.stdout}\n{done.stderr}"
 
 
-def test_every_verb_is_tested_for_every_tuner():
+def test_every_verb():
+    """Every verb is tested for every tuner."""
     assert "not tested" not in verbs_table.TABLE.read_text()
 
 
@@ -38,11 +40,13 @@ def test_every_verb_is_tested_for_every_tuner():
         ({}, ["Learner", "FAR", "NAS-LoRA", "bottleneck"]),
     ],
 )
-def test_the_tuner_is_that_of_the_parameters(parameters, columns):
+def test_column_of_parameters(parameters, columns):
+    """The tuner is that of the parameters."""
     assert [mark.column for mark in marks_of("t", parameters, ("unload",), {})] == columns
 
 
-def test_reasons_go_to_the_tuners_they_are_for():
+def test_reasons():
+    """Reasons go to the tuners they are for."""
     found = marks_of("t", {}, ("unload",), {"limit": {"FAR": "slow"}, "no": {"NAS-LoRA": "never"}})
     assert [(mark.column, mark.limit, mark.no) for mark in found] == [
         ("Learner", None, None),
@@ -69,7 +73,8 @@ def test_a_wrong_marker_is_named(args, kwargs, message):
         marks_of("some test", {}, args, kwargs)
 
 
-def test_cells_say_what_all_their_tests_say():
+def test_cells():
+    """Cells say what all their tests say."""
     marks = [
         Mark("unload", "Learner", "a.py::one"),
         Mark("unload", "Learner", "a.py::two", limit="slow"),
