@@ -24,6 +24,13 @@ pytest_plugins = ["tiny_glue"]
 LONGEST = ("test_train_glue.py", "test_peft_suite.py", "test_sweep.py")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_to_collect() -> None:
+    """What was imported is no garbage, and Trainer looks for some in all there is, again and again."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(scope="session")
 def warm() -> Iterator[Warm]:
     """A process to fork from that has not imported peft_learners."""
@@ -46,12 +53,6 @@ def nothing_compiled() -> Iterator[None]:
 def pytest_collection_modifyitems(items: list) -> None:
     slow = {item.path for item in items if item.get_closest_marker("slow")}
     items.sort(key=lambda item: (item.path.name not in LONGEST, item.path not in slow))
-
-
-def pytest_collection_finish() -> None:
-    """What was imported is no garbage, and Trainer looks for some in all there is, again and again."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
