@@ -6,14 +6,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from ..phases.driver import tuner_layers
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
-from ..structure.modules import is_linear, is_norm, linear_names, norm_names, walk
-from ..structure.targets import is_named, names_modules, rank_patterns
+from ..structure.modules import is_linear, is_norm, linear_names, walk
+from ..structure.targets import is_named, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
@@ -54,19 +53,11 @@ class LearnerModel(PhasedModel):
         return linear_names(model)
 
     def _complete_targets(self, config: LearnerConfig, model: nn.Module, chosen: set[str]) -> set[str]:
-        explicit = names_modules(config.target_modules)
-        if not chosen:
-            if not explicit:
-                raise NoMatchingPeftModuleError(self._nothing_left(config))
-            return set()  # PEFT says that all was excluded
-        targets = chosen | (self._names_among(config, norm_names(model)) if config.train_norms else set())
-        if not explicit:
-            self._write_targets(config, targets)
-        self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
+        targets = super()._complete_targets(config, model, chosen)
+        self._primed = self._resolve_priming(config, model, targets) if targets and config.primes else set()
         return targets
 
-    @staticmethod
-    def _nothing_left(config: LearnerConfig) -> str:
+    def _nothing_left(self, config: LearnerConfig, model: nn.Module) -> str:
         narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
         narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
         return "No linear layer of the backbone is left to adapt" + (

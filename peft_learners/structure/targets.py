@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PhasedConfig
-from .modules import is_linear, is_norm, linear_names, new_head, original_of, walk
+from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
 from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
@@ -37,12 +37,21 @@ class TargetChoice(BaseTuner):
         raise NotImplementedError
 
     def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
-        """All modules to adapt, with what goes with the chosen ones (norms, biases); may complete the config."""
-        if not names_modules(config.target_modules):
-            if not chosen:
-                raise NoMatchingPeftModuleError(f"{type(config).__name__} leaves no module of the model to adapt.")
-            self._write_targets(config, chosen)
-        return chosen
+        """All modules to adapt: the chosen ones and what goes with them (norms, biases); may complete the config."""
+        explicit = names_modules(config.target_modules)
+        if not chosen and explicit:
+            return chosen  # PEFT says that all was excluded
+        if not chosen:
+            raise NoMatchingPeftModuleError(self._nothing_left(config, model))
+        norms = norm_names(model) if getattr(config, "train_norms", False) else []
+        targets = chosen | self._names_among(config, norms)
+        if not explicit:
+            self._write_targets(config, targets)
+        return targets
+
+    def _nothing_left(self, config: Any, model: nn.Module) -> str:
+        """Sentence of an error: structure tells no module to adapt, or the config leaves none of those in."""
+        return f"{type(config).__name__} leaves no module of the model to adapt."
 
     def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
         """Names of all modules to adapt."""
