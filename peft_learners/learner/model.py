@@ -6,9 +6,9 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
-from ..phases.driver import tuner_layers
+from ..phases.driver import tuner_layers, values_of
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, walk
@@ -185,8 +185,8 @@ class LearnerModel(PhasedModel):
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase) -> None:
         """Name primed layers that did not move while others did: their weights are read without calling them."""
-        idle = [name for name, theta in cls._values(root, adapter, DENSE_PART) if not theta.any()]
-        others_moved = any(p2.any() for _, p2 in cls._values(root, adapter, "learner_P2"))
+        idle = [name for name, theta in values_of(root, adapter, DENSE_PART).items() if not theta.any()]
+        others_moved = any(p2.any() for p2 in values_of(root, adapter, "learner_P2").values())
         if phase.name == PRIMING and config.init_weights and idle and others_moved:
             warnings.warn(
                 f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
@@ -196,16 +196,5 @@ class LearnerModel(PhasedModel):
             )
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        config = getattr(root, "peft_config", {}).get(adapter)
-        dense = cls._values(root, adapter, DENSE_PART)
-        return getattr(config, "init_weights", False) and any(bool(theta.any()) for _, theta in dense)
-
-    @staticmethod
-    def _values(root: nn.Module, adapter: str, part: str) -> list[tuple[str, Tensor]]:
-        found = []
-        for name, layer in root.named_modules():
-            values = getattr(layer, part) if isinstance(layer, LearnerLinear) else {}
-            if adapter in values and not values[adapter].is_meta:
-                found.append((name, values[adapter].detach()))
-        return found
+    def has_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig) -> bool:
+        return config.init_weights and any(bool(v.any()) for v in values_of(root, adapter, DENSE_PART).values())

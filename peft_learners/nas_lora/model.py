@@ -304,10 +304,9 @@ class NASLoRAModel(PhasedModel):
             layer.make_whole(adapter)
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        config = getattr(root, "peft_config", {}).get(adapter)
-        if config is None or not config.init_weights or config.architecture is not None:
-            return config is not None and config.architecture is not None
+    def has_trained(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> bool:
+        if config.architecture is not None or not config.init_weights:
+            return config.architecture is not None
         for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
@@ -347,7 +346,9 @@ class NASLoRAModel(PhasedModel):
         return {key: shape for key, shape in super()._own_shapes(root, adapter).items() if 0 not in shape}
 
     @classmethod
-    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
+    def _shapes_in_form_of(
+        cls, root: nn.Module, adapter: str, config: NASLoRAConfig, state_dict: dict[str, Tensor]
+    ) -> Shapes:
         layers = layers_of(root, adapter)
         if not all(layer.knows_positions(adapter) for layer in layers.values()):
             return cls._own_shapes(root, adapter)  # its config says which file it waits for
@@ -355,10 +356,14 @@ class NASLoRAModel(PhasedModel):
 
     @classmethod
     def _fit_to_file(
-        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: NASLoRAConfig,
+        state_dict: dict[str, Tensor],
+        optimizer: Optimizer | None,
     ) -> None:
         root = injected_model(root)
-        config: Any = getattr(root, "peft_config", {})[adapter]
         layers = layers_of(root, adapter)
         if not is_pruned_file(state_dict):
             cls._set_kept(root, adapter, None, optimizer)
