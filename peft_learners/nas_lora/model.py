@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import re
 import warnings
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -19,11 +20,10 @@ from ..structure.targets import is_named
 from ..structure.weights import sizes
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
-from .architecture import Architecture, positions_in
+from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
-from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
-from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
+from .files import check_positions, is_pruned_file, scores_of, shapes_in_form_of, take_scores, without_scores
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
 
@@ -67,9 +67,8 @@ class NASLoRAModel(PhasedModel):
         config = self.peft_config[adapter_name]
         layers = layers_of(self.model, adapter_name)
         positions = {name: layer.kept_positions(adapter_name) for name, layer in layers.items()}
-        counts = {n: {p: (k, of) for p, (k, of) in layer.counts(adapter_name).items()} for n, layer in layers.items()}
-        assert isinstance(config, NASLoRAConfig)
-        return Architecture.with_counts(config, counts, positions)
+        counts = {name: layer.counts(adapter_name) for name, layer in layers.items()}
+        return Architecture.of(config, positions, counts)
 
     # -- choice of modules ------------------------------------------------------------------------------------------
 
@@ -181,7 +180,39 @@ class NASLoRAModel(PhasedModel):
                 "them up), or export each to LoRA (peft_learners.export) and combine there."
             )
         found = acting(found)
-        return config_of_sum(configs[0], found, self._minimal_names), found
+        if not found.names:
+            raise ValueError("add_weighted_adapter: the sum is zero (nothing is kept, or all weights are 0).")
+        # The architecture that keeps exactly what the sum has, of a search space of its largest rank.
+        rank = max((pair.rank for pair in found.low_rank.values()), default=0)
+        counts: dict[str, dict[str, list[int]]] = {name: {} for name in sorted(found.names)}
+        positions: Positions = {name: {} for name in counts}
+        for name, pair in found.low_rank.items():
+            for part, length in (("U", len(pair.b)), ("V", pair.a.shape[1])):
+                counts[name][part] = [pair.rank * length, rank * length]
+            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32)
+        for name, bias in found.biases.items():
+            counts[name]["bias"] = [len(bias), len(bias)]
+            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32)
+        summed = replace(
+            configs[0],
+            init_weights=True,
+            r=rank,
+            target_modules=self._minimal_names(set(found.low_rank)) or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            train_biases=bool(found.biases),
+            bias_modules=self._minimal_names(set(found.biases)) or None,
+            parameter_budget=sum(kept for parts in counts.values() for kept, _ in parts.values()),
+            architecture=counts,
+            rounds=1,
+            pruned_rounds=1,
+            completed_phases=[],
+            phase_first_steps=None,
+        )
+        summed.completed_phases = [phase.name for phase in summed.outline().phases[:-1]]
+        summed.kept_positions = positions
+        return summed, found
 
     def _take_sum(self, adapter: str, found: Combined) -> None:
         values = {
@@ -291,12 +322,12 @@ class NASLoRAModel(PhasedModel):
         cls,
         root: nn.Module,
         adapter: str,
-        positions: dict[str, dict[str, Tensor]] | None,
+        positions: Positions | None,
         optimizer: Optimizer | None,
     ) -> None:
         for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
-            layer.set_kept(adapter, None if positions is None else positions[name], optimizer)
+            layer.set_kept(adapter, None if positions is None else positions.get(name, {}), optimizer)
 
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
@@ -369,7 +400,9 @@ class NASLoRAModel(PhasedModel):
             cls._set_kept(root, adapter, None, optimizer)
             cls._record(root, adapter, config, 0)
             return
-        cls._set_kept(root, adapter, positions_for(layers, adapter, positions_in(state_dict)), optimizer)
+        positions = positions_in(state_dict)
+        check_positions(layers, adapter, positions)
+        cls._set_kept(root, adapter, positions, optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)
         kept = kept_of(layers, adapter)
