@@ -2,14 +2,13 @@ from __future__ import annotations
 
 import re
 import warnings
-from itertools import takewhile
 from typing import Any
 
 from torch import nn
 
 from ..structure.attention import attention_output_names
 from ..structure.feed_forward import FeedForward, feed_forwards
-from ..structure.modules import is_linear, is_norm, linear_names, new_head, walk
+from ..structure.modules import common_parent, is_linear, is_norm, linear_names, new_head, walk
 from ..structure.targets import is_all_linear
 from ..structure.weights import base_of, sizes
 from ..tuner import PhasedModel
@@ -132,12 +131,11 @@ class BottleneckModel(PhasedModel):
         if layer.bottleneck_input is not None:
             return
         layer.bottleneck_input = FeedForwardInput(layer)
-        both = zip(pair.first[0].split("."), pair.last.split("."), strict=False)
-        shared = [part for part, _ in takewhile(lambda parts: parts[0] == parts[1], both)]
-        while isinstance(self.model.get_submodule(".".join(shared)), (nn.ModuleList, nn.ModuleDict)):
-            shared.pop()  # those are never called
-        holder = self.model.get_submodule(".".join(shared))
-        layer.bottleneck_input.connect(base_of(self.model.get_submodule(pair.first[0])), holder)
+        holder = common_parent((pair.first[0], pair.last))
+        while isinstance(self.model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
+            holder = holder.rpartition(".")[0]  # those are never called
+        first = base_of(self.model.get_submodule(pair.first[0]))
+        layer.bottleneck_input.connect(first, self.model.get_submodule(holder))
 
     # -- what a network can't do ------------------------------------------------------------------------------------
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import re
 import warnings
 from dataclasses import replace
 from typing import Any, Optional
@@ -16,7 +15,7 @@ from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
-from ..structure.targets import is_named
+from ..structure.targets import matches
 from ..structure.weights import sizes
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
@@ -106,10 +105,7 @@ class NASLoRAModel(PhasedModel):
             return every
         if asked is None:
             return every & chosen
-        if isinstance(asked, str):
-            biases = {name for name in every if re.fullmatch(asked, name)}
-        else:
-            biases = {name for name in every if any(is_named(name, one) for one in asked)}
+        biases = {name for name in every if matches(name, asked)}
         if not biases:
             raise ValueError(
                 f"NASLoRAConfig: `bias_modules` must name modules of the backbone with a bias, got {asked!r}, which "
