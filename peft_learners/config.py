@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Optional, TypeVar, Union
 from peft.config import PeftConfig
 from peft.utils import PeftType
 
-from .phases.schedule import Schedule, lay_out
+from .phases.schedule import Schedule, ScheduleError, lay_out
 
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 C = TypeVar("C", bound=type)
@@ -220,8 +220,33 @@ class PhasedConfig(PeftConfig):
     # -- what a config answers about its phases: one, unless the method has more ------------------------------------
 
     def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        """All phases of a fresh adapter, laid over a training of `total_steps` optimizer steps."""
+        """All phases of a fresh adapter, laid over a training.
+
+        Args:
+            total_steps: optimizer steps of the whole training, None if unknown.
+            steps_per_epoch: optimizer steps of one epoch, None if unknown.
+
+        Raises:
+            ScheduleError: the phases need a number of steps that is unknown, or more than there are.
+        """
         return self.outline()
+
+    def _known(self, steps: int | None, of: str, field: str, advice: str) -> int:
+        """A number of steps that the value of a field counts on.
+
+        Args:
+            of: which steps: "in an epoch", "of the whole training".
+            advice: how to do without.
+
+        Raises:
+            ScheduleError: it is unknown.
+        """
+        if steps is None:
+            raise ScheduleError(
+                f"{field}={getattr(self, field)} needs the number of optimizer steps {of}, which is unknown (data "
+                f"without a length?). {advice}"
+            )
+        return steps
 
     def whole_schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
         """The schedule of a run that is resumed without a record of its boundaries: phases that are over count too."""

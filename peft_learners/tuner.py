@@ -155,7 +155,7 @@ class PhasedModel(TargetChoice):
         """
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
+    def has_trained(cls, root: nn.Module, adapter: str, config: Any) -> bool:
         """Whether training has moved what an earlier phase trains (to tell a fresh adapter from a trained one)."""
         return False
 
@@ -333,7 +333,7 @@ class PhasedModel(TargetChoice):
     @classmethod
     def _warn_if_never_driven(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
         if not (config.inference_mode or config.phases_complete):
-            warn_if_never_driven(root, adapter, config, cls.has_trained(root, adapter), verb)
+            warn_if_never_driven(root, adapter, config, cls.has_trained(root, adapter, config), verb)
 
     def unload(self) -> nn.Module:
         """The original model, bit for bit, its original head too (adapters that are merged are unmerged first)."""
@@ -384,12 +384,13 @@ class PhasedModel(TargetChoice):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        expected = cls._shapes_in_form_of(model, adapter_name, state_dict)
+        expected = cls._shapes_in_form_of(model, adapter_name, config, state_dict)
         refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
         if expected != cls._own_shapes(model, adapter_name):
             refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
             driver = PhaseDriver.find(model)
-            cls._fit_to_file(model, adapter_name, state_dict, driver.optimizer if driver is not None else None)
+            optimizer = driver.optimizer if driver is not None else None
+            cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -410,7 +411,9 @@ class PhasedModel(TargetChoice):
         return own_shapes(root, cls.prefix, adapter)
 
     @classmethod
-    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, torch.Tensor]) -> Shapes:
+    def _shapes_in_form_of(
+        cls, root: nn.Module, adapter: str, config: Any, state_dict: dict[str, torch.Tensor]
+    ) -> Shapes:
         """What a file should hold for this adapter, in the form that this file has (see `_fit_to_file`)."""
         return cls._own_shapes(root, adapter)
 
@@ -419,6 +422,7 @@ class PhasedModel(TargetChoice):
         cls,
         root: nn.Module,
         adapter: str,
+        config: Any,
         state_dict: dict[str, torch.Tensor],
         optimizer: torch.optim.Optimizer | None,
     ) -> None:

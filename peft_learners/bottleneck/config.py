@@ -8,9 +8,6 @@ from transformers.activations import ACT2FN
 
 from ..config import FLAG, Check, PhasedConfig, is_number, is_positive_int, names_unknown_fields, one_of, option
 
-#: Containers of the layers by what they hold. Those of biases and norms hold what Trainer exempts from weight decay.
-ADAPTER_PARTS = ("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias")
-NORM_PARTS = ("bottleneck_layernorm_delta", "bottleneck_bias_delta")
 MODES = ("sequential", "parallel")
 _DIMS = {"sequential": 256, "parallel": 512}
 _SCALINGS = {"sequential": 1.0, "parallel": 4.0}

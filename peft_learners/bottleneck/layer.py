@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,9 @@ from transformers.activations import ACT2FN
 
 from ..layers.base import DeltaLayer
 from ..layers.linear import call_base
-from ..layers.module import DeltaModule
+from ..layers.module import DeltaNorm
 from ..structure.weights import sizes
-from .config import ADAPTER_PARTS, NORM_PARTS, BottleneckConfig
+from .config import BottleneckConfig
 from .passing import FeedForwardInput
 
 
@@ -52,7 +52,8 @@ class BottleneckLinear(BottleneckLayer):
     Source: arXiv 1902.00751, section 2.1; arXiv 2110.04366, section 3.3.
     """
 
-    adapter_layer_names = ADAPTER_PARTS
+    # The names of biases' containers hold what Trainer exempts from weight decay.
+    adapter_layer_names = ("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias")
     other_param_names = ("bottleneck_activation", "bottleneck_dropout", "bottleneck_mode", "bottleneck_scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -148,22 +149,8 @@ class BottleneckLinear(BottleneckLayer):
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 
 
-class BottleneckNorm(BottleneckLayer, DeltaModule):
-    """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
+class BottleneckNorm(BottleneckLayer, DeltaNorm):
+    """A norm with deltas on its weight and bias."""
 
-    adapter_layer_names = NORM_PARTS
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.bottleneck_layernorm_delta = nn.ParameterDict({})
-        self.bottleneck_bias_delta = nn.ParameterDict({})
-
-    def update_layer(self, adapter: str, config: BottleneckConfig) -> None:
-        """Create the parameters of a new adapter."""
-        self.add_parameter("bottleneck_layernorm_delta", adapter, config, self.out_features)
-        if getattr(self.get_base_layer(), "bias", None) is not None:
-            self.add_parameter("bottleneck_bias_delta", adapter, config, self.out_features)
-
-    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
-        containers = {"weight": self.bottleneck_layernorm_delta, "bias": self.bottleneck_bias_delta}
-        return {name: values[adapter] for name, values in containers.items() if adapter in values}
+    containers: ClassVar = {"weight": "bottleneck_layernorm_delta", "bias": "bottleneck_bias_delta"}
+    adapter_layer_names = tuple(containers.values())

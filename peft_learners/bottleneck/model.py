@@ -2,17 +2,14 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Sequence
-from itertools import takewhile
 from typing import Any
 
-from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
 from ..structure.attention import attention_output_names
 from ..structure.feed_forward import FeedForward, feed_forwards
-from ..structure.modules import is_linear, is_norm, linear_names, new_head, norm_names, walk
-from ..structure.targets import is_all_linear, names_modules
+from ..structure.modules import common_parent, is_linear, is_norm, linear_names, new_head, walk
+from ..structure.targets import is_all_linear
 from ..structure.weights import base_of, sizes
 from ..tuner import PhasedModel
 from .config import BottleneckConfig
@@ -60,17 +57,9 @@ class BottleneckModel(PhasedModel):
         return linear_names(model) if is_all_linear(config.target_modules) else self._places(config, model)
 
     def _complete_targets(self, config: BottleneckConfig, model: nn.Module, chosen: set[str]) -> set[str]:
-        explicit = names_modules(config.target_modules)
-        if not chosen:
-            if not explicit:
-                raise NoMatchingPeftModuleError(self._nothing_left(config, self._found_targets(config, model)))
-            return set()  # PEFT says that all was excluded
         if config.mode == "parallel":
             self._refuse_elsewhere(model, chosen)
-        targets = chosen | (self._names_among(config, norm_names(model)) if config.train_norms else set())
-        if not explicit:
-            self._write_targets(config, targets)
-        return targets
+        return super()._complete_targets(config, model, chosen)
 
     def _places(self, config: BottleneckConfig, model: nn.Module) -> list[str]:
         """The layers behind which adapters go by default."""
@@ -108,17 +97,16 @@ class BottleneckModel(PhasedModel):
                 return f"r'{regex}'"
         return repr(names)
 
-    def _nothing_left(self, config: BottleneckConfig, places: Sequence[str]) -> str:
-        """Sentence of an error: no place was found, or none of those that were is left."""
+    def _nothing_left(self, config: BottleneckConfig, model: nn.Module) -> str:
         beside = "No feed-forward network" if config.mode == "parallel" else "No attention or feed-forward network"
-        if not places:
+        if not self._found_targets(config, model):
             return (
                 f"{beside} was found in the model. Name linear layers for adapters to follow: "
                 "BottleneckConfig(mode='sequential', target_modules=[...])."
             )
         narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
         narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
-        head = new_head(self.model)  # is in modules_to_save by itself
+        head = new_head(model)  # is in modules_to_save by itself
         saved = [name for name in narrowed.pop("modules_to_save", ()) if name not in head]
         if saved:
             narrowed["modules_to_save"] = saved
@@ -143,12 +131,11 @@ class BottleneckModel(PhasedModel):
         if layer.bottleneck_input is not None:
             return
         layer.bottleneck_input = FeedForwardInput(layer)
-        both = zip(pair.first[0].split("."), pair.last.split("."), strict=False)
-        shared = [part for part, _ in takewhile(lambda parts: parts[0] == parts[1], both)]
-        while isinstance(self.model.get_submodule(".".join(shared)), (nn.ModuleList, nn.ModuleDict)):
-            shared.pop()  # those are never called
-        holder = self.model.get_submodule(".".join(shared))
-        layer.bottleneck_input.connect(base_of(self.model.get_submodule(pair.first[0])), holder)
+        holder = common_parent((pair.first[0], pair.last))
+        while isinstance(self.model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):
+            holder = holder.rpartition(".")[0]  # those are never called
+        first = base_of(self.model.get_submodule(pair.first[0]))
+        layer.bottleneck_input.connect(first, self.model.get_submodule(holder))
 
     # -- what a network can't do ------------------------------------------------------------------------------------
 

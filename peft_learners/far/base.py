@@ -10,7 +10,7 @@ from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..layers.base import TEST_STD, DeltaLayer, parameter_at
+from ..layers.base import DeltaLayer, parameter_at
 from ..ops import others_of, uncut
 from ..phases.optimizer import resize
 from ..structure.weights import base_of, for_float64
@@ -73,7 +73,7 @@ class FARLayer(DeltaLayer):
         for part, names in target.parameters.items():
             holders = [owners.setdefault(id(parameter_at(base, name)), self) for name in names]
             if all(holder is self for holder in holders):
-                self._create(part, adapter, config)
+                self.add_parameter(part, adapter, config, *self._shape(part, adapter))
             elif len(names) == 1 == len(holders[0].far_names[adapter].get(part, ())):
                 self.far_source[adapter][part] = holders[0]
                 holders[0].far_sharers.setdefault(adapter, []).append(self)
@@ -83,17 +83,9 @@ class FARLayer(DeltaLayer):
                     "FAR can't give it deltas: leave it out with exclude_modules."
                 )
         if config.reconfigured and self.holds_nodes(adapter):
-            kept = torch.arange(self.kept_rows(adapter, config))
-            if not config.init_weights:
-                count, total = len(kept), self._length(adapter)
-                kept = torch.randperm(total)[:count].sort().values
-            self.cut(adapter, kept, config.discard_unkept)
-
-    def _create(self, part: str, adapter: str, config: FARConfig) -> None:
-        value = torch.zeros(self._shape(part, adapter))
-        if not config.init_weights:
-            nn.init.normal_(value, std=TEST_STD)
-        getattr(self, part)[adapter] = nn.Parameter(value)
+            length = self._length(adapter)
+            rows = torch.arange(length) if config.init_weights else torch.randperm(length)
+            self.cut(adapter, rows[: self.kept_rows(adapter, config)].sort().values, config.discard_unkept)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         """Shape of the delta in a container."""
@@ -111,12 +103,11 @@ class FARLayer(DeltaLayer):
 
     def _own_full_delta(self, part: str, adapter: str) -> Tensor:
         value: Tensor = getattr(self, part)[adapter]
-        nodes = self.far_nodes.get(adapter)
-        if adapter not in self.far_kept or nodes is None or (part != "far_delta" and nodes.axis == 1):
+        parts = self._node_parts(adapter) if self.is_cut(adapter) else {}
+        if part not in parts:
             return value
-        rests = self.far_rest if part == "far_delta" else self.far_bias_rest
+        rests, axis = getattr(self, parts[part][0]), parts[part][1]
         rest = rests[adapter] if adapter in rests else None
-        axis = nodes.axis if part == "far_delta" else 0
         return uncut(value, rest, self.far_kept[adapter], self._length(adapter), axis)
 
     # Some models read a weight without calling the layer (DeBERTa's relative positions, MobileBERT's LM head,
@@ -208,6 +199,14 @@ class FARLayer(DeltaLayer):
         """Whether the deltas of FFN nodes lie here (and not in a layer that shares its weight with this one)."""
         return adapter in self.far_nodes and adapter in self.far_delta
 
+    def _node_parts(self, adapter: str) -> dict[str, tuple[str, int]]:
+        """`{container that is cut with the nodes: (container of the rest, axis of the nodes)}`."""
+        axis = self.far_nodes[adapter].axis
+        parts = {"far_delta": ("far_rest", axis)}
+        if axis == 0 and adapter in self.far_bias_delta:
+            parts["far_bias_delta"] = ("far_bias_rest", 0)
+        return parts
+
     def is_cut(self, adapter: str) -> bool:
         return adapter in self.far_kept
 
@@ -228,44 +227,35 @@ class FARLayer(DeltaLayer):
             discard: whether the others' deltas are dropped.
             optimizer: whose state for the parameters shrinks with them.
         """
-        nodes = self.far_nodes[adapter]
-        delta = self.far_delta[adapter]
-        other = others_of(kept.cpu(), self._length(adapter)).to(delta.device)
-        kept = kept.to(delta.device)
-        parts = [("far_delta", self.far_rest, nodes.axis)]
-        if nodes.axis == 0 and adapter in self.far_bias_delta:
-            parts.append(("far_bias_delta", self.far_bias_rest, 0))
-        for part, rests, axis in parts:
+        device = self.far_delta[adapter].device
+        other = others_of(kept.cpu(), self._length(adapter)).to(device)
+        kept = kept.to(device)
+        for part, (rest, axis) in self._node_parts(adapter).items():
             parameter = getattr(self, part)[adapter]
             value = parameter.detach()
             if not discard:
-                rests[adapter] = value.index_select(axis, other)
+                getattr(self, rest)[adapter] = value.index_select(axis, other)
             resize(parameter, value.index_select(axis, kept), optimizer, _selector(axis, kept))
         self.far_kept[adapter] = kept
 
     def undo_cut(self, adapter: str, optimizer: Optimizer | None = None) -> None:
         """The opposite of `cut`: all rows and columns train again, from where they are."""
-        for part in ("far_delta", "far_bias_delta"):
-            if adapter in getattr(self, part):
-                parameter, full = getattr(self, part)[adapter], self._own_full_delta(part, adapter).detach()
-                if full.shape != parameter.shape:
-                    resize(parameter, full, optimizer)
+        for part in self._node_parts(adapter):
+            parameter, full = getattr(self, part)[adapter], self._own_full_delta(part, adapter).detach()
+            if full.shape != parameter.shape:
+                resize(parameter, full, optimizer)
         for buffers in (self.far_kept, self.far_rest, self.far_bias_rest):
             if adapter in buffers:
                 del buffers[adapter]
 
     def shapes(self, adapter: str, config: FARConfig, cut: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the values of this layer that the cut concerns, before it or after it."""
-        nodes, kept, length = self.far_nodes[adapter], self.kept_rows(adapter, config), self._length(adapter)
-        parts = [("far_delta", "far_rest", nodes.axis)]
-        if adapter in self.far_bias_delta:
-            parts.append(("far_bias_delta", "far_bias_rest", 0))
+        kept, length = self.kept_rows(adapter, config), self._length(adapter)
         shapes: dict[str, tuple[int, ...]] = {"far_kept": (kept,)} if cut else {}
-        for part, rest, axis in parts:
-            full = list(self._shape(part, adapter))
-            split = cut and (part == "far_delta" or nodes.axis == 0)
-            shapes[part] = (*full[:axis], kept, *full[axis + 1 :]) if split else tuple(full)
-            if split and not config.discard_unkept:
+        for part, (rest, axis) in self._node_parts(adapter).items():
+            full = self._shape(part, adapter)
+            shapes[part] = (*full[:axis], kept, *full[axis + 1 :]) if cut else full
+            if cut and not config.discard_unkept:
                 shapes[rest] = (*full[:axis], length - kept, *full[axis + 1 :])
         return shapes
 

@@ -15,8 +15,8 @@ GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random
 PARTS = ("far_delta", "far_layernorm_delta", "far_bias_delta")
 
 
-def _is_share(value: object) -> bool:
-    return isinstance(value, (int, float)) and is_number(value) and 0 <= value <= 1
+def _is_share(value: Any) -> bool:
+    return is_number(value) and 0 <= value <= 1
 
 
 def _is_patterns(value: object) -> bool:
@@ -146,26 +146,17 @@ class FARConfig(PhasedConfig):
         return self.reconfigured
 
     def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        """Priming, then the reconfigured training.
-
-        Args:
-            total_steps: optimizer steps of the whole training, None if unknown.
-            steps_per_epoch: optimizer steps of one epoch, None if unknown.
-
-        Raises:
-            ScheduleError: a share of steps, or epochs, of unknown number, or fewer steps than priming needs.
-        """
+        """Priming, then the reconfigured training."""
+        in_steps = "Give priming in steps: FARConfig(priming_steps=...)."
         if self.priming_steps is not None:
             steps = self.priming_steps
             advice = f"Set priming_steps to at most {(total_steps or 1) - 1}, or train longer."
         elif self.priming_epochs is not None:
-            if steps_per_epoch is None:
-                raise self._unknown("priming_epochs", "optimizer steps in an epoch")
-            steps = epochs_to_steps(self.priming_epochs, steps_per_epoch)
-            advice = f"priming_epochs={self.priming_epochs} at {steps_per_epoch} steps per epoch is too long."
+            per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
+            steps = epochs_to_steps(self.priming_epochs, per_epoch)
+            advice = f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long."
         else:
-            if total_steps is None:
-                raise self._unknown("priming_ratio", "optimizer steps of the whole training")
+            total_steps = self._known(total_steps, "of the whole training", "priming_ratio", in_steps)
             steps = ratio_to_steps(self.priming_ratio, total_steps)
             advice = f"Lower priming_ratio={self.priming_ratio}, or train longer."
         if total_steps is not None and steps == total_steps:
@@ -181,12 +172,6 @@ class FARConfig(PhasedConfig):
     @staticmethod
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
         return lay_out([(PRIMING, priming), (RECONFIGURED, None)], total_steps, advice)
-
-    def _unknown(self, name: str, what: str) -> ScheduleError:
-        return ScheduleError(
-            f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
-            "Give priming in steps: FARConfig(priming_steps=...)."
-        )
 
     def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
         def count(*parts: str) -> int:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from ..checkpoint import Shapes
 from ..phases.ddp import broadcast_choice
-from ..phases.driver import Entry, Training, tuner_layers
+from ..phases.driver import Entry, Training, tuner_layers, values_of
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
@@ -257,11 +257,7 @@ class FARModel(PhasedModel):
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
         """Name layers whose weights did not move while others did."""
-        moved = {
-            name: bool(layer.far_delta[adapter].any())
-            for name, layer in root.named_modules()
-            if isinstance(layer, FARLayer) and adapter in layer.far_delta and not layer.far_delta[adapter].is_meta
-        }
+        moved = {name: bool(delta.any()) for name, delta in values_of(root, adapter, "far_delta").items()}
         idle = [name for name, any_moved in moved.items() if not any_moved]
         if idle and any(moved.values()) and config.init_weights:
             warnings.warn(
@@ -271,23 +267,22 @@ class FARModel(PhasedModel):
             )
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        config = getattr(root, "peft_config", {}).get(adapter)
-        layers = [layer for layer in tuner_layers(root) if isinstance(layer, FARLayer)]
-        values = [d[adapter] for layer in layers for d in (layer.far_delta, layer.far_rest) if adapter in d]
-        return getattr(config, "init_weights", False) and any(bool(v.any()) for v in values if not v.is_meta)
+    def has_trained(cls, root: nn.Module, adapter: str, config: FARConfig) -> bool:
+        values = [v for part in ("far_delta", "far_rest") for v in values_of(root, adapter, part).values()]
+        return config.init_weights and any(bool(value.any()) for value in values)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
     @classmethod
-    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
-        shapes = super()._shapes_in_form_of(root, adapter, state_dict)
-        config: Any = getattr(root, "peft_config", {})[adapter]
+    def _shapes_in_form_of(
+        cls, root: nn.Module, adapter: str, config: FARConfig, state_dict: dict[str, Tensor]
+    ) -> Shapes:
+        shapes = super()._shapes_in_form_of(root, adapter, config, state_dict)
         cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut != config.reconfigured:
             for name, layer in root.named_modules():
                 if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
-                    for part in ("far_delta", "far_bias_delta", "far_kept", "far_rest", "far_bias_rest"):
+                    for part in ("far_kept", "far_rest", "far_bias_rest"):
                         shapes.pop(f"{name}.{part}", None)
                     in_form = layer.shapes(adapter, config, cut)
                     shapes.update({f"{name}.{part}": shape for part, shape in in_form.items()})
@@ -295,16 +290,19 @@ class FARModel(PhasedModel):
 
     @classmethod
     def _fit_to_file(
-        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: FARConfig,
+        state_dict: dict[str, Tensor],
+        optimizer: Optimizer | None,
     ) -> None:
-        config: Any = getattr(root, "peft_config", {})[adapter]
+        if config.reconfigured:
+            cls.restart(root, adapter, config, optimizer)
+            return
         for layer in cls._cuttable(root, adapter):
-            if config.reconfigured:
-                layer.undo_cut(adapter, optimizer)
-            else:
-                first = torch.arange(layer.kept_rows(adapter, config))
-                layer.cut(adapter, first, config.discard_unkept, optimizer)
-        config.write("reconfigured", not config.reconfigured)
+            layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept, optimizer)
+        config.write("reconfigured", True)
 
 
 def _takes_dense(module: nn.Module) -> bool:

@@ -14,7 +14,7 @@ from torch import nn
 
 from ..structure.attention import attention_names
 from ..structure.feed_forward import FeedForward
-from ..structure.modules import is_linear, is_norm, new_head, output_embeddings, walk
+from ..structure.modules import common_parent, is_linear, is_norm, is_within, new_head, output_embeddings, walk
 from ..structure.weights import base_of, sizes
 from .config import FARConfig
 
@@ -68,7 +68,7 @@ def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     found: dict[str, nn.Module] = {}
     held: set[int] = set()
     for name, module in walk(model):
-        if not name or _below(name, head) or _below(name, found) or _below(name, poolers):
+        if not name or is_within(name, head) or is_within(name, found) or is_within(name, poolers):
             continue
         base = base_of(module)
         if is_sinusoidal(module):
@@ -82,7 +82,7 @@ def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     lost = [
         f"{name}.{own}" if name else own
         for name, module in walk(model)
-        if not (_below(name, head) or _below(name, found) or _below(name, poolers))
+        if not (is_within(name, head) or is_within(name, found) or is_within(name, poolers))
         for own, parameter in base_of(module).named_parameters(recurse=False)
         if id(parameter) not in held and parameter.is_floating_point()
     ]
@@ -98,11 +98,6 @@ def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
 
 def _is_composite(module: nn.Module) -> bool:
     return any(True for _ in base_of(module).children())
-
-
-def _below(name: str, tops: Sequence[str] | dict[str, nn.Module]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:depth]) in tops for depth in range(1, len(parts) + 1))
 
 
 def kind_of(module: nn.Module) -> Kind:
@@ -238,13 +233,10 @@ def named_feed_forwards(model: nn.Module, patterns: Sequence[Sequence[str]]) -> 
 
 def patterns_of(pairs: Sequence[FeedForward]) -> list[list[str]]:
     """Endings of names, as `named_feed_forwards` takes them, one list for all blocks that are built alike."""
-    patterns = []
+    patterns: list[list[str]] = []
     for pair in pairs:
-        split = [name.split(".") for name in pair.names]
-        shared = 0
-        while all(len(parts) > shared + 1 and parts[shared] == split[0][shared] for parts in split):
-            shared += 1
-        pattern = [".".join(parts[shared:]) for parts in split]
+        parent = common_parent(pair.names)
+        pattern = [name.removeprefix(f"{parent}.") for name in pair.names]
         if pattern not in patterns:
             patterns.append(pattern)
     return patterns

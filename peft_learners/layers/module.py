@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -60,3 +60,26 @@ class DeltaModule(TransparentLayer):
                 "it out: exclude_modules, with the module's name."
             )
         return call_with(self.base_layer, cast, x, *args, **kwargs)
+
+
+class DeltaNorm(DeltaModule):
+    """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
+
+    #: Containers of the deltas, by the norm's parameter. The name of a container has "norm" or "bias" in it, by which
+    #: Trainer exempts what it holds from weight decay.
+    containers: ClassVar[dict[str, str]]
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer)
+        for part in self.adapter_layer_names:
+            setattr(self, part, nn.ParameterDict({}))
+
+    def update_layer(self, adapter: str, config: Any) -> None:
+        """Create the parameters of a new adapter."""
+        for name in ("weight", "bias"):
+            if getattr(self.get_base_layer(), name, None) is not None:
+                self.add_parameter(self.containers[name], adapter, config, self.out_features)
+
+    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
+        values = {name: getattr(self, self.containers[name]) for name in ("weight", "bias")}
+        return {name: container[adapter] for name, container in values.items() if adapter in container}

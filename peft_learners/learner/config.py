@@ -17,7 +17,7 @@ from ..config import (
     names_unknown_fields,
     option,
 )
-from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
+from ..phases.schedule import Schedule, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
 #: The container of the primed dense deltas.
@@ -119,30 +119,19 @@ class LearnerConfig(PhasedConfig):
         return not self.primes or PRIMING in self.completed_phases
 
     def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        """Priming, then learning.
-
-        Args:
-            total_steps: optimizer steps of the whole training, None if unknown.
-            steps_per_epoch: optimizer steps of one epoch, None if unknown.
-
-        Raises:
-            ScheduleError: epochs without a known length, or fewer steps than priming needs.
-        """
+        """Priming, then learning."""
         if self.priming_steps is not None:
             steps = self.priming_steps
             advice = f"Set priming_steps to at most {total_steps}, or train longer."
         elif self.priming_epochs == 0:
             steps, advice = 0, ""
-        elif steps_per_epoch is None:
-            raise ScheduleError(
-                f"priming_epochs={self.priming_epochs} needs the number of optimizer steps in an epoch, which is "
-                "unknown (data without a length?). Give priming in steps: LearnerConfig(priming_steps=...)."
-            )
         else:
-            steps = epochs_to_steps(self.priming_epochs, steps_per_epoch)
-            most = (total_steps or 0) / steps_per_epoch
+            in_steps = "Give priming in steps: LearnerConfig(priming_steps=...)."
+            per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
+            steps = epochs_to_steps(self.priming_epochs, per_epoch)
+            most = (total_steps or 0) / per_epoch
             advice = (
-                f"priming_epochs={self.priming_epochs} at {steps_per_epoch} steps per epoch is too long: set "
+                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set "
                 f"priming_epochs to at most {most:.4g}, or train longer."
             )
         return self._phases(steps, total_steps, advice)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from ..layers.base import DeltaLayer
 from ..layers.linear import DeltaLinear
-from ..layers.module import DeltaModule
+from ..layers.module import DeltaNorm
 from ..ops import Dense, LowRank
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
 
 class LearnerLayer(DeltaLayer):
-    """Common to Learner layers: deltas on biases."""
+    """Common to Learner layers."""
 
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.learner_bias_delta = nn.ParameterDict({})
-
-    def bias_delta(self, adapter: str) -> Tensor | None:
-        return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
+    def __repr__(self) -> str:
+        return "learner." + super().__repr__()
 
 
 class LearnerLinear(LearnerLayer, DeltaLinear):
@@ -40,6 +38,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
+        self.learner_bias_delta = nn.ParameterDict({})
         self.learner_P1 = nn.ParameterDict({})
         self.learner_P2 = nn.ParameterDict({})
         self.learner_dense_delta = nn.ParameterDict({})
@@ -81,33 +80,17 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
             return None
         return self.learner_dense_delta[adapter], self.learner_lr_scale[adapter]
 
+    def bias_delta(self, adapter: str) -> Tensor | None:
+        return self.learner_bias_delta[adapter] if adapter in self.learner_bias_delta else None
+
     def dropout(self, adapter: str) -> float:
         dropout = self.learner_dropout[adapter]
         return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
 
-    def __repr__(self) -> str:
-        return "learner." + super().__repr__()
 
+class LearnerNorm(LearnerLayer, DeltaNorm):
+    """A norm with deltas on its weight and bias."""
 
-class LearnerNorm(LearnerLayer, DeltaModule):
-    """A norm with `weight + dw` and `bias + db`; `dw, db: (features,)`, `x: (..., features)`."""
-
-    adapter_layer_names = ("learner_layernorm_delta", "learner_bias_delta")
-
-    def __init__(self, base_layer: nn.Module) -> None:
-        super().__init__(base_layer)
-        self.learner_layernorm_delta = nn.ParameterDict({})
-
-    def update_layer(self, adapter: str, config: LearnerConfig) -> None:
-        """Create the parameters of a new adapter."""
-        self.add_parameter("learner_layernorm_delta", adapter, config, self.out_features)
-        if getattr(self.get_base_layer(), "bias", None) is not None:
-            self.add_parameter("learner_bias_delta", adapter, config, self.out_features)
-
-    def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
-        bias = self.bias_delta(adapter)
-        deltas = {"weight": self.learner_layernorm_delta[adapter]}
-        return deltas if bias is None else {**deltas, "bias": bias}
-
-    def __repr__(self) -> str:
-        return "learner." + super().__repr__()
+    containers: ClassVar = {"weight": "learner_layernorm_delta", "bias": "learner_bias_delta"}
+    # The order of parameters, by which a checkpoint's optimizer state finds them.
+    adapter_layer_names = ("learner_bias_delta", "learner_layernorm_delta")

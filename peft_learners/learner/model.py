@@ -6,14 +6,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from peft.utils.error import NoMatchingPeftModuleError
-from torch import Tensor, nn
+from torch import nn
 
-from ..phases.driver import tuner_layers
+from ..phases.driver import tuner_layers, values_of
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
-from ..structure.modules import is_linear, is_norm, linear_names, norm_names, walk
-from ..structure.targets import is_named, names_modules, rank_patterns
+from ..structure.modules import is_linear, is_norm, linear_names, walk
+from ..structure.targets import is_named, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
@@ -54,19 +53,11 @@ class LearnerModel(PhasedModel):
         return linear_names(model)
 
     def _complete_targets(self, config: LearnerConfig, model: nn.Module, chosen: set[str]) -> set[str]:
-        explicit = names_modules(config.target_modules)
-        if not chosen:
-            if not explicit:
-                raise NoMatchingPeftModuleError(self._nothing_left(config))
-            return set()  # PEFT says that all was excluded
-        targets = chosen | (self._names_among(config, norm_names(model)) if config.train_norms else set())
-        if not explicit:
-            self._write_targets(config, targets)
-        self._primed = self._resolve_priming(config, model, targets) if config.primes else set()
+        targets = super()._complete_targets(config, model, chosen)
+        self._primed = self._resolve_priming(config, model, targets) if targets and config.primes else set()
         return targets
 
-    @staticmethod
-    def _nothing_left(config: LearnerConfig) -> str:
+    def _nothing_left(self, config: LearnerConfig, model: nn.Module) -> str:
         narrowing = ("exclude_modules", "layers_to_transform", "layers_pattern")
         narrowed = {name: getattr(config, name) for name in narrowing if getattr(config, name) is not None}
         return "No linear layer of the backbone is left to adapt" + (
@@ -194,8 +185,8 @@ class LearnerModel(PhasedModel):
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase) -> None:
         """Name primed layers that did not move while others did: their weights are read without calling them."""
-        idle = [name for name, theta in cls._values(root, adapter, DENSE_PART) if not theta.any()]
-        others_moved = any(p2.any() for _, p2 in cls._values(root, adapter, "learner_P2"))
+        idle = [name for name, theta in values_of(root, adapter, DENSE_PART).items() if not theta.any()]
+        others_moved = any(p2.any() for p2 in values_of(root, adapter, "learner_P2").values())
         if phase.name == PRIMING and config.init_weights and idle and others_moved:
             warnings.warn(
                 f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
@@ -205,16 +196,5 @@ class LearnerModel(PhasedModel):
             )
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        config = getattr(root, "peft_config", {}).get(adapter)
-        dense = cls._values(root, adapter, DENSE_PART)
-        return getattr(config, "init_weights", False) and any(bool(theta.any()) for _, theta in dense)
-
-    @staticmethod
-    def _values(root: nn.Module, adapter: str, part: str) -> list[tuple[str, Tensor]]:
-        found = []
-        for name, layer in root.named_modules():
-            values = getattr(layer, part) if isinstance(layer, LearnerLinear) else {}
-            if adapter in values and not values[adapter].is_meta:
-                found.append((name, values[adapter].detach()))
-        return found
+    def has_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig) -> bool:
+        return config.init_weights and any(bool(v.any()) for v in values_of(root, adapter, DENSE_PART).values())

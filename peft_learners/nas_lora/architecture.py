@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
+from peft.config import PeftConfig
+from peft.utils import load_peft_weights
 from torch import Tensor
 
 #: `{module: {part: (parameters kept, parameters in the search space)}}`; parts are "U", "V" and "bias".
@@ -81,9 +83,6 @@ class Architecture:
         Raises:
             ValueError: another kind of adapter, or one that has not been pruned.
         """
-        from peft import PeftConfig
-        from peft.utils import load_peft_weights
-
         config: Any = PeftConfig.from_pretrained(model_id, **kwargs)
         if getattr(config, "architecture", None) is None or not config.phases_complete:
             raise ValueError(
@@ -93,15 +92,21 @@ class Architecture:
         return cls.of(config, positions_in(load_peft_weights(model_id, device="cpu", **kwargs)))
 
     @classmethod
-    def of(cls, config: Any, positions: Positions) -> Architecture:
-        """The architecture in a config of a pruned adapter, with the positions that its layers or file hold."""
-        counts = {m: {p: (kept, of) for p, (kept, of) in parts.items()} for m, parts in config.architecture.items()}
-        return cls.with_counts(config, counts, positions)
+    def of(
+        cls,
+        config: Any,
+        positions: Positions,
+        counts: Mapping[str, Mapping[str, Sequence[int]]] | None = None,
+    ) -> Architecture:
+        """An architecture of the search space that a config lays out.
 
-    @classmethod
-    def with_counts(cls, config: Any, counts: Counts, positions: Positions) -> Architecture:
-        """An architecture of the search space that a config lays out."""
-        space = sum(of for parts in counts.values() for _, of in parts.values())
+        Args:
+            positions: that the adapter's layers or file hold.
+            counts: None: those in the config of a pruned adapter.
+        """
+        given = config.architecture if counts is None else counts
+        own: Counts = {m: {p: (kept, of) for p, (kept, of) in parts.items()} for m, parts in given.items()}
+        space = sum(of for parts in own.values() for _, of in parts.values())
         names = (
             "target_modules",
             "exclude_modules",
@@ -111,7 +116,7 @@ class Architecture:
             "bias_modules",
         )
         settings = {name: getattr(config, name) for name in names}
-        return cls(config.granularity, config.r, config.budget_in(space), counts, positions, settings)
+        return cls(config.granularity, config.r, config.budget_in(space), own, positions, settings)
 
 
 def _natural(name: str) -> list[tuple[int, str]]:

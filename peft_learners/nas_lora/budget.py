@@ -134,15 +134,12 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, tra
     ]
     mask = within_budget(torch.cat(scores), torch.cat(costs) if config.granularity == "structured" else 1, budget)
     mask = broadcast_choice({"kept": mask.to(torch.uint8)}, training.ddp)["kept"].bool().cpu()
-    nothing = torch.empty(0, dtype=torch.int32)
-    positions = {
-        id(layer): dict.fromkeys(layer.nas_lora_space[adapter].indexed(), nothing) for layer in layers.values()
-    }
+    positions: dict[NASLoRALayer, dict[str, Tensor]] = {layer: {} for layer in layers.values()}
     for (layer, part), own in zip(scored, mask.split([len(s) for s in scores]), strict=True):
-        positions[id(layer)][part] = layer.kept_positions(adapter)[part][own]
+        positions[layer][part] = layer.kept_positions(adapter)[part][own]
     salt = f"/round {round_}" if config.rewind == "fresh" else ""
     for layer in layers.values():
-        layer.set_kept(adapter, positions[id(layer)], training.optimizer, salt)
+        layer.set_kept(adapter, positions[layer], training.optimizer, salt)
     _rewind_head(root, adapter, config, salt)
     logger.info(
         "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",

@@ -242,31 +242,21 @@ class NASLoRAConfig(PhasedConfig):
         return {name: getattr(self, name) for name in (*names, "criterion", "averaging", "rewind", "train_biases")}
 
     def schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        """One search per round (less those that are over), then the retraining.
-
-        Args:
-            total_steps: optimizer steps of the whole training, None if unknown.
-            steps_per_epoch: optimizer steps of one epoch, None if unknown.
-
-        Raises:
-            ScheduleError: epochs or steps of unknown number, or no step left to retrain.
-        """
+        """One search per round (less those that are over), then the retraining."""
         return self._laid_out(self.pruned_rounds, total_steps, steps_per_epoch)
 
     def whole_schedule(self, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
         return self._laid_out(0, total_steps, steps_per_epoch)
 
     def _laid_out(self, over: int, total_steps: int | None, steps_per_epoch: int | None) -> Schedule:
-        rounds = self.rounds - over
+        rounds, in_steps = self.rounds - over, "Give the search in steps: NASLoRAConfig(search_steps=...)."
         if self.search_steps is not None:
             steps = self.search_steps
         elif self.search_epochs is not None:
-            if steps_per_epoch is None:
-                raise self._unknown("search_epochs", "optimizer steps in an epoch")
-            steps = epochs_to_steps(self.search_epochs, steps_per_epoch)
+            per_epoch = self._known(steps_per_epoch, "in an epoch", "search_epochs", in_steps)
+            steps = epochs_to_steps(self.search_epochs, per_epoch)
         else:
-            if total_steps is None:
-                raise self._unknown("search_epochs", "optimizer steps of the whole training")
+            total_steps = self._known(total_steps, "of the whole training", "search_epochs", in_steps)
             steps = total_steps // (rounds + 1)
         if total_steps is not None and not 0 < steps * rounds < total_steps:
             what = f"{steps} steps" if rounds == 1 else f"{rounds} rounds of {steps} steps"
@@ -282,12 +272,6 @@ class NASLoRAConfig(PhasedConfig):
     def _phases(self, steps: int, over: int = 0, total_steps: int | None = None) -> Schedule:
         searches = [(search_phase(i, self.rounds), steps) for i in range(over, self.rounds)]
         return lay_out([*searches, (RETRAINING, None)], total_steps, begin_anew=True)
-
-    def _unknown(self, name: str, what: str) -> ScheduleError:
-        return ScheduleError(
-            f"{name}={getattr(self, name)} needs the number of {what}, which is unknown (data without a length?). "
-            "Give the search in steps: NASLoRAConfig(search_steps=...)."
-        )
 
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 

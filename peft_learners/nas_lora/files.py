@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
 from ..checkpoint import Shapes
@@ -27,38 +26,32 @@ def shapes_in_form_of(layers: Layers, adapter: str, state_dict: Mapping[str, Ten
         space = layer.nas_lora_space[adapter]
         for part in space.shapes:
             key = f"{name}.{CONTAINERS[part]}"
-            indexed = "U" if space.structured and part == "V" else part
-            positions = state_dict.get(f"{name}.nas_lora_{indexed}{_POSITIONS}")
+            positions = state_dict.get(f"{name}.nas_lora_{space.index_of(part)}{_POSITIONS}")
             if not pruned:
                 shapes[key] = space.shapes[part]
             elif positions is not None or key in state_dict:
                 units = len(positions) if positions is not None else 0
                 shapes[key] = space.shape(part, units)
-                if part == indexed:
+                if part == space.index_of(part):
                     shapes[f"{name}.nas_lora_{part}{_POSITIONS}"] = (units,)
     return shapes
 
 
-def positions_for(layers: Layers, adapter: str, found: Positions) -> dict[str, dict[str, Tensor]]:
-    """A file's positions for every layer and indexed part of the adapter.
+def check_positions(layers: Layers, adapter: str, positions: Positions) -> None:
+    """Refuse positions in a file that no pruning leaves.
 
     Raises:
         ValueError: positions outside a part, or not ascending.
     """
-    nothing = torch.empty(0, dtype=torch.int32)
-    positions: dict[str, dict[str, Tensor]] = {}
     for name, layer in layers.items():
-        space, positions[name] = layer.nas_lora_space[adapter], {}
-        for part in space.indexed():
-            own = found.get(name, {}).get(part, nothing)
+        space = layer.nas_lora_space[adapter]
+        for part, own in positions.get(name, {}).items():
             inside = not len(own) or (int(own[0]) >= 0 and int(own[-1]) < space.whole(part))
             if not inside or bool((own[1:] <= own[:-1]).any()):
                 raise ValueError(
                     f"The checkpoint does not fit the adapter {adapter!r}: positions of {part} of {name} are not "
                     f"ascending, or lie outside its {space.whole(part)} units. Nothing was loaded."
                 )
-            positions[name][part] = own
-    return positions
 
 
 def scores_of(layers: Layers, adapter: str) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from ..ops import Entries, Factor, Pair
 from ..phases.optimizer import resize
 from ..structure.weights import for_float64
 from .config import CONTAINERS, NASLoRAConfig
-from .rewind import generator_of, initial_normal
+from .rewind import generator_of
 
 #: Position of what a file has yet to tell.
 UNKNOWN = -1
@@ -44,9 +44,13 @@ class Space:
     def size(self, part: str) -> int:
         return math.prod(self.shapes[part])
 
+    def index_of(self, part: str) -> str:
+        """The part whose positions are those of this one, too: the columns of V go with those of U."""
+        return "U" if self.structured and part == "V" else part
+
     def indexed(self) -> list[str]:
-        """Parts that have units and positions of their own; the columns of V go with those of U."""
-        return [part for part in self.shapes if not (self.structured and part == "V")]
+        """Parts that have units and positions of their own."""
+        return [part for part in self.shapes if self.index_of(part) == part]
 
     def whole(self, part: str) -> int:
         """Number of units of a part in full."""
@@ -67,11 +71,11 @@ class Space:
         return (self.size(part) * units,) if part == "bias" else (self.shapes[part][0], units)
 
     def initial(self, part: str, salt: str = "") -> Tensor:
-        """The initial values of a part in full: float32, on the CPU."""
-        std = self.stds[part]
-        if not std:
+        """The initial values of a part in full: zero or normal, float32, on the CPU."""
+        if not self.stds[part]:
             return torch.zeros(self.shapes[part])
-        return initial_normal(self.shapes[part], std, self.seed, f"{self.name}/{part}{salt}")
+        generator = generator_of(self.seed, f"{self.name}/{part}{salt}")
+        return torch.randn(self.shapes[part], generator=generator) * self.stds[part]
 
     def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
         """What of a part in full lies at the positions of its kept units."""
@@ -192,14 +196,12 @@ class NASLoRALayer(DeltaLayer):
                     f"{space.size(part)} there: it was found on a model of other sizes, or with another rank."
                 )
             units = kept * space.whole(part) // of
-            if given is not None:
-                positions[part] = given.get(part, torch.empty(0, dtype=torch.int32))
-            elif config.init_weights:
+            if config.init_weights:
                 positions[part] = torch.full((units,), UNKNOWN)
             else:
                 order = torch.randperm(space.whole(part), generator=generator_of(config.init_seed, space.name))
                 positions[part] = order[:units].sort().values
-        return positions
+        return positions if given is None else given
 
     # -- the form of an adapter: in full, or what is kept ------------------------------------------------------------
 
@@ -216,15 +218,16 @@ class NASLoRALayer(DeltaLayer):
         them; new ones are made where something is kept.
 
         Args:
-            positions: of the kept units, for each indexed part; None: all parts in full.
+            positions: of the kept units, for each indexed part of which any are; None: all parts in full.
             optimizer: whose state for what is resized is dropped.
             salt: another draw of the initial values.
         """
         space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
+        nothing = torch.empty(0, dtype=torch.int32)
         for part in space.shapes:
             values, held = self.values(part), self.positions(part)
-            own = None if positions is None else positions["U" if space.structured and part == "V" else part]
+            own = None if positions is None else positions.get(space.index_of(part), nothing)
             if own is not None and len(own) and int(own.min()) == UNKNOWN:
                 value = torch.zeros(space.shape(part, len(own)))
             else:
@@ -258,15 +261,18 @@ class NASLoRALayer(DeltaLayer):
     def is_pruned(self, adapter: str) -> bool:
         """Whether the adapter is in the form of kept units here."""
         space = self.nas_lora_space[adapter]
-        return any(self.units(adapter, part) < space.whole(part) for part in space.shapes) or any(
-            adapter in self.positions(part) for part in space.shapes
+        return any(
+            adapter in self.positions(part) or self.units(adapter, part) < space.whole(part) for part in space.shapes
         )
+
+    def kept(self, adapter: str, part: str) -> int:
+        """Number of parameters of a part that are there now."""
+        return self.values(part)[adapter].numel() if adapter in self.values(part) else 0
 
     def units(self, adapter: str, part: str) -> int:
         """Number of units of a part that are there now."""
         space = self.nas_lora_space[adapter]
-        count = self.values(part)[adapter].numel() if adapter in self.values(part) else 0
-        return count * space.whole(part) // space.size(part)
+        return self.kept(adapter, part) * space.whole(part) // space.size(part)
 
     def kept_positions(self, adapter: str) -> dict[str, Tensor]:
         """Positions of the units that are there now, for each indexed part of which something is."""
@@ -287,8 +293,7 @@ class NASLoRALayer(DeltaLayer):
     def counts(self, adapter: str) -> dict[str, list[int]]:
         """`{part: [parameters kept, parameters in the search space]}`."""
         space = self.nas_lora_space[adapter]
-        kept = {p: self.values(p)[adapter].numel() if adapter in self.values(p) else 0 for p in space.shapes}
-        return {part: [kept[part], space.size(part)] for part in space.shapes}
+        return {part: [self.kept(adapter, part), space.size(part)] for part in space.shapes}
 
     # -- scores -----------------------------------------------------------------------------------------------------
 
@@ -310,7 +315,7 @@ class NASLoRALayer(DeltaLayer):
     def bias_delta(self, adapter: str) -> Tensor | None:
         """db in full, differentiable; None if nothing of it is there."""
         values, positions = self.values("bias"), self.positions("bias")
-        if adapter not in values or values[adapter].numel() == 0:
+        if not self.kept(adapter, "bias"):
             return None
         space = self.nas_lora_space[adapter]
         if space.structured or adapter not in positions:
@@ -363,7 +368,7 @@ class NASLoRALinear(NASLoRALayer, DeltaLinear):
     def _factor(self, part: str, adapter: str) -> Factor | None:
         """A = V^T, or B = U: entries where it is of such."""
         values, space = self.values(part), self.nas_lora_space[adapter]
-        if adapter not in values or values[adapter].numel() == 0:
+        if not self.kept(adapter, part):
             return None
         if space.structured or adapter not in self.positions(part):
             return values[adapter].t() if part == "V" else values[adapter]

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
-import re
 import warnings
+from dataclasses import replace
 from typing import Any, Optional
 
 import torch
@@ -15,15 +15,14 @@ from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
-from ..structure.targets import is_named
+from ..structure.targets import matches
 from ..structure.weights import sizes
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
-from .architecture import Architecture, positions_in
+from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
-from .combine import config_of_sum
 from .config import RETRAINING, NASLoRAConfig
-from .files import is_pruned_file, positions_for, scores_of, shapes_in_form_of, take_scores, without_scores
+from .files import check_positions, is_pruned_file, scores_of, shapes_in_form_of, take_scores, without_scores
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
 
@@ -67,9 +66,8 @@ class NASLoRAModel(PhasedModel):
         config = self.peft_config[adapter_name]
         layers = layers_of(self.model, adapter_name)
         positions = {name: layer.kept_positions(adapter_name) for name, layer in layers.items()}
-        counts = {n: {p: (k, of) for p, (k, of) in layer.counts(adapter_name).items()} for n, layer in layers.items()}
-        assert isinstance(config, NASLoRAConfig)
-        return Architecture.with_counts(config, counts, positions)
+        counts = {name: layer.counts(adapter_name) for name, layer in layers.items()}
+        return Architecture.of(config, positions, counts)
 
     # -- choice of modules ------------------------------------------------------------------------------------------
 
@@ -107,10 +105,7 @@ class NASLoRAModel(PhasedModel):
             return every
         if asked is None:
             return every & chosen
-        if isinstance(asked, str):
-            biases = {name for name in every if re.fullmatch(asked, name)}
-        else:
-            biases = {name for name in every if any(is_named(name, one) for one in asked)}
+        biases = {name for name in every if matches(name, asked)}
         if not biases:
             raise ValueError(
                 f"NASLoRAConfig: `bias_modules` must name modules of the backbone with a bias, got {asked!r}, which "
@@ -181,7 +176,39 @@ class NASLoRAModel(PhasedModel):
                 "them up), or export each to LoRA (peft_learners.export) and combine there."
             )
         found = acting(found)
-        return config_of_sum(configs[0], found, self._minimal_names), found
+        if not found.names:
+            raise ValueError("add_weighted_adapter: the sum is zero (nothing is kept, or all weights are 0).")
+        # The architecture that keeps exactly what the sum has, of a search space of its largest rank.
+        rank = max((pair.rank for pair in found.low_rank.values()), default=0)
+        counts: dict[str, dict[str, list[int]]] = {name: {} for name in sorted(found.names)}
+        positions: Positions = {name: {} for name in counts}
+        for name, pair in found.low_rank.items():
+            for part, length in (("U", len(pair.b)), ("V", pair.a.shape[1])):
+                counts[name][part] = [pair.rank * length, rank * length]
+            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32)
+        for name, bias in found.biases.items():
+            counts[name]["bias"] = [len(bias), len(bias)]
+            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32)
+        summed = replace(
+            configs[0],
+            init_weights=True,
+            r=rank,
+            target_modules=self._minimal_names(set(found.low_rank)) or None,
+            exclude_modules=None,
+            layers_to_transform=None,
+            layers_pattern=None,
+            train_biases=bool(found.biases),
+            bias_modules=self._minimal_names(set(found.biases)) or None,
+            parameter_budget=sum(kept for parts in counts.values() for kept, _ in parts.values()),
+            architecture=counts,
+            rounds=1,
+            pruned_rounds=1,
+            completed_phases=[],
+            phase_first_steps=None,
+        )
+        summed.completed_phases = [phase.name for phase in summed.outline().phases[:-1]]
+        summed.kept_positions = positions
+        return summed, found
 
     def _take_sum(self, adapter: str, found: Combined) -> None:
         values = {
@@ -291,12 +318,12 @@ class NASLoRAModel(PhasedModel):
         cls,
         root: nn.Module,
         adapter: str,
-        positions: dict[str, dict[str, Tensor]] | None,
+        positions: Positions | None,
         optimizer: Optimizer | None,
     ) -> None:
         for name, layer in layers_of(root, adapter).items():
             layer.nas_lora_scores.pop(adapter, None)
-            layer.set_kept(adapter, None if positions is None else positions[name], optimizer)
+            layer.set_kept(adapter, None if positions is None else positions.get(name, {}), optimizer)
 
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
@@ -304,10 +331,9 @@ class NASLoRAModel(PhasedModel):
             layer.make_whole(adapter)
 
     @classmethod
-    def has_trained(cls, root: nn.Module, adapter: str) -> bool:
-        config = getattr(root, "peft_config", {}).get(adapter)
-        if config is None or not config.init_weights or config.architecture is not None:
-            return config is not None and config.architecture is not None
+    def has_trained(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> bool:
+        if config.architecture is not None or not config.init_weights:
+            return config.architecture is not None
         for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
@@ -347,7 +373,9 @@ class NASLoRAModel(PhasedModel):
         return {key: shape for key, shape in super()._own_shapes(root, adapter).items() if 0 not in shape}
 
     @classmethod
-    def _shapes_in_form_of(cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor]) -> Shapes:
+    def _shapes_in_form_of(
+        cls, root: nn.Module, adapter: str, config: NASLoRAConfig, state_dict: dict[str, Tensor]
+    ) -> Shapes:
         layers = layers_of(root, adapter)
         if not all(layer.knows_positions(adapter) for layer in layers.values()):
             return cls._own_shapes(root, adapter)  # its config says which file it waits for
@@ -355,16 +383,22 @@ class NASLoRAModel(PhasedModel):
 
     @classmethod
     def _fit_to_file(
-        cls, root: nn.Module, adapter: str, state_dict: dict[str, Tensor], optimizer: Optimizer | None
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: NASLoRAConfig,
+        state_dict: dict[str, Tensor],
+        optimizer: Optimizer | None,
     ) -> None:
         root = injected_model(root)
-        config: Any = getattr(root, "peft_config", {})[adapter]
         layers = layers_of(root, adapter)
         if not is_pruned_file(state_dict):
             cls._set_kept(root, adapter, None, optimizer)
             cls._record(root, adapter, config, 0)
             return
-        cls._set_kept(root, adapter, positions_for(layers, adapter, positions_in(state_dict)), optimizer)
+        positions = positions_in(state_dict)
+        check_positions(layers, adapter, positions)
+        cls._set_kept(root, adapter, positions, optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)
         kept = kept_of(layers, adapter)

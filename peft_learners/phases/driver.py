@@ -99,6 +99,13 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
                     yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 
 
+def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, torch.Tensor]:
+    """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
+    layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
+    found = {name: getattr(layer, part)[adapter] for name, layer in layers if adapter in getattr(layer, part, ())}
+    return {name: value for name, value in found.items() if not value.is_meta}
+
+
 def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
     """What the tuner layers hold beside parameters: frozen values and positions, which only boundaries change."""
     for layer in tuner_layers(root):
@@ -325,7 +332,7 @@ class PhaseDriver:
         return stopped
 
     def _warn_if_only_said_to_be_complete(self, tuner: Any, name: str, config: PhasedConfig) -> None:
-        if config.completed_phases and config.init_weights and not tuner.has_trained(self.root, name):
+        if config.completed_phases and config.init_weights and not tuner.has_trained(self.root, name, config):
             warnings.warn(
                 f"The config of the adapter {name!r} says that {', '.join(config.completed_phases)} is complete, but "
                 "the adapter has nothing of it: was the config taken from another, trained adapter? Call "

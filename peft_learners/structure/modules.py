@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Container, Iterable, Iterator
+from itertools import takewhile
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -33,6 +34,18 @@ def walk(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             skipped.add(name)
         yield name, module
+
+
+def is_within(name: str, modules: Container[str]) -> bool:
+    """Whether a name is one of these modules', or that of something in one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
+
+
+def common_parent(names: Iterable[str]) -> str:
+    """Name of the innermost module that holds all these."""
+    columns = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return ".".join(column[0] for column in takewhile(lambda column: len(set(column)) == 1, columns))
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -101,16 +114,14 @@ def _in_backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     its head does).
     """
     prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
-    outside = [f"{name}." for name in head]
+    outside = {*head, *(name for name, module in walk(model) if isinstance(module, nn.MultiheadAttention))}
     if getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE_MODELS:
-        outside += [f"{name}." for name, _ in walk(model) if name.rpartition(".")[2] in _READ_NOT_CALLED]
-    outside += [f"{name}." for name, module in walk(model) if isinstance(module, nn.MultiheadAttention)]
+        outside |= {name for name, _ in walk(model) if name.rpartition(".")[2] in _READ_NOT_CALLED}
     for name, module in walk(model):
         if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head:
             continue
-        if any(f"{name}.".startswith(outer) for outer in outside) or (not head and "pooler" in name.split(".")):
-            continue
-        yield name, module
+        if not is_within(name, outside) and (head or "pooler" not in name.split(".")):
+            yield name, module
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -151,15 +162,10 @@ def block_names(model: nn.Module) -> list[str]:
 def norm_names(model: nn.Module) -> list[str]:
     """Norms inside the backbone's blocks (not the embeddings' norm, nor a final one)."""
     blocks = set(block_names(model))
-    return [name for name, module in walk(model) if is_norm(module) and _ancestor_in(name, blocks)]
+    return [name for name, module in walk(model) if is_norm(module) and is_within(name, blocks)]
 
 
 def block_linear_names(model: nn.Module) -> list[str]:
     """Linear layers inside the backbone's blocks."""
     blocks = set(block_names(model))
-    return [name for name in linear_names(model) if _ancestor_in(name, blocks)]
-
-
-def _ancestor_in(name: str, names: set[str]) -> bool:
-    parts = name.split(".")
-    return any(".".join(parts[:depth]) in names for depth in range(1, len(parts) + 1))
+    return [name for name in linear_names(model) if is_within(name, blocks)]

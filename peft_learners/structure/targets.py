@@ -21,7 +21,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PhasedConfig
-from .modules import is_linear, is_norm, linear_names, new_head, original_of, walk
+from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
 from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
@@ -37,12 +37,21 @@ class TargetChoice(BaseTuner):
         raise NotImplementedError
 
     def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
-        """All modules to adapt, with what goes with the chosen ones (norms, biases); may complete the config."""
-        if not names_modules(config.target_modules):
-            if not chosen:
-                raise NoMatchingPeftModuleError(f"{type(config).__name__} leaves no module of the model to adapt.")
-            self._write_targets(config, chosen)
-        return chosen
+        """All modules to adapt: the chosen ones and what goes with them (norms, biases); may complete the config."""
+        explicit = names_modules(config.target_modules)
+        if not chosen and explicit:
+            return chosen  # PEFT says that all was excluded
+        if not chosen:
+            raise NoMatchingPeftModuleError(self._nothing_left(config, model))
+        norms = norm_names(model) if getattr(config, "train_norms", False) else []
+        targets = chosen | self._names_among(config, norms)
+        if not explicit:
+            self._write_targets(config, targets)
+        return targets
+
+    def _nothing_left(self, config: Any, model: nn.Module) -> str:
+        """Sentence of an error: structure tells no module to adapt, or the config leaves none of those in."""
+        return f"{type(config).__name__} leaves no module of the model to adapt."
 
     def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
         """Names of all modules to adapt."""
@@ -62,7 +71,7 @@ class TargetChoice(BaseTuner):
         excluded = peft_config.exclude_modules
         if excluded and not isinstance(excluded, str):
             names = [name for name, _ in walk(self.model)]
-            lost = sorted(e for e in excluded if not any(n == e or n.endswith(f".{e}") for n in names))
+            lost = sorted(e for e in excluded if not any(is_named(name, e) for name in names))
             if lost:
                 warnings.warn(f"exclude_modules={lost} match no module of the model.", stacklevel=2)
         self._targets: set[str] = set()
@@ -97,10 +106,7 @@ class TargetChoice(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return False
         if peft_config.target_modules is None:  # all that structure says; PEFT wants to hear what was excluded
-            excluded = peft_config.exclude_modules or ()
-            if isinstance(excluded, str):
-                return _ExcludedModule() if re.fullmatch(excluded, key) else False
-            return _ExcludedModule() if any(is_named(key, name) for name in excluded) else False
+            return _ExcludedModule() if matches(key, peft_config.exclude_modules or ()) else False
         result = self._matches(peft_config, key)
         return result if isinstance(result, _ExcludedModule) else False
 
@@ -168,6 +174,13 @@ def is_named(module_name: str, name: str) -> bool:
     return module_name == name or module_name.endswith(f".{name}")
 
 
+def matches(module_name: str, given: str | Iterable[str]) -> bool:
+    """Whether a regex, or one of several names, stands for the module."""
+    if isinstance(given, str):
+        return re.fullmatch(given, module_name) is not None
+    return any(is_named(module_name, name) for name in given)
+
+
 def refuse_unfit_head(model: nn.Module, trained_whole: Iterable[str]) -> None:
     """Modules that are trained whole need float weights that stay where they are.
 
@@ -176,7 +189,7 @@ def refuse_unfit_head(model: nn.Module, trained_whole: Iterable[str]) -> None:
     """
     endings = list(trained_whole)
     for name, module in walk(model):
-        if not any(name == ending or name.endswith(f".{ending}") for ending in endings):
+        if not matches(name, endings):
             continue
         for part in original_of(module).modules():
             last = name.rpartition(".")[2]

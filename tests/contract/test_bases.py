@@ -339,7 +339,7 @@ def test_init_dtype(kind):
     space = layer.nas_lora_space["default"]
     assert {p.dtype for n, p in model.named_parameters() if ".nas_lora_" in n} == {torch.float32}
     assert torch.equal(layer.nas_lora_U["default"], space.initial("U"))
-    assert not model.base_model.has_trained(model.base_model.model, "default")
+    assert not model.base_model.has_trained(model.base_model.model, "default", model.peft_config["default"])
 
 
 class OpaqueLinear(PackedLinear):
