@@ -13,7 +13,14 @@ from torch import nn
 
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
-from .layers.base import BASE_ADAPTER, DeltaLayer, check_adapter_name, check_mergeable
+from .layers.base import (
+    BASE_ADAPTER,
+    DeltaLayer,
+    check_adapter_name,
+    check_mergeable,
+    keeping_flags,
+    tuner_layers,
+)
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
@@ -212,17 +219,8 @@ class PhasedModel(TargetChoice):
                 new_module._move_adapter_to_device_of_base_layer(adapter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's cast makes new parameters, which all require gradients: the flags are put back.
-        containers = [
-            (getattr(layer, part), getattr(layer, part)[adapter_name].requires_grad)
-            for layer in self.model.modules()
-            if isinstance(layer, DeltaLayer)
-            for part in layer.adapter_layer_names
-            if adapter_name in getattr(layer, part)
-        ]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for container, flag in containers:
-            container[adapter_name].requires_grad_(flag)
+        with keeping_flags(tuner_layers(self.model), adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # -- mixed batches ----------------------------------------------------------------------------------------------
 

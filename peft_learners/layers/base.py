@@ -16,11 +16,8 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    check_adapters_to_merge,
-    onload_layer,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..structure.weights import is_offloaded, is_plain_float, stored_as
@@ -72,6 +69,29 @@ def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
     """
     if any(layer.merged for layer in layers):
         raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
+
+
+@contextmanager
+def keeping_flags(layers: Iterable[DeltaLayer], adapter: str) -> Iterator[None]:
+    """PEFT casts and moves an adapter by making new parameters, which all require gradients: put the flags back."""
+    flags = [(layer, part, value.requires_grad) for layer in layers for part, value in layer.parts_of(adapter)]
+    yield
+    for layer, part, flag in flags:
+        getattr(layer, part)[adapter].requires_grad_(flag)
+
+
+def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
+    """All tuner layers of this package in a model."""
+    return (module for module in root.modules() if isinstance(module, DeltaLayer))
+
+
+def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """All parameters of one adapter, the modules that it saves whole (the head) among them."""
+    for module in root.modules():
+        if isinstance(module, DeltaLayer):
+            yield from (parameter for _, parameter in module.parts_of(adapter))
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            yield from module.modules_to_save[adapter].parameters()
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -315,9 +335,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         else:
             self.frozen_peft_weight_names.pop(adapter, None)
         stopped = []
-        for name in set(self.adapter_layer_names) & (before ^ set(parts)):
-            parameter = getattr(self, name)[adapter] if adapter in getattr(self, name) else None
-            if parameter is None:
+        for name, parameter in self.parts_of(adapter):
+            if (name in parts) == (name in before):
                 continue
             if name in parts:
                 if parameter.requires_grad:
@@ -340,21 +359,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return device, dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's move makes new parameters, which all require gradients: the flags are put back.
-        flags = {
-            name: getattr(self, name)[adapter_name].requires_grad
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)
-        }
         # Under low_cpu_mem_usage buffers have no data yet, which PEFT expects of parameters only.
         others = [getattr(self, name) for name in self.other_param_names]
         buffers = [b for b in others if isinstance(b, BufferDict) and adapter_name in b]
         without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        with keeping_flags([self], adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffer, value in without_data:
             buffer[adapter_name] = value
-        for name, flag in flags.items():
-            getattr(self, name)[adapter_name].requires_grad_(flag)
 
 
 def cannot_merge_into(base: nn.Module) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from ..phases.driver import tuner_layers
+from ..layers.base import tuner_layers
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, norm_names, walk

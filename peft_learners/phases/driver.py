@@ -17,13 +17,12 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
-from ..layers.base import DeltaLayer
+from ..layers.base import adapter_parameters, tuner_layers
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
 from .optimizer import Observer, before_each_step, raw_optimizer
@@ -81,22 +80,6 @@ def injected_model(model: nn.Module) -> nn.Module:
         parts = [m for m in root.modules() if "peft_config" in vars(m) and not hasattr(type(m), "update_and_allocate")]
         root = parts[0] if len(parts) == 1 else root
     return root
-
-
-def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
-    """All tuner layers of this package in a model."""
-    return (module for module in root.modules() if isinstance(module, DeltaLayer))
-
-
-def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """All parameters of one adapter, the modules that it saves whole (the head) among them."""
-    for module in root.modules():
-        if isinstance(module, (DeltaLayer, AuxiliaryTrainingWrapper)):
-            for part in module.adapter_layer_names:
-                values = getattr(module, part)
-                if adapter in values:
-                    value = values[adapter]
-                    yield from value.parameters() if isinstance(value, nn.Module) else (value,)
 
 
 def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
