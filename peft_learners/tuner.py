@@ -214,9 +214,6 @@ class PhasedModel(TargetChoice):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` onto what it unwraps, and fails on heads made of several linear layers.
         setattr(parent, child_name, new_module)
-        if isinstance(new_module, DeltaLayer):
-            for adapter in new_module._all_available_adapter_names():
-                new_module._move_adapter_to_device_of_base_layer(adapter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         with keeping_flags(tuner_layers(self.model), adapter_name):
@@ -233,7 +230,8 @@ class PhasedModel(TargetChoice):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         modules = [m for m in self.modules() if isinstance(m, (DeltaLayer, AuxiliaryTrainingWrapper))]
-        known = {name for m in modules if isinstance(m, DeltaLayer) for name in m._all_available_adapter_names()}
+        layers = [module for module in modules if isinstance(module, DeltaLayer)]
+        known = {name for layer in layers for name in layer._all_available_adapter_names()}
         unknown = set(adapter_names) - known - {BASE_ADAPTER}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -251,7 +249,6 @@ class PhasedModel(TargetChoice):
             )
             for module in modules
         ]
-        layers = [module for module in modules if isinstance(module, DeltaLayer)]
         for layer in layers:
             layer.in_mixed_batch = True
         try:
@@ -313,7 +310,7 @@ class PhasedModel(TargetChoice):
         names = [name for name in self._to_merge or self.active_adapters if name in self.peft_config]
         check_mergeable(self.model, names, self.merges_shared_weights)
         for name in names:
-            self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
+            warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
 
     @contextmanager
     def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
@@ -327,11 +324,6 @@ class PhasedModel(TargetChoice):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         with self._merging(adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    @classmethod
-    def _warn_if_never_driven(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
-        if not (config.inference_mode or config.phases_complete):
-            warn_if_never_driven(root, adapter, config, cls.has_trained(root, adapter), verb)
 
     def unload(self) -> nn.Module:
         """The original model, bit for bit, its original head too (adapters that are merged are unmerged first)."""
@@ -372,7 +364,7 @@ class PhasedModel(TargetChoice):
             if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
                 values.setdefault(key, value)
         driver = PhaseDriver.find(model)
-        cls._warn_if_never_driven(model, adapter_name, config, "saved")
+        warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
             dtype = getattr(torch, config.save_dtype)
             values = {key: v.to(dtype) if v.is_floating_point() else v for key, v in values.items()}

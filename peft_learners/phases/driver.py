@@ -108,9 +108,11 @@ class PhaseDriver:
         #: Not held on to: whoever trains with it does.
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._ddp: list[DistributedDataParallel] = []
-        self._running = False
+        #: Whether a training is under way (started, and neither finished nor at its last step).
+        self.running = False
         self._ends_by_itself = True
-        self._updates = 0
+        #: Whether anybody has said, since the start, that a step is finished.
+        self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
 
     @classmethod
@@ -118,9 +120,8 @@ class PhaseDriver:
         """The driver of a model (`PeftModel`, tuner, wrapped or bare), made on first use."""
         root = injected_model(model)
         driver = root.__dict__.get(_ATTRIBUTE)
-        if driver is None:
-            driver = cls(root)
-            root.__dict__[_ATTRIBUTE] = driver
+        if driver is None:  # in a copied model, too
+            driver = root.__dict__[_ATTRIBUTE] = cls(root)
         return driver
 
     @classmethod
@@ -150,14 +151,11 @@ class PhaseDriver:
 
     def configs(self) -> dict[str, PhasedConfig]:
         """Configs of the phased adapters that are active and trained."""
-        active: list[str] = []
-        for layer in tuner_layers(self.root):
-            active = layer.active_adapters
-            break
-        configs = getattr(self.root, "peft_config", {})
+        first = next(tuner_layers(self.root), None)
+        active = first.active_adapters if first is not None else ()
         return {
             name: config
-            for name, config in configs.items()
+            for name, config in getattr(self.root, "peft_config", {}).items()
             if isinstance(config, PhasedConfig) and name in active and not config.inference_mode
         }
 
@@ -165,11 +163,6 @@ class PhaseDriver:
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer that was handed over last, behind any wrapper, if it is still there."""
         return self._optimizer() if self._optimizer is not None else None
-
-    @property
-    def running(self) -> bool:
-        """Whether a training is under way (started, and neither finished nor at its last step)."""
-        return self._running
 
     def last_step(self) -> tuple[str, int] | None:
         """Phase and number of trained parameters of the step that finished last ("a+b" where adapters differ in their
@@ -241,7 +234,7 @@ class PhaseDriver:
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
         self._optimizer = weakref.ref(raw) if raw is not None else None
         self._ddp = ddp_modules(self.root, wrappers)
-        self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
+        self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step, "new" if global_step == 0 else "resumed")
@@ -261,7 +254,7 @@ class PhaseDriver:
                 f"update_and_allocate({global_step}) came after update_and_allocate({self.global_step}), but finished "
                 "steps only grow. For a new training call model.base_model.set_schedule(...) first."
             )
-        self._updates += 1
+        self._updated = True
         return starts + self._move_to(global_step)
 
     def rewind(self, global_step: int) -> list[PhaseStart]:
@@ -276,7 +269,7 @@ class PhaseDriver:
 
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
-        self._running = False
+        self.running = False
         self.schedules, self._phase, self.global_step, self._ddp = {}, {}, 0, []
         self._stop_observing()
 
@@ -343,8 +336,12 @@ class PhaseDriver:
         if optimizer is None:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        own = [p for layer in tuner_layers(self.root) for part, p in layer.parts_of(name) if part not in phase.freezes]
-        own = [parameter for parameter in own if parameter.requires_grad and parameter.numel()]
+        own = [
+            parameter
+            for layer in tuner_layers(self.root)
+            for part, parameter in layer.parts_of(name)
+            if part not in phase.freezes and parameter.requires_grad and parameter.numel()
+        ]
         lost = sum(id(parameter) not in held for parameter in own)
         if lost:
             message = (
@@ -381,7 +378,7 @@ class PhaseDriver:
         """Let each adapter enter the phase that owns the next step, if it is not there: here a boundary is crossed."""
         self.global_step = global_step
         if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
-            self._running = False
+            self.running = False
             self._stop_observing()
         configs = getattr(self.root, "peft_config", {})
         self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
@@ -404,7 +401,7 @@ class PhaseDriver:
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)
             self._phase[name] = phase
-            self._observe(name, tuner.observer(root, name, config, phase) if self._running else None)
+            self._observe(name, tuner.observer(root, name, config, phase) if self.running else None)
             if len(schedule.phases) > 1:
                 config.write("completed_phases", schedule.completed(global_step))
         if training.optimizer is not None:
@@ -431,19 +428,21 @@ class PhaseDriver:
         return starts
 
 
-def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, trained: bool, verb: str) -> None:
+def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, verb: str) -> None:
     """Tell the user at save or merge when an adapter was trained without its phases being driven."""
-    if config.inference_mode or config.phases_complete or not trained:
+    if config.inference_mode or config.phases_complete:
         return
     driver = PhaseDriver.find(model)
-    scheduled = driver is not None and adapter in driver.schedules
-    never_updated = driver is not None and scheduled and driver._updates == 0
-    if not never_updated and (scheduled or config.phase_first_steps is not None):
+    if driver is not None and adapter in driver.schedules:
+        driven = driver._updated
+    else:
+        driven = config.phase_first_steps is not None
+    if driven or not tuner_of(config).has_trained(model, adapter):
         return
     warnings.warn(
         f"The adapter {adapter!r} is about to be {verb}, but its phases were never driven: everything it has trained "
         "until the end, and nothing was frozen. Pass callbacks=[PhaseCallback()] to Trainer, or call "
         "model.base_model.set_schedule(...) before your loop and model.base_model.update_and_allocate(global_step) "
         "after each optimizer.step().",
-        stacklevel=3,
+        stacklevel=2,
     )
