@@ -75,8 +75,8 @@ class PhasedModel(TargetChoice):
                 module (FSDP, an engine) is left alone.
 
         Raises:
-            ScheduleError: fewer steps than the phases need, nothing to train in one of them, or an optimizer or
-                wrapper that is needed and was not handed over.
+            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, or an
+                optimizer or wrapper that is needed and was not handed over.
         """
         return PhaseDriver.of(self).start(
             total_steps=total_steps,

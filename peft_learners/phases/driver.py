@@ -194,19 +194,11 @@ class PhaseDriver:
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
-        Args:
-            total_steps: optimizer steps of the whole training, None if unknown.
-            steps_per_epoch: optimizer steps of one epoch, None if unknown.
-            global_step: optimizer steps that are finished; above 0 in a resumed run.
+        Args and Raises as for `PhasedModel.set_schedule`, but:
             first_steps: recorded boundaries of a resumed run, which stay whatever has been changed since. None: those
                 in the adapters' configs, where `global_step` is above 0.
-            optimizer: whose steps train the adapters. At boundaries its state is freed, or resized with parameters.
             wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
-
-        Raises:
-            ScheduleError: the phases don't fit the training, a phase has nothing to train, an adapter is merged, or
-                something that is needed was not handed over.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
         for name, config in configs.items():
