@@ -48,17 +48,23 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bo
     """
     names = list(adapters)
     users: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
+    for place, module in root.named_modules():
         for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+            users.setdefault(id(parameter), []).append(place.removesuffix(".base_layer"))
     for place, layer in root.named_modules():
-        if isinstance(layer, DeltaLayer):
-            for name in names:
-                if layer.has_adapter(name):
-                    layer.check_mergeable(name)
-                    sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-                    if len(sharing) > 1 and layer.is_active(name) and not shared_weights:
-                        raise ValueError(cannot_merge_shared(name, place, sharing))
+        if not isinstance(layer, DeltaLayer):
+            continue
+        for name in filter(layer.has_adapter, names):
+            layer.check_mergeable(name)
+            sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+            if len(sharing) > 1 and layer.is_active(name) and not shared_weights:
+                others = " and ".join(other for other in sharing if other != place)
+                raise ValueError(
+                    f"{place} shares its weight with {others}, which the update of the adapter {name!r} would change, "
+                    "too, if it were merged. Keep the adapter unmerged; or train one with exclude_modules="
+                    f"[{place.rpartition('.')[2]!r}]; or load the base model with tie_word_embeddings=False and give "
+                    "each its own copy of the weight before you merge."
+                )
 
 
 def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
@@ -376,17 +382,6 @@ def cannot_merge_into(base: nn.Module) -> str:
         "have to be rounded again, and the merged model would not be the one that was trained. Keep the adapter "
         "unmerged, or merge into the base model in float and quantise what comes out: "
         "PeftModel.from_pretrained(float_model, adapter).merge_and_unload()."
-    )
-
-
-def cannot_merge_shared(adapter: str, place: str, sharing: list[str]) -> str:
-    """Sentence of an error."""
-    others = [name for name in sharing if name != place]
-    return (
-        f"{place} shares its weight with {' and '.join(others)}, which the update of the adapter {adapter!r} would "
-        "change, too, if it were merged. Keep the adapter unmerged; or train one with exclude_modules="
-        f"[{place.rpartition('.')[2]!r}]; or load the base model with tie_word_embeddings=False and give each its "
-        "own copy of the weight before you merge."
     )
 
 
