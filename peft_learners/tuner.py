@@ -13,7 +13,14 @@ from torch import nn
 
 from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
-from .layers.base import BASE_ADAPTER, DeltaLayer, check_adapter_name, check_mergeable
+from .layers.base import (
+    BASE_ADAPTER,
+    DeltaLayer,
+    check_adapter_name,
+    check_mergeable,
+    keeping_flags,
+    tuner_layers,
+)
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
@@ -68,8 +75,8 @@ class PhasedModel(TargetChoice):
                 module (FSDP, an engine) is left alone.
 
         Raises:
-            ScheduleError: fewer steps than the phases need, nothing to train in one of them, or an optimizer or
-                wrapper that is needed and was not handed over.
+            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, or an
+                optimizer or wrapper that is needed and was not handed over.
         """
         return PhaseDriver.of(self).start(
             total_steps=total_steps,
@@ -207,22 +214,10 @@ class PhasedModel(TargetChoice):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's version copies `weight` onto what it unwraps, and fails on heads made of several linear layers.
         setattr(parent, child_name, new_module)
-        if isinstance(new_module, DeltaLayer):
-            for adapter in new_module._all_available_adapter_names():
-                new_module._move_adapter_to_device_of_base_layer(adapter)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        # PEFT's cast makes new parameters, which all require gradients: the flags are put back.
-        containers = [
-            (getattr(layer, part), getattr(layer, part)[adapter_name].requires_grad)
-            for layer in self.model.modules()
-            if isinstance(layer, DeltaLayer)
-            for part in layer.adapter_layer_names
-            if adapter_name in getattr(layer, part)
-        ]
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
-        for container, flag in containers:
-            container[adapter_name].requires_grad_(flag)
+        with keeping_flags(tuner_layers(self.model), adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
 
     # -- mixed batches ----------------------------------------------------------------------------------------------
 
@@ -235,7 +230,8 @@ class PhasedModel(TargetChoice):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         modules = [m for m in self.modules() if isinstance(m, (DeltaLayer, AuxiliaryTrainingWrapper))]
-        known = {name for m in modules if isinstance(m, DeltaLayer) for name in m._all_available_adapter_names()}
+        layers = [module for module in modules if isinstance(module, DeltaLayer)]
+        known = {name for layer in layers for name in layer._all_available_adapter_names()}
         unknown = set(adapter_names) - known - {BASE_ADAPTER}
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -253,7 +249,6 @@ class PhasedModel(TargetChoice):
             )
             for module in modules
         ]
-        layers = [module for module in modules if isinstance(module, DeltaLayer)]
         for layer in layers:
             layer.in_mixed_batch = True
         try:
@@ -315,7 +310,7 @@ class PhasedModel(TargetChoice):
         names = [name for name in self._to_merge or self.active_adapters if name in self.peft_config]
         check_mergeable(self.model, names, self.merges_shared_weights)
         for name in names:
-            self._warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
+            warn_if_never_driven(self.model, name, self.peft_config[name], "merged")
 
     @contextmanager
     def _merging(self, adapter_names: list[str] | None) -> Iterator[None]:
@@ -329,11 +324,6 @@ class PhasedModel(TargetChoice):
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         with self._merging(adapter_names):
             super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
-
-    @classmethod
-    def _warn_if_never_driven(cls, root: nn.Module, adapter: str, config: Any, verb: str) -> None:
-        if not (config.inference_mode or config.phases_complete):
-            warn_if_never_driven(root, adapter, config, cls.has_trained(root, adapter, config), verb)
 
     def unload(self) -> nn.Module:
         """The original model, bit for bit, its original head too (adapters that are merged are unmerged first)."""
@@ -374,7 +364,7 @@ class PhasedModel(TargetChoice):
             if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
                 values.setdefault(key, value)
         driver = PhaseDriver.find(model)
-        cls._warn_if_never_driven(model, adapter_name, config, "saved")
+        warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
             dtype = getattr(torch, config.save_dtype)
             values = {key: v.to(dtype) if v.is_floating_point() else v for key, v in values.items()}

@@ -12,7 +12,7 @@ from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modu
 from torch import Tensor, nn
 
 from .config import is_number, is_positive_int
-from .layers.base import DeltaLayer, check_adapter_name, refuse_merged
+from .layers.base import DeltaLayer, adapter_parameters, check_adapter_name, refuse_merged
 from .layers.linear import DeltaLinear
 from .ops import sum_of
 from .ops.low_rank import Factored, joined, nearest, total, without_idle
@@ -188,10 +188,5 @@ def add_combined(
             tuner.delete_adapter(name)
         tuner.peft_config.pop(name, None)
         raise
-    for holder in root.modules():
-        if isinstance(holder, DeltaLayer):
-            for part in holder.adapter_layer_names:
-                if name in getattr(holder, part):
-                    getattr(holder, part)[name].requires_grad_(False)
-        elif isinstance(holder, ModulesToSaveWrapper) and name in holder.modules_to_save:
-            holder.modules_to_save[name].requires_grad_(False)
+    for parameter in adapter_parameters(root, name):
+        parameter.requires_grad_(False)

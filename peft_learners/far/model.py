@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import Shapes
+from ..layers.base import tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
-from ..phases.driver import Entry, Training, tuner_layers, values_of
+from ..phases.driver import Entry, Training
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk

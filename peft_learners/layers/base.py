@@ -16,11 +16,8 @@ from typing import Any, Optional
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import (
-    BaseTunerLayer,
-    check_adapters_to_merge,
-    onload_layer,
-)
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..structure.weights import is_offloaded, is_plain_float, stored_as
@@ -51,17 +48,23 @@ def check_mergeable(root: nn.Module, adapters: Iterable[str], shared_weights: bo
     """
     names = list(adapters)
     users: dict[int, list[str]] = {}
-    for name, module in root.named_modules():
+    for place, module in root.named_modules():
         for parameter in module.parameters(recurse=False):
-            users.setdefault(id(parameter), []).append(name.removesuffix(".base_layer"))
+            users.setdefault(id(parameter), []).append(place.removesuffix(".base_layer"))
     for place, layer in root.named_modules():
-        if isinstance(layer, DeltaLayer):
-            for name in names:
-                if layer.has_adapter(name):
-                    layer.check_mergeable(name)
-                    sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
-                    if len(sharing) > 1 and layer.is_active(name) and not shared_weights:
-                        raise ValueError(cannot_merge_shared(name, place, sharing))
+        if not isinstance(layer, DeltaLayer):
+            continue
+        for name in filter(layer.has_adapter, names):
+            layer.check_mergeable(name)
+            sharing = users.get(id(getattr(layer.get_base_layer(), "weight", None)), [])
+            if len(sharing) > 1 and layer.is_active(name) and not shared_weights:
+                others = " and ".join(other for other in sharing if other != place)
+                raise ValueError(
+                    f"{place} shares its weight with {others}, which the update of the adapter {name!r} would change, "
+                    "too, if it were merged. Keep the adapter unmerged; or train one with exclude_modules="
+                    f"[{place.rpartition('.')[2]!r}]; or load the base model with tie_word_embeddings=False and give "
+                    "each its own copy of the weight before you merge."
+                )
 
 
 def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
@@ -72,6 +75,36 @@ def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
     """
     if any(layer.merged for layer in layers):
         raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
+
+
+@contextmanager
+def keeping_flags(layers: Iterable[DeltaLayer], adapter: str) -> Iterator[None]:
+    """PEFT casts and moves an adapter by making new parameters, which all require gradients: put the flags back."""
+    flags = [(layer, part, value.requires_grad) for layer in layers for part, value in layer.parts_of(adapter)]
+    yield
+    for layer, part, flag in flags:
+        getattr(layer, part)[adapter].requires_grad_(flag)
+
+
+def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
+    """All tuner layers of this package in a model."""
+    return (module for module in root.modules() if isinstance(module, DeltaLayer))
+
+
+def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
+    """All parameters of one adapter, the modules that it saves whole (the head) among them."""
+    for module in root.modules():
+        if isinstance(module, DeltaLayer):
+            yield from (parameter for _, parameter in module.parts_of(adapter))
+        elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            yield from module.modules_to_save[adapter].parameters()
+
+
+def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, Tensor]:
+    """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
+    layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
+    found = {name: getattr(layer, part)[adapter] for name, layer in layers if adapter in getattr(layer, part, ())}
+    return {name: value for name, value in found.items() if not value.is_meta}
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
@@ -315,9 +348,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         else:
             self.frozen_peft_weight_names.pop(adapter, None)
         stopped = []
-        for name in set(self.adapter_layer_names) & (before ^ set(parts)):
-            parameter = getattr(self, name)[adapter] if adapter in getattr(self, name) else None
-            if parameter is None:
+        for name, parameter in self.parts_of(adapter):
+            if (name in parts) == (name in before):
                 continue
             if name in parts:
                 if parameter.requires_grad:
@@ -340,21 +372,14 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return device, dtype
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
-        # PEFT's move makes new parameters, which all require gradients: the flags are put back.
-        flags = {
-            name: getattr(self, name)[adapter_name].requires_grad
-            for name in self.adapter_layer_names
-            if adapter_name in getattr(self, name)
-        }
         # Under low_cpu_mem_usage buffers have no data yet, which PEFT expects of parameters only.
         others = [getattr(self, name) for name in self.other_param_names]
         buffers = [b for b in others if isinstance(b, BufferDict) and adapter_name in b]
         without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
-        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        with keeping_flags([self], adapter_name):
+            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
         for buffer, value in without_data:
             buffer[adapter_name] = value
-        for name, flag in flags.items():
-            getattr(self, name)[adapter_name].requires_grad_(flag)
 
 
 def cannot_merge_into(base: nn.Module) -> str:
@@ -364,17 +389,6 @@ def cannot_merge_into(base: nn.Module) -> str:
         "have to be rounded again, and the merged model would not be the one that was trained. Keep the adapter "
         "unmerged, or merge into the base model in float and quantise what comes out: "
         "PeftModel.from_pretrained(float_model, adapter).merge_and_unload()."
-    )
-
-
-def cannot_merge_shared(adapter: str, place: str, sharing: list[str]) -> str:
-    """Sentence of an error."""
-    others = [name for name in sharing if name != place]
-    return (
-        f"{place} shares its weight with {' and '.join(others)}, which the update of the adapter {adapter!r} would "
-        "change, too, if it were merged. Keep the adapter unmerged; or train one with exclude_modules="
-        f"[{place.rpartition('.')[2]!r}]; or load the base model with tie_word_embeddings=False and give each its "
-        "own copy of the weight before you merge."
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ..phases.driver import tuner_layers, values_of
+from ..layers.base import tuner_layers, values_of
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, walk

@@ -33,9 +33,7 @@ def order_of(kept: Tensor, nodes: int) -> Tensor:
 
 def others_of(kept: Tensor, nodes: int) -> Tensor:
     """The indices that are not kept, ascending: (nodes - k,) int64."""
-    mask = torch.ones(nodes, dtype=torch.bool, device=kept.device)
-    mask[kept] = False
-    return mask.nonzero().flatten()
+    return order_of(kept, nodes).argsort()[len(kept) :]
 
 
 def uncut(values: Tensor, rest: Tensor | None, kept: Tensor, nodes: int, axis: int) -> Tensor:
@@ -59,7 +57,7 @@ def _summed(base: Tensor, values: Tensor, rest: Tensor | None, kept: Tensor, axi
     out = base.to(wide).index_add(axis, kept, values.to(wide))
     if rest is None:
         return out
-    others, rest = order_of(kept, nodes).argsort()[len(kept) :], rest.to(wide)
+    others, rest = others_of(kept, nodes), rest.to(wide)
     return out.index_add_(axis, others, rest) if is_plain_torch() else out.index_add(axis, others, rest)
 
 

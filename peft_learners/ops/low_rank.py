@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -49,16 +51,12 @@ def without_idle(pair: Factored) -> Factored:
 
 def total(low_rank: Sequence[LowRank], dense: Sequence[Dense]) -> Tensor:
     """`sum_k s_k B_k A_k + sum_j c_j D_j` in float32 or wider: (out_features, in_features); at least one term."""
-    whole: Tensor | None = None
-    for a, b, factor in low_rank:
-        wide = torch.promote_types(a.dtype, torch.float32)
-        term = (b.detach().to(wide) @ a.detach().to(wide)) * factor
-        whole = term if whole is None else whole + term
-    for delta, factor in dense:
-        term = delta.detach().to(torch.promote_types(delta.dtype, torch.float32)) * factor
-        whole = term if whole is None else whole + term
-    assert whole is not None
-    return whole
+
+    def wide(part: Tensor) -> Tensor:
+        return part.detach().to(torch.promote_types(part.dtype, torch.float32))
+
+    products = ((wide(b) @ wide(a)) * factor for a, b, factor in low_rank)
+    return functools.reduce(torch.add, itertools.chain(products, (wide(delta) * factor for delta, factor in dense)))
 
 
 def nearest(update: Tensor, rank: float) -> Factored:

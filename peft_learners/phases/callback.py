@@ -47,15 +47,12 @@ class PhaseCallback(TrainerCallback, ExportableState):
     ) -> None:
         # A resumed run loads optimizer groups that hold whatever trained in any phase. If the adapter was loaded in
         # its last phase, the groups would be short, so all parts train until training begins.
-        driver = PhaseDriver.of(model)
-        self._check(driver)
-        driver.prepare()
+        self._driver_of(model).prepare()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
-        driver = self._driver = PhaseDriver.of(model)
-        self._check(driver)
+        driver = self._driver = self._driver_of(model)
         configs = driver.configs()
         restarted = self._in_training and args.auto_find_batch_size and state.train_batch_size != self._batch_size
         if restarted:
@@ -160,13 +157,15 @@ class PhaseCallback(TrainerCallback, ExportableState):
                     )
 
     @staticmethod
-    def _check(driver: PhaseDriver) -> None:
+    def _driver_of(model: Any) -> PhaseDriver:
+        driver = PhaseDriver.of(model)
         if not any(isinstance(config, PhasedConfig) for config in getattr(driver.root, "peft_config", {}).values()):
             raise ValueError(
                 "PhaseCallback found no adapter of peft_learners in the model (or several parts of it with adapters, "
                 "which it can't drive together). Wrap the model first: "
                 "model = get_peft_model(model, LearnerConfig(...)), or leave the callback out."
             )
+        return driver
 
     @staticmethod
     def _record(driver: PhaseDriver, state: TrainerState, starts: list[PhaseStart]) -> None:
@@ -186,9 +185,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
     @staticmethod
     def _warn_if_incomplete(driver: PhaseDriver, when: str) -> None:
         for name, schedule in driver.schedules.items():
-            phase = schedule.phase_at(driver.global_step)
-            if phase is not schedule.phases[-1]:
-                last = schedule.phases[-1]
+            phase, last = schedule.phase_at(driver.global_step), schedule.phases[-1]
+            if phase is not last:
                 warnings.warn(
                     f"When {when}, at step {driver.global_step}, the adapter {name!r} was still in its phase "
                     f"{phase.name!r}, which lasts until step {last.first_step}: the phase {last.name!r} never began.",
@@ -203,6 +201,3 @@ def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:
     except TypeError:
         return None
     return max(1, math.ceil(batches / args.gradient_accumulation_steps))
-
-
-__all__ = ["PhaseCallback", "ScheduleError"]

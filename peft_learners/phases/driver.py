@@ -17,13 +17,12 @@ from typing import Any, Literal, cast
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
-from ..layers.base import DeltaLayer
+from ..layers.base import adapter_parameters, tuner_layers
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
 from .optimizer import Observer, before_each_step, raw_optimizer
@@ -83,29 +82,6 @@ def injected_model(model: nn.Module) -> nn.Module:
     return root
 
 
-def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
-    """All tuner layers of this package in a model."""
-    return (module for module in root.modules() if isinstance(module, DeltaLayer))
-
-
-def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
-    """All parameters of one adapter, the modules that it saves whole (the head) among them."""
-    for module in root.modules():
-        if isinstance(module, (DeltaLayer, AuxiliaryTrainingWrapper)):
-            for part in module.adapter_layer_names:
-                values = getattr(module, part)
-                if adapter in values:
-                    value = values[adapter]
-                    yield from value.parameters() if isinstance(value, nn.Module) else (value,)
-
-
-def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, torch.Tensor]:
-    """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
-    layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
-    found = {name: getattr(layer, part)[adapter] for name, layer in layers if adapter in getattr(layer, part, ())}
-    return {name: value for name, value in found.items() if not value.is_meta}
-
-
 def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
     """What the tuner layers hold beside parameters: frozen values and positions, which only boundaries change."""
     for layer in tuner_layers(root):
@@ -132,9 +108,11 @@ class PhaseDriver:
         #: Not held on to: whoever trains with it does.
         self._optimizer: weakref.ref[torch.optim.Optimizer] | None = None
         self._ddp: list[DistributedDataParallel] = []
-        self._running = False
+        #: Whether a training is under way (started, and neither finished nor at its last step).
+        self.running = False
         self._ends_by_itself = True
-        self._updates = 0
+        #: Whether anybody has said, since the start, that a step is finished.
+        self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
 
     @classmethod
@@ -142,9 +120,8 @@ class PhaseDriver:
         """The driver of a model (`PeftModel`, tuner, wrapped or bare), made on first use."""
         root = injected_model(model)
         driver = root.__dict__.get(_ATTRIBUTE)
-        if driver is None:
-            driver = cls(root)
-            root.__dict__[_ATTRIBUTE] = driver
+        if driver is None:  # in a copied model, too
+            driver = root.__dict__[_ATTRIBUTE] = cls(root)
         return driver
 
     @classmethod
@@ -174,14 +151,11 @@ class PhaseDriver:
 
     def configs(self) -> dict[str, PhasedConfig]:
         """Configs of the phased adapters that are active and trained."""
-        active: list[str] = []
-        for layer in tuner_layers(self.root):
-            active = layer.active_adapters
-            break
-        configs = getattr(self.root, "peft_config", {})
+        first = next(tuner_layers(self.root), None)
+        active = first.active_adapters if first is not None else ()
         return {
             name: config
-            for name, config in configs.items()
+            for name, config in getattr(self.root, "peft_config", {}).items()
             if isinstance(config, PhasedConfig) and name in active and not config.inference_mode
         }
 
@@ -189,11 +163,6 @@ class PhaseDriver:
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer that was handed over last, behind any wrapper, if it is still there."""
         return self._optimizer() if self._optimizer is not None else None
-
-    @property
-    def running(self) -> bool:
-        """Whether a training is under way (started, and neither finished nor at its last step)."""
-        return self._running
 
     def last_step(self) -> tuple[str, int] | None:
         """Phase and number of trained parameters of the step that finished last ("a+b" where adapters differ in their
@@ -225,19 +194,11 @@ class PhaseDriver:
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
-        Args:
-            total_steps: optimizer steps of the whole training, None if unknown.
-            steps_per_epoch: optimizer steps of one epoch, None if unknown.
-            global_step: optimizer steps that are finished; above 0 in a resumed run.
+        Args and Raises as for `PhasedModel.set_schedule`, but:
             first_steps: recorded boundaries of a resumed run, which stay whatever has been changed since. None: those
                 in the adapters' configs, where `global_step` is above 0.
-            optimizer: whose steps train the adapters. At boundaries its state is freed, or resized with parameters.
             wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
-
-        Raises:
-            ScheduleError: the phases don't fit the training, a phase has nothing to train, an adapter is merged, or
-                something that is needed was not handed over.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
         for name, config in configs.items():
@@ -265,7 +226,7 @@ class PhaseDriver:
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
         self._optimizer = weakref.ref(raw) if raw is not None else None
         self._ddp = ddp_modules(self.root, wrappers)
-        self._running, self._ends_by_itself, self._updates = True, ends_by_itself, 0
+        self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step, "new" if global_step == 0 else "resumed")
@@ -285,7 +246,7 @@ class PhaseDriver:
                 f"update_and_allocate({global_step}) came after update_and_allocate({self.global_step}), but finished "
                 "steps only grow. For a new training call model.base_model.set_schedule(...) first."
             )
-        self._updates += 1
+        self._updated = True
         return starts + self._move_to(global_step)
 
     def rewind(self, global_step: int) -> list[PhaseStart]:
@@ -300,7 +261,7 @@ class PhaseDriver:
 
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
-        self._running = False
+        self.running = False
         self.schedules, self._phase, self.global_step, self._ddp = {}, {}, 0, []
         self._stop_observing()
 
@@ -367,8 +328,12 @@ class PhaseDriver:
         if optimizer is None:
             return
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-        own = [p for layer in tuner_layers(self.root) for part, p in layer.parts_of(name) if part not in phase.freezes]
-        own = [parameter for parameter in own if parameter.requires_grad and parameter.numel()]
+        own = [
+            parameter
+            for layer in tuner_layers(self.root)
+            for part, parameter in layer.parts_of(name)
+            if part not in phase.freezes and parameter.requires_grad and parameter.numel()
+        ]
         lost = sum(id(parameter) not in held for parameter in own)
         if lost:
             message = (
@@ -405,7 +370,7 @@ class PhaseDriver:
         """Let each adapter enter the phase that owns the next step, if it is not there: here a boundary is crossed."""
         self.global_step = global_step
         if self._ends_by_itself and self.total_steps is not None and global_step >= self.total_steps:
-            self._running = False
+            self.running = False
             self._stop_observing()
         configs = getattr(self.root, "peft_config", {})
         self.schedules = {name: schedule for name, schedule in self.schedules.items() if name in configs}
@@ -428,7 +393,7 @@ class PhaseDriver:
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)
             self._phase[name] = phase
-            self._observe(name, tuner.observer(root, name, config, phase) if self._running else None)
+            self._observe(name, tuner.observer(root, name, config, phase) if self.running else None)
             if len(schedule.phases) > 1:
                 config.write("completed_phases", schedule.completed(global_step))
         if training.optimizer is not None:
@@ -455,19 +420,21 @@ class PhaseDriver:
         return starts
 
 
-def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, trained: bool, verb: str) -> None:
+def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, verb: str) -> None:
     """Tell the user at save or merge when an adapter was trained without its phases being driven."""
-    if config.inference_mode or config.phases_complete or not trained:
+    if config.inference_mode or config.phases_complete:
         return
     driver = PhaseDriver.find(model)
-    scheduled = driver is not None and adapter in driver.schedules
-    never_updated = driver is not None and scheduled and driver._updates == 0
-    if not never_updated and (scheduled or config.phase_first_steps is not None):
+    if driver is not None and adapter in driver.schedules:
+        driven = driver._updated
+    else:
+        driven = config.phase_first_steps is not None
+    if driven or not tuner_of(config).has_trained(model, adapter, config):
         return
     warnings.warn(
         f"The adapter {adapter!r} is about to be {verb}, but its phases were never driven: everything it has trained "
         "until the end, and nothing was frozen. Pass callbacks=[PhaseCallback()] to Trainer, or call "
         "model.base_model.set_schedule(...) before your loop and model.base_model.update_and_allocate(global_step) "
         "after each optimizer.step().",
-        stacklevel=3,
+        stacklevel=2,
     )

@@ -19,22 +19,6 @@ from .schedule import ScheduleError
 Factor = Callable[[int], float]
 
 
-def restarting(first_steps: Sequence[int], pieces: Sequence[Factor]) -> Factor:
-    """`factor(step)` of a schedule in pieces: the piece that owns the step, counted from the piece's first step.
-
-    Args:
-        first_steps: ascending, the first is 0.
-        pieces: as many.
-    """
-
-    # A function, and no object that can be called: LambdaLR would save an object's values into checkpoints.
-    def factor(step: int) -> float:
-        index = bisect.bisect_right(first_steps, step) - 1
-        return pieces[index](step - first_steps[index])
-
-    return factor
-
-
 def _factor_of(name: str, lr: float, warmup_steps: int, steps: int, settings: Mapping[str, Any] | None) -> Factor:
     """The factor of transformers' schedule `name` over `steps` optimizer steps.
 
@@ -59,6 +43,12 @@ def _restarting(
     total_steps: int,
     settings: Mapping[str, Any] | None,
 ) -> Factor:
+    """The factor of a schedule in pieces, one after the other, each with its own warm-up.
+
+    Args:
+        warmup: steps of warm-up in a piece of so many steps.
+        first_steps: of the pieces; ascending, the first is 0.
+    """
     ends = [*first_steps[1:], total_steps]
     lengths = [end - first for first, end in zip(first_steps, ends, strict=True)]
     if any(warmup(length) >= length for length in lengths):
@@ -68,7 +58,14 @@ def _restarting(
             "the warm-up as a share of the steps (warmup_steps=0.06).",
             stacklevel=3,
         )
-    return restarting(first_steps, [_factor_of(name, lr, warmup(length), length, settings) for length in lengths])
+    pieces = [_factor_of(name, lr, warmup(length), length, settings) for length in lengths]
+
+    # A function, and no object that can be called: LambdaLR would save an object's values into checkpoints.
+    def factor(step: int) -> float:
+        index = bisect.bisect_right(first_steps, step) - 1
+        return pieces[index](step - first_steps[index])
+
+    return factor
 
 
 def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], total_steps: int) -> None:
@@ -115,7 +112,7 @@ def _is_kind(own: Any, whole: Any) -> bool:
     """Whether a factor is ours, or of the same function as `whole`."""
     functions = [getattr(factor, "func", factor) for factor in (own, whole)]
     own_name, name = [(getattr(f, "__module__", None), getattr(f, "__qualname__", None)) for f in functions]
-    return own_name[1] is not None and (own_name == name or own_name == (__name__, "restarting.<locals>.factor"))
+    return own_name[1] is not None and (own_name == name or own_name == (__name__, "_restarting.<locals>.factor"))
 
 
 def get_phased_scheduler(

@@ -15,11 +15,10 @@ Observer = Callable[[torch.optim.Optimizer], None]
 
 
 def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
-    """The torch optimizer behind accelerate's wrapper."""
-    while optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        optimizer = getattr(optimizer, "optimizer", None)
-    inner = getattr(optimizer, "optimizer", None)  # AcceleratedOptimizer is an Optimizer that holds another one
-    return raw_optimizer(inner) if inner is not None else optimizer
+    """The torch optimizer behind accelerate's wrapper, which is an Optimizer that holds another one."""
+    while (inner := getattr(optimizer, "optimizer", None)) is not None:
+        optimizer = inner
+    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
 
 
 def resize(
