@@ -211,7 +211,7 @@ class PhasedConfig(PeftConfig):
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)
-        from .hub.readme import write_readme  # `hub` itself exports what is built on configs
+        from .hub.short_card import write_readme  # `hub` itself exports what is built on configs
 
         owner = self.__dict__.get("_owner")
         model = owner[0]() if owner is not None else None

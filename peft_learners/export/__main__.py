@@ -20,7 +20,7 @@ from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
 from ..config import PhasedConfig
-from ..hub.readme import auto_class, num_labels_in
+from ..hub.short_card import auto_class, num_labels_in
 from .lora import LoraExport, save_as_lora
 
 Shapes = dict[str, tuple[int, ...]]

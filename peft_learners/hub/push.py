@@ -23,8 +23,8 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 
-from .card import Adapter, Results, make_card, read_adapter, usage
-from .readme import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched, method_of
+from .full_card import Adapter, Results, make_card, read_adapter, usage
+from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched, method_of
 
 #: What the Hub puts into a new repository.
 INITIAL = {".gitattributes"}

@@ -10,7 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from ..config import PhasedConfig
-from ..hub.readme import warn_of_local_base
+from ..hub.short_card import warn_of_local_base
 from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule

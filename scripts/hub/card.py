@@ -16,8 +16,8 @@ from typing import Any, NoReturn, Optional
 from huggingface_hub import EvalResult
 
 from peft_learners.hub import Results, write_card
-from peft_learners.hub.card import Adapter, read_adapter, table
-from peft_learners.hub.readme import method_of
+from peft_learners.hub.full_card import Adapter, read_adapter, table
+from peft_learners.hub.short_card import method_of
 from scripts.glue import data, run_record
 from scripts.glue.methods import METHODS
 

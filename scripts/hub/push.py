@@ -13,7 +13,7 @@ from typing import Any, Optional
 from huggingface_hub import HfApi
 
 from peft_learners.hub import PushError, push
-from peft_learners.hub.card import read_adapter
+from peft_learners.hub.full_card import read_adapter
 from scripts.hub.card import fail, read_results
 
 #: Options and their help texts.

@@ -21,7 +21,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard
 from training import learner
 
 from peft_learners.hub import PushError, Results, push, write_card
-from peft_learners.hub.card import read_adapter
+from peft_learners.hub.full_card import read_adapter
 from peft_learners.hub.push import card_to_push
 from scripts.hub.push import main
 

@@ -13,7 +13,7 @@ from training import sgd
 from transformers import AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
-from peft_learners.hub.card import read_adapter
+from peft_learners.hub.full_card import read_adapter
 from scripts.glue.methods import METHODS as METHOD_ARGUMENTS
 from scripts.hub.card import main as command
 from scripts.hub.card import metrics_of

@@ -21,7 +21,7 @@ from zoo import logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
 from peft_learners.hub import write_card
-from peft_learners.hub.readme import is_hub_id, is_untouched, short_name
+from peft_learners.hub.short_card import is_hub_id, is_untouched, short_name
 
 OWN_README = b"---\nlicense: mit\ntags:\n- by-hand\n---\n\n# Mine\n\nWords of my own.\n"
 

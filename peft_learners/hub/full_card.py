@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 
 from ..config import PhasedConfig
 from ..registry import methods
-from .readme import (
+from .short_card import (
     CARD,
     CONFIG,
     HERE,

@@ -1,7 +1,7 @@
 """The README.md that a saved adapter gets: short, and only where there is no text of the user's own.
 
 PEFT's `save_pretrained` writes huggingface_hub's empty template, transformers' writes nothing. An adapter's config is
-the last file that PEFT writes, so `PhasedConfig.save_pretrained` ends here. A whole card is made by `card.py`.
+the last file that PEFT writes, so `PhasedConfig.save_pretrained` ends here. A whole card is made by `full_card.py`.
 """
 
 from __future__ import annotations
