@@ -109,7 +109,7 @@ def _is_blocks(value: object) -> bool:
 class PhasedConfig(PeftConfig):
     """Fields that every tuner of this package has.
 
-    The last three are written by training and saved with the adapter: an adapter whose phases are complete goes on in
+    `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: an adapter whose phases are complete goes on in
     its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
     """
 

@@ -1,3 +1,5 @@
+"""The configuration of bottleneck adapters."""
+
 from __future__ import annotations
 
 import difflib

@@ -1,3 +1,5 @@
+"""The model of bottleneck adapters: where adapters go."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""The model of FAR: which modules, and the cut at the boundary."""
+
 from __future__ import annotations
 
 import warnings

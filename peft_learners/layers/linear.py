@@ -1,4 +1,6 @@
-"""A linear layer with low-rank and dense updates and a bias delta: forward, merging, deltas. All tuners share it."""
+"""A linear layer with low-rank and dense updates and a bias delta: forward, merging, deltas.
+
+Learners, FAR and NAS-LoRA share it."""
 
 from __future__ import annotations
 

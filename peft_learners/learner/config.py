@@ -1,3 +1,5 @@
+"""The configuration of Learners, and their phases."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The model of Learners: which layers, what is primed, checks at the boundary."""
+
 from __future__ import annotations
 
 import re

@@ -1,3 +1,5 @@
+"""The configuration of NAS-LoRA, and its phases."""
+
 from __future__ import annotations
 
 import math

@@ -1,3 +1,5 @@
+"""The model of NAS-LoRA: the search space, and what happens at a boundary."""
+
 from __future__ import annotations
 
 import warnings

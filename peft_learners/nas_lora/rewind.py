@@ -1,4 +1,4 @@
-"""Modules that an adapter trains and saves whole, as the head."""
+"""Going back to the beginning: initial values that any process can rebuild, and those of the head."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@
 from .cut import cut_linear, order_of, others_of, uncut
 from .delta_linear import (
     effective_linear,
-    forms_weight_again,
     linear_with_updates,
     separate_linear,
     wants_effective_weight,
@@ -32,7 +31,6 @@ __all__ = [
     "dense_factor",
     "effective_linear",
     "effective_weight",
-    "forms_weight_again",
     "linear_with_updates",
     "norm_with",
     "order_of",

@@ -61,7 +61,7 @@ def wants_effective_weight(rows: int, in_features: int, out_features: int) -> bo
     return rows * (in_features + out_features) > in_features * out_features
 
 
-def forms_weight_again(rows: int, out_features: int, in_features: int, dense: bool, has_gb: bool) -> bool:
+def forms_weight_again(rows: int, in_features: int, out_features: int, dense: bool, has_gb: bool) -> bool:
     """Whether backward, for the gradient of x, forms W' again, or adds `(g B) A` to `g W`.
 
     Forming costs `d h` per unit of rank, `(g B) A` costs `T d`, and g B another `T h` where it is not there already,
@@ -173,7 +173,7 @@ class _EffectiveLinear(torch.autograd.Function):
             by_dense = takes_dense_gradient(rows, in_features, out_features, form.rank)
         pair: Any = factors_of(weight, a, b, a_at, b_at, form) if a is not None else None
         has_gb = needs_a and not by_dense
-        again = pair is None or forms_weight_again(rows, out_features, in_features, delta is not None, has_gb)
+        again = pair is None or forms_weight_again(rows, in_features, out_features, delta is not None, has_gb)
         gb: Any = None
         product: Any = None
         dx = dw = d_bias = da = db = ddelta = None
@@ -217,7 +217,7 @@ def effective_linear(
     return apply_to_rows(lambda rows: _EffectiveLinear.apply(rows, weight, bias, *updates), x, weight)
 
 
-# -- the terms one after the other: nothing of W's size is formed -----------------------------------------------------
+# -- the terms one after the other: nothing is formed but, for a dense D and many rows, W + D --------------------------
 
 
 class _SeparateLinear(torch.autograd.Function):

@@ -2,8 +2,8 @@
 
 It needs a model with injected adapters and nothing else, so it serves `PeftModel`, transformers' own `add_adapter`,
 Trainer (through `PhaseCallback`) and a hand-written loop alike. `PhaseDriver._move_to` is what happens at a boundary,
-from top to bottom: the tuner's own change of its layers, the freeze, optimizer state, DDP, the record in the adapter's
-config, the line in the log. The optimizer and DDP's wrapper are those that were handed over.
+from top to bottom: the tuner's own change of its layers, the freeze, the record in the adapter's config, optimizer
+state, DDP, the line in the log. The optimizer and DDP's wrapper are those that were handed over.
 """
 
 from __future__ import annotations
@@ -249,7 +249,7 @@ class PhaseDriver:
         self._updated = True
         return starts + self._move_to(global_step)
 
-    def rewind(self, global_step: int) -> list[PhaseStart]:
+    def go_back_to(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
         return self._move_to(global_step, "resumed")
 

@@ -1,6 +1,6 @@
 """The feed-forward pairs of a model, found from its structure.
 
-Looks through adapters that are already there, as `structure.modules` does.
+Looks through adapters that are already there, as `modules` does.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a model is made of, found from its structure: backbone, new head, blocks, linear layers, norms, attention.
+"""What a model is made of, found from its structure: backbone, new head, blocks, linear layers, norms, biases.
 
 All functions look through adapters that are already there: a module wrapped by a tuner layer counts as what it wraps.
 """
