@@ -109,8 +109,9 @@ def _is_blocks(value: object) -> bool:
 class PhasedConfig(PeftConfig):
     """Fields that every tuner of this package has.
 
-    `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: an adapter whose phases are complete goes on in
-    its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts them again.
+    `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: one whose phases are
+    complete goes on in its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts
+    them again.
     """
 
     #: Name under which the method is registered with PEFT, in lower case: parameters' names begin with it.

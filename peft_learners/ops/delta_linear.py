@@ -217,7 +217,7 @@ def effective_linear(
     return apply_to_rows(lambda rows: _EffectiveLinear.apply(rows, weight, bias, *updates), x, weight)
 
 
-# -- the terms one after the other: nothing is formed but, for a dense D and many rows, W + D --------------------------
+# -- the terms one after the other: nothing is formed but, for a dense D and many rows, W + D -------------------------
 
 
 class _SeparateLinear(torch.autograd.Function):

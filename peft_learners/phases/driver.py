@@ -25,7 +25,7 @@ from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
-from .optimizer import Observer, before_each_step, raw_optimizer
+from .optimizer import Observer, before_each_step, is_deepspeeds, raw_optimizer
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")
@@ -218,6 +218,8 @@ class PhaseDriver:
             if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
                 raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
             tuner.check_phases(self.root, name, config, schedule)
+            if is_deepspeeds(optimizer):
+                self._refuse_deepspeed(name, config)
             if schedule.phase_at(global_step) is not schedule.phases[-1]:
                 self._check_optimizer(name, tuner.needs_optimizer, schedule.phase_at(global_step), raw)
             schedules[name] = schedule
@@ -313,6 +315,17 @@ class PhaseDriver:
                     "model.base_model.set_schedule(total_steps=..., steps_per_epoch=...) before the loop."
                 ) from None
         return self.start()
+
+    @staticmethod
+    def _refuse_deepspeed(name: str, config: PhasedConfig) -> None:
+        phases = [phase.name for phase in config.outline().phases]
+        if len(phases) > 1:
+            raise ScheduleError(
+                f"The adapter {name!r} goes through phases ({', '.join(phases)}), which DeepSpeed can't follow: it "
+                "keeps flat copies of all that trained when it was set up, so that what freezes would go on moving. "
+                "Train it with DistributedDataParallel (accelerate's MULTI_GPU), or take an adapter of one phase: "
+                "LearnerConfig(priming_epochs=0) or BottleneckConfig()."
+            )
 
     def _check_optimizer(self, name: str, needs: str, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
         """Tell the user when an adapter with a boundary ahead has no optimizer, or one that does not train it.

@@ -21,6 +21,15 @@ def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
 
 
+def is_deepspeeds(optimizer: object) -> bool:
+    """Whether DeepSpeed makes the steps: an optimizer of its own, or accelerate's wrapper for its engine."""
+    while optimizer is not None:
+        if "deepspeed" in type(optimizer).__module__.split("."):
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
+
+
 def resize(
     parameter: nn.Parameter,
     value: torch.Tensor,
