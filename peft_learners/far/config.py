@@ -43,10 +43,6 @@ class FARConfig(PhasedConfig):
 
     Source: Vucetic et al., "Efficient Fine-Tuning of BERT Models on the Edge" (arXiv 2205.01541), as described and
     re-implemented in arXiv 2208.02070, section 5.
-
-    Raises:
-        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
-        TypeError: an unknown field.
     """
 
     method: ClassVar[str] = "far"

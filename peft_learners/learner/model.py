@@ -23,11 +23,6 @@ from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 class LearnerModel(PhasedModel):
     """Puts Learners on a model: low-rank modules, bias and norm deltas, and a dense delta on the attention to prime.
 
-    Args:
-        model: the model to adapt.
-        config: a `LearnerConfig`.
-        adapter_name: the adapter's name.
-
     Example:
         ```py
         >>> from transformers import AutoModelForSequenceClassification, Trainer
