@@ -112,6 +112,10 @@ class PhasedConfig(PeftConfig):
     `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: one whose phases are
     complete goes on in its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts
     them again.
+
+    Raises:
+        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
+        TypeError: an unknown field.
     """
 
     #: Name under which the method is registered with PEFT, in lower case: parameters' names begin with it.

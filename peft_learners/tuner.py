@@ -41,6 +41,11 @@ class PhasedModel(TargetChoice):
     """Base class of this package's tuners.
 
     A subclass sets `prefix` and `tuner_layer_cls` and defines `_found_targets`, `_new_layer` and `_update_layer`.
+
+    Args:
+        model: the model to adapt.
+        config: the method's config.
+        adapter_name: the adapter's name.
     """
 
     #: Whether it merges deltas into a weight that several modules use as what they all compute with.

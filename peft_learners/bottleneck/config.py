@@ -33,10 +33,6 @@ class BottleneckConfig(PhasedConfig):
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751), section 2.1; He et al.,
     "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366), section 3.3 ("scaled parallel
     adapter").
-
-    Raises:
-        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
-        TypeError: an unknown field.
     """
 
     method: ClassVar[str] = "bottleneck"

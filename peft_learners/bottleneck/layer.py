@@ -46,8 +46,7 @@ class BottleneckLinear(BottleneckLayer):
     adapters add up; each sequential one gets y as the base layer gives it.
 
     Shapes: `W_down: (bottleneck_dim, features)`, `b_down: (bottleneck_dim,)`, `W_up: (out_features, bottleneck_dim)`,
-    `b_up: (out_features,)`. W_down is Kaiming-uniform and all else zero at first, so that a fresh adapter leaves the
-    function as it is.
+    `b_up: (out_features,)`.
 
     Source: arXiv 1902.00751, section 2.1; arXiv 2110.04366, section 3.3.
     """

@@ -25,11 +25,6 @@ class BottleneckModel(PhasedModel):
     A block with several feed-forward networks (MobileBERT) gets one for each, and one with two attentions (a T5
     decoder's) one for each of these.
 
-    Args:
-        model: the model to adapt.
-        config: a `BottleneckConfig`.
-        adapter_name: the adapter's name.
-
     Example:
         ```py
         >>> from transformers import AutoModelForSequenceClassification, Trainer

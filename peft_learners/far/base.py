@@ -140,9 +140,7 @@ class FARLayer(DeltaLayer):
                 return value  # a look at its type
             raise ValueError(BATCHLESS.format(f"{name} of a {type(base).__name__}, which is read and not called"))
         for adapter, part in parts:
-            delta = self.full_delta(part, adapter)
-            assert delta is not None
-            value = value + self._by_parameter(part, adapter, delta)[name]
+            value = value + self.parameter_deltas(adapter, [part])[name]
         return value.to(getattr(base, name).dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -175,8 +173,7 @@ class FARLayer(DeltaLayer):
         """
         deltas: dict[str, Tensor] = {}
         for part in self.far_names[adapter] if parts is None else parts:
-            value = self.full_delta(part, adapter)
-            assert value is not None
+            value = self.holder(part, adapter)._own_full_delta(part, adapter)
             deltas.update(self._by_parameter(part, adapter, value))
         return deltas
 

@@ -45,10 +45,6 @@ class FARConfig(PhasedConfig):
 
     Source: Vucetic et al., "Efficient Fine-Tuning of BERT Models on the Edge" (arXiv 2205.01541), as described and
     re-implemented in arXiv 2208.02070, section 5.
-
-    Raises:
-        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
-        TypeError: an unknown field.
     """
 
     method: ClassVar[str] = "far"
@@ -127,13 +123,12 @@ class FARConfig(PhasedConfig):
                 f"FARConfig: give priming in one unit, got priming_steps={self.priming_steps} and "
                 f"priming_epochs={self.priming_epochs}."
             )
-        unprimed = [name for name in ("priming_steps", "priming_epochs") if getattr(self, name) == 0]
-        if self.priming_ratio == 0 and self.priming_steps is None and self.priming_epochs is None:
-            unprimed = ["priming_ratio"]
-        if unprimed and self.selection != "random":
+        others = (name for name in ("priming_steps", "priming_epochs") if getattr(self, name) is not None)
+        unit = next(others, "priming_ratio")
+        if getattr(self, unit) == 0 and self.selection != "random":
             raise ValueError(
-                f"FARConfig: `{unprimed[0]}` must be above 0 with selection={self.selection!r}, which ranks nodes by "
-                f"what priming moved, got 0. Nodes can do without only with FARConfig({unprimed[0]}=0, "
+                f"FARConfig: `{unit}` must be above 0 with selection={self.selection!r}, which ranks nodes by "
+                f"what priming moved, got 0. Nodes can do without only with FARConfig({unit}=0, "
                 "selection='random')."
             )
         if self.ffn_modules is not None:

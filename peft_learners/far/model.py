@@ -31,11 +31,6 @@ _CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
 class FARModel(PhasedModel):
     """Puts a delta on every weight of a model, and after priming cuts the FFNs' down to the nodes that moved most.
 
-    Args:
-        model: the model to adapt.
-        config: a `FARConfig`.
-        adapter_name: the adapter's name.
-
     Example:
         ```py
         >>> from transformers import AutoModelForSequenceClassification, Trainer
@@ -69,7 +64,7 @@ class FARModel(PhasedModel):
 
     def _complete_targets(self, config: FARConfig, model: nn.Module, chosen: set[str]) -> set[str]:
         everything = config.target_modules is None
-        chosen = self._with_sharers(config, self._found, chosen, everything)
+        chosen = self._with_sharers(config, chosen)
         modules = {name: module for name, module in walk(model) if name in chosen}
         pairs = feed_forwards(model)
         if config.ffn_modules is not None:
@@ -84,15 +79,10 @@ class FARModel(PhasedModel):
                 raise ValueError(_no_pair(model, config))
             if not config.inference_mode:
                 self._warn_of_frozen(model)
-            if self._lost and not config.inference_mode:
-                warnings.warn(
-                    f"FAR can't give deltas to {len(self._lost)} parameters of the {type(model).__name__}, which stay "
-                    f"frozen: {', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}.",
-                    stacklevel=2,
-                )
         return set(self._far_targets)
 
     def _warn_of_frozen(self, model: nn.Module) -> None:
+        """Name parameters that train although they were frozen before, and those that stay frozen."""
         frozen = [name for name in frozen_on_purpose(model) if name.rpartition(".")[0] in self._far_targets]
         if frozen:
             warnings.warn(
@@ -100,24 +90,29 @@ class FARModel(PhasedModel):
                 "trained deltas all the same, as PEFT's tuners do. Leave them out with exclude_modules.",
                 stacklevel=2,
             )
+        if self._lost:
+            warnings.warn(
+                f"FAR can't give deltas to {len(self._lost)} parameters of the {type(model).__name__}, which stay "
+                f"frozen: {', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}.",
+                stacklevel=2,
+            )
 
     def _is_supported(self, module: nn.Module) -> bool:
         base = base_of(module)
         return is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))
 
-    def _with_sharers(
-        self, config: FARConfig, found: dict[str, nn.Module], chosen: set[str], everything: bool
-    ) -> set[str]:
+    def _with_sharers(self, config: FARConfig, chosen: set[str]) -> set[str]:
         """A weight that modules share has one delta: all of them are adapted, or none."""
+        everything = config.target_modules is None and config.layers_to_transform is None
         names: dict[int, list[str]] = {}
-        for name, module in found.items():
+        for name, module in self._found.items():
             for parameter in base_of(module).parameters():
                 names.setdefault(id(parameter), []).append(name)
         result = set(chosen)
         for sharers in names.values():
             missing = set(sharers) - chosen
             if len(sharers) > 1 and missing and missing != set(sharers):
-                if config.exclude_modules is not None or (everything and config.layers_to_transform is None):
+                if config.exclude_modules is not None or everything:
                     result -= set(sharers)
                     warnings.warn(
                         f"{' and '.join(sorted(sharers))} share a weight, and {' and '.join(sorted(missing))} is left "

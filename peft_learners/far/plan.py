@@ -64,11 +64,11 @@ def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     are taken whole.
     """
     head = new_head(model)
-    poolers = [] if head else [n for n, _ in walk(model) if "pooler" in n.split(".")]
+    outside = set(head) or {name for name, _ in walk(model) if "pooler" in name.split(".")}
     found: dict[str, nn.Module] = {}
     held: set[int] = set()
     for name, module in walk(model):
-        if not name or is_within(name, head) or is_within(name, found) or is_within(name, poolers):
+        if not name or is_within(name, outside) or is_within(name, found):
             continue
         base = base_of(module)
         if is_sinusoidal(module):
@@ -82,7 +82,7 @@ def adaptable(model: nn.Module) -> tuple[dict[str, nn.Module], list[str]]:
     lost = [
         f"{name}.{own}" if name else own
         for name, module in walk(model)
-        if not (is_within(name, head) or is_within(name, found) or is_within(name, poolers))
+        if not (is_within(name, outside) or is_within(name, found))
         for own, parameter in base_of(module).named_parameters(recurse=False)
         if id(parameter) not in held and parameter.is_floating_point()
     ]

@@ -39,10 +39,6 @@ class LearnerConfig(PhasedConfig):
 
     Source: Vucetic et al., "Efficient Fine-Tuning of Compressed Language Models with Learners"
     (arXiv 2208.02070), section 4 and equation 2.
-
-    Raises:
-        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
-        TypeError: an unknown field.
     """
 
     method: ClassVar[str] = "learner"

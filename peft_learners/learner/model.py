@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +13,7 @@ from ..layers.base import tuner_layers, values_of
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, walk
-from ..structure.targets import is_named, rank_patterns
+from ..structure.targets import is_named, matches, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
@@ -24,11 +23,6 @@ from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 
 class LearnerModel(PhasedModel):
     """Puts Learners on a model: low-rank modules, bias and norm deltas, and a dense delta on the attention to prime.
-
-    Args:
-        model: the model to adapt.
-        config: a `LearnerConfig`.
-        adapter_name: the adapter's name.
 
     Example:
         ```py
@@ -73,15 +67,18 @@ class LearnerModel(PhasedModel):
         if asked is None:
             primed = set(attention_names(model, linears))
             config.write("priming_modules", self._minimal_names(primed) or None)
-        elif isinstance(asked, str):
-            primed = {name for name in linears if re.fullmatch(asked, name)}
-            if not primed:
-                raise ValueError(self._outside_targets(config, asked, linears))
         else:
-            for name in asked:
-                if not any(is_named(linear, name) for linear in linears):
-                    raise ValueError(self._outside_targets(config, name, linears))
-            primed = {linear for linear in linears if any(is_named(linear, name) for name in asked)}
+            primed = {name for name in linears if matches(name, asked)}
+            if isinstance(asked, str):
+                lost = [] if primed else [asked]
+            else:
+                lost = [name for name in asked if not any(is_named(linear, name) for linear in linears)]
+            if lost:
+                last = sorted({linear.rpartition(".")[2] for linear in linears})
+                raise ValueError(
+                    f"LearnerConfig: `priming_modules` must name linear layers among the targets, got {lost[0]!r}, "
+                    f"which matches none of the {len(linears)} targeted linear layers (named {', '.join(last)})."
+                )
         packed = sorted(name for name in primed if float_weight(modules[name]) is None)
         if packed:
             raise ValueError(self._cannot_prime(config, modules, primed, packed))
@@ -108,14 +105,6 @@ class LearnerModel(PhasedModel):
                 f"{reason}Prime float layers only, LearnerConfig(priming_modules={names}), or none: priming_epochs=0."
             )
         return f"{reason}Do without priming: LearnerConfig(priming_epochs=0)."
-
-    @staticmethod
-    def _outside_targets(config: LearnerConfig, name: str, linears: list[str]) -> str:
-        last = sorted({linear.rpartition(".")[2] for linear in linears})
-        return (
-            f"LearnerConfig: `priming_modules` must name linear layers among the targets, got {name!r}, which matches "
-            f"none of the {len(linears)} targeted linear layers (named {', '.join(last)})."
-        )
 
     # -- injection --------------------------------------------------------------------------------------------------
 

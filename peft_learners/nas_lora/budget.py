@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Training
 from ..phases.schedule import ScheduleError
-from ..structure.modules import new_head
 from .config import NASLoRAConfig
 from .layer import NASLoRALayer, kept_of, layers_of, space_of
-from .rewind import generator_of, rewind_saved_modules, shuffled
+from .rewind import generator_of, rewind_saved_modules
 
 logger = logging.getLogger("peft_learners")
 
@@ -140,7 +139,7 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, tra
     salt = f"/round {round_}" if config.rewind == "fresh" else ""
     for layer in layers.values():
         layer.set_kept(adapter, positions[layer], training.optimizer, salt)
-    _rewind_head(root, adapter, config, salt)
+    rewind_saved_modules(root, adapter, config.init_seed, salt)
     logger.info(
         "adapter %r: %d of %d parameters of the search space are kept (budget %d; the head is not counted)",
         *(adapter, kept_of(layers, adapter), space, budget),
@@ -181,10 +180,3 @@ def _unit_scores(
             stacklevel=2,
         )
     return [scores.double() for scores in found]
-
-
-def _rewind_head(root: nn.Module, adapter: str, config: NASLoRAConfig, salt: str) -> None:
-    def fresh(name: str, value: Tensor) -> Tensor:
-        return shuffled(value, config.init_seed, f"{name}{salt}")
-
-    rewind_saved_modules(root, adapter, fresh if salt else None, new_head(root))

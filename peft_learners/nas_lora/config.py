@@ -57,10 +57,6 @@ class NASLoRAConfig(PhasedConfig):
 
     Source: Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
     Language Models" (arXiv 2305.16597), section 3 and appendix A.
-
-    Raises:
-        ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
-        TypeError: an unknown field.
     """
 
     method: ClassVar[str] = "nas_lora"

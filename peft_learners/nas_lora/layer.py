@@ -30,13 +30,13 @@ class Space:
 
     Attributes:
         shapes: of its parts in full: "U" (out_features, r), "V" (in_features, r), "bias" (out_features,).
-        stds: standard deviations of their initial values.
+        zeros: parts that begin at zero; the others begin at normal values of standard deviation 1/sqrt(features).
         structured: whether columns of U and V and whole biases are pruned, or single entries.
         seed, name: what the initial values depend on.
     """
 
     shapes: dict[str, tuple[int, ...]]
-    stds: dict[str, float]
+    zeros: tuple[str, ...]
     structured: bool
     seed: int
     name: str
@@ -72,10 +72,10 @@ class Space:
 
     def initial(self, part: str, salt: str = "") -> Tensor:
         """The initial values of a part in full: zero or normal, float32, on the CPU."""
-        if not self.stds[part]:
+        if part in self.zeros:
             return torch.zeros(self.shapes[part])
         generator = generator_of(self.seed, f"{self.name}/{part}{salt}")
-        return torch.randn(self.shapes[part], generator=generator) * self.stds[part]
+        return torch.randn(self.shapes[part], generator=generator) * (1 / math.sqrt(self.shapes[part][0]))
 
     def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
         """What of a part in full lies at the positions of its kept units."""
@@ -157,16 +157,12 @@ class NASLoRALayer(DeltaLayer):
                     nn.init.normal_(self.values(part)[adapter], std=TEST_STD)
 
     def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
-        shapes: dict[str, tuple[int, ...]] = {}
-        stds: dict[str, float] = {}
         m, n = int(self.out_features), int(self.in_features)  # type: ignore[arg-type]
-        if rank:
-            shapes, stds = {"U": (m, rank), "V": (n, rank)}, {"U": 1 / math.sqrt(m), "V": 1 / math.sqrt(n)}
-            if config.init == "lora":
-                stds["U"] = 0.0
+        shapes: dict[str, tuple[int, ...]] = {"U": (m, rank), "V": (n, rank)} if rank else {}
         if bias:
-            shapes["bias"], stds["bias"] = (m,), 0.0
-        return Space(shapes, stds, config.granularity == "structured", config.init_seed, name)
+            shapes["bias"] = (m,)
+        zeros = ("U", "bias") if config.init == "lora" else ("bias",)
+        return Space(shapes, zeros, config.granularity == "structured", config.init_seed, name)
 
     def restore_initial(self, adapter: str) -> None:
         """Undo the rounding of a fresh adapter's initial values to the type of a base in half precision."""

@@ -32,11 +32,6 @@ from .rewind import rewind_saved_modules
 class NASLoRAModel(PhasedModel):
     """Puts low-rank updates and bias deltas on a model, searches which of them matter, and retrains those alone.
 
-    Args:
-        model: the model to adapt.
-        config: a `NASLoRAConfig`.
-        adapter_name: the adapter's name.
-
     Example:
         ```py
         >>> from transformers import AutoModelForSequenceClassification, Trainer
@@ -348,16 +343,10 @@ class NASLoRAModel(PhasedModel):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        values = super()._get_adapter_state_dict(
-            model=model,
-            config=config,
-            adapter_name=adapter_name,
-            state_dict=state_dict,
-            unwanted_adapter_names=unwanted_adapter_names,
-        )
-        values = {key: value for key, value in values.items() if value.numel()}
+        whole = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        values = {key: value for key, value in whole.items() if value.numel()}
         scores = scores_of(layers_of(model, adapter_name), adapter_name)
         return {**values, **{f"{key}.{adapter_name}": value for key, value in scores.items()}}
 

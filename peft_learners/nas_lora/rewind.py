@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Collection
 
 import torch
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..structure.modules import new_head
 
-def rewind_saved_modules(
-    root: nn.Module,
-    adapter: str,
-    fresh: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
-    fresh_names: Collection[str] = (),
-) -> None:
+
+def rewind_saved_modules(root: nn.Module, adapter: str, seed: int = 0, salt: str = "") -> None:
     """Give an adapter's copies of whole modules (the head) the values back that they began with.
 
     Args:
-        fresh: makes, of a parameter's name and its first values, other ones to begin with.
-        fresh_names: names of the modules for which it is used.
+        seed, salt: with a salt, a new head begins with other values, which depend on both.
     """
+    head = new_head(root) if salt else []
     for name, module in root.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or adapter not in module.modules_to_save:
             continue
         first = module.original_module.state_dict()
-        if fresh is not None and name in fresh_names:
-            first = {k: fresh(f"{name}.{k}", v) if v.is_floating_point() else v for k, v in first.items()}
+        if name in head:
+            first = {
+                key: shuffled(value, seed, f"{name}.{key}{salt}") if value.is_floating_point() else value
+                for key, value in first.items()
+            }
         with torch.no_grad():
             for key, value in module.modules_to_save[adapter].state_dict().items():
                 value.copy_(first[key])
