@@ -24,7 +24,6 @@ from .short_card import (
     auto_class,
     display_name,
     is_hub_id,
-    loading_code,
     method_of,
     num_labels_in,
     shapes_in,
@@ -166,18 +165,20 @@ def make_card(
         picture: name of a picture beside the card.
         repo_id: where the adapter is pushed to.
     """
+    limits = results.limits if results is not None else _NO_RESULTS
     config, title = adapter.config, repo_id.rpartition("/")[2] if repo_id else adapter.title
+    results = results or Results()
     sections = {
         "Use": usage(adapter, repo_id),
-        "Results": _results_text(results) if results is not None else None,
+        "Results": _results_text(results),
         "Training": _training_text(adapter, results),
         **config.card_sections(adapter.shapes),
         "Settings": _settings_text(config),
         "Picture": f"![Picture of the adapter]({picture})" if picture else None,
-        "What this is not": results.limits if results is not None else _NO_RESULTS,
-        "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()) if results is not None else None,
+        "What this is not": limits,
+        "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()),
     }
-    task = f" for {results.task}" if results is not None and results.task else ""
+    task = f" for {results.task}" if results.task else ""
     about = f"A {display_name(config)} adapter of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT."
     body = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     card = ModelCard("---\n{}\n---\n")
@@ -192,8 +193,8 @@ _NO_RESULTS = (
 )
 
 
-def _header(adapter: Adapter, results: Optional[Results], title: str) -> ModelCardData:
-    found = results.evaluations if results is not None else ()
+def _header(adapter: Adapter, results: Results, title: str) -> ModelCardData:
+    found = results.evaluations
     return ModelCardData(
         base_model=adapter.base_id,
         base_model_relation="adapter" if adapter.base_id else None,
@@ -208,9 +209,9 @@ def _header(adapter: Adapter, results: Optional[Results], title: str) -> ModelCa
 
 
 def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
-    """Code that loads the adapter from the Hub, or in a process whose folder holds it."""
+    """How the adapter is loaded from the Hub, or in a process whose folder holds it."""
     config, kind = adapter.config, auto_class(adapter.config)
-    code = loading_code(
+    return usage_text(
         kind,
         adapter.base,
         repo_id or adapter.folder_name,
@@ -219,7 +220,6 @@ def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
         remark="" if repo_id else HERE,
         merge=not config.unmergeable,
     )
-    return usage_text(code)
 
 
 def _results_text(results: Results) -> Optional[str]:
@@ -227,8 +227,8 @@ def _results_text(results: Results) -> Optional[str]:
     return results.text or (table(["split", "metric", "value"], rows) if rows else None)
 
 
-def _training_text(adapter: Adapter, results: Optional[Results]) -> str:
-    if results is not None and results.phases:
+def _training_text(adapter: Adapter, results: Results) -> str:
+    if results.phases:
         rows = [[name, f"{steps:,}", f"{trained:,}"] for name, steps, trained in results.phases]
     else:
         rows = _phases_by_file(adapter)
@@ -237,7 +237,7 @@ def _training_text(adapter: Adapter, results: Optional[Results]) -> str:
     lines = [text, "", f"The file of weights has {size / 1e6:.2f} MB."]
     if not adapter.config.phases_complete:
         lines.append("It was saved before its last phase began: as it is, it is not what the method makes.")
-    if results is not None and results.training:
+    if results.training:
         lines.append(results.training)
     return "\n".join(lines)
 

@@ -83,7 +83,7 @@ def _short_text(
         labels = getattr(getattr(model, "config", None), "num_labels", None)
     elif has_labels(kind) and (folder / WEIGHTS).is_file():
         labels = num_labels_in(config, kind, shapes_in(folder))
-    code = loading_code(
+    usage = usage_text(
         kind, base, title, num_labels=labels, revision=config.revision, subfolder=subfolder, remark=HERE
     )
     known = base or (mapping or {}).get("base_model_class")
@@ -91,7 +91,7 @@ def _short_text(
     versions = f"- PEFT {peft.__version__}\n- peft-learners {__version__}"
     text = (
         f"# {title}\n\nA {display_name(config)} adapter{of}, made with peft-learners, a plugin for PEFT.\n\n"
-        f"## Use\n\n{usage_text(code)}\n\n### Framework versions\n\n{versions}\n"
+        f"## Use\n\n{usage}\n\n### Framework versions\n\n{versions}\n"
     )
     return f"\n{_MARK}({_digest(text)}). A text that is changed is left as it is. -->\n\n{text}"
 
@@ -172,7 +172,7 @@ def short_name(name: str, beside: Optional[Path] = None) -> str:
     return name if is_hub_id(name, beside) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def loading_code(
+def usage_text(
     auto_class: Optional[str],
     base: Optional[str],
     adapter: str,
@@ -183,7 +183,7 @@ def loading_code(
     remark: str = "",
     merge: bool = False,
 ) -> str:
-    """Python code that loads an adapter.
+    """What a card says of how an adapter is loaded, with the Python code.
 
     Args:
         auto_class: the class in transformers that loads the base model; None if there is none.
@@ -210,12 +210,7 @@ def loading_code(
         f'model = PeftModel.from_pretrained(base, "{adapter}"{inside}){f"  # {remark}" if remark else ""}',
         *(["merged = model.merge_and_unload()  # a plain transformers model, if you want one"] if merge else []),
     ]
-    return "\n".join(lines)
-
-
-def usage_text(code: str) -> str:
-    """What a card says around the code."""
-    return f"With the package peft-learners installed:\n\n```python\n{code}\n```"
+    return "\n".join(["With the package peft-learners installed:\n\n```python", *lines, "```"])
 
 
 # -- the base model that an adapter needs ----------------------------------------------------------------------------
