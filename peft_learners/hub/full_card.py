@@ -22,9 +22,8 @@ from .short_card import (
     TAG,
     WEIGHTS,
     auto_class,
-    display_name,
+    first_sentence,
     is_hub_id,
-    method_of,
     num_labels_in,
     shapes_in,
     short_name,
@@ -179,11 +178,11 @@ def make_card(
         "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()),
     }
     task = f" for {results.task}" if results.task else ""
-    about = f"A {display_name(config)} adapter of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT."
     body = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     card = ModelCard("---\n{}\n---\n")
     card.data = _header(adapter, results, title)
-    card.text = "\n" + "\n\n".join([f"# {title}", f"{about} {config.about}".rstrip(), *body]) + "\n"
+    about = f"{first_sentence(config, adapter.base, task)} {config.about}".rstrip()
+    card.text = "\n" + "\n\n".join([f"# {title}", about, *body]) + "\n"
     return card
 
 
@@ -200,7 +199,7 @@ def _header(adapter: Adapter, results: Results, title: str) -> ModelCardData:
         base_model_relation="adapter" if adapter.base_id else None,
         library_name="peft",
         pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
-        tags=["peft", TAG, method_of(adapter.config)],
+        tags=["peft", TAG, adapter.config.method],
         datasets=list(dict.fromkeys(result.dataset_type for result in found)) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in found)) or None,
         model_name=title if found else None,
@@ -261,7 +260,8 @@ def _settings_text(config: PhasedConfig) -> str:
         if name in _OF_PEFT or "Written " in entry.metadata.get("help", ""):  # by training
             continue
         if value != getattr(default, name):
-            found = " (unless given, found from the model's structure)" if _is_found(name) else ""
+            by_structure = "modules" in name and name != "exclude_modules"
+            found = " (unless given, found from the model's structure)" if by_structure else ""
             names = isinstance(value, (set, list)) and all(isinstance(v, str) for v in value)
             rows.append([f"`{name}`", f"`{sorted(value) if names else value!r}`{found}"])
         elif name not in common and value is not None and value != {}:
@@ -272,10 +272,6 @@ def _settings_text(config: PhasedConfig) -> str:
 
 
 _OF_PEFT = {f.name for f in fields(PeftConfig)}
-
-
-def _is_found(name: str) -> bool:
-    return "modules" in name and name != "exclude_modules"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

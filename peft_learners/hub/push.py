@@ -24,7 +24,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 
 from .full_card import Adapter, Results, make_card, read_adapter, usage
-from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched, method_of
+from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched
 
 #: What the Hub puts into a new repository.
 INITIAL = {".gitattributes"}
@@ -96,7 +96,7 @@ def push(
             commit = api.create_commit(
                 repo_id,
                 files_to_commit(found, card_to_push(found, repo_id, results, picture, remote), picture),
-                commit_message=commit_message or f"Upload {method_of(found.config)} adapter",
+                commit_message=commit_message or f"Upload {found.config.method} adapter",
                 revision=revision,
                 create_pr=create_pr,
             )
@@ -243,7 +243,7 @@ def card_to_push(
     if not written:
         return made
     kept, own = written[0], adapter.config.base_model_name_or_path
-    fill_header(kept.data, method_of(adapter.config), adapter.base_id)
+    fill_header(kept.data, adapter.config.method, adapter.base_id)
     for key, value in made.data.to_dict().items():
         if not kept.data.get(key):
             kept.data[key] = value

@@ -65,7 +65,7 @@ def write_readme(config: Any, folder: Path, model: Any = None, auto_mapping: Opt
     if not is_untouched(card.text):
         return
     name = config.base_model_name_or_path
-    fill_header(card.data, method_of(config), name if is_hub_id(name, folder) else None)
+    fill_header(card.data, config.method, name if is_hub_id(name, folder) else None)
     if subfolder is None or not (top / CONFIG).is_file() or _MARK not in card.text:  # not about "default" already
         card.text = _short_text(config, folder, top.resolve().name, subfolder, model, auto_mapping)
     card.save(path)
@@ -86,13 +86,9 @@ def _short_text(
     usage = usage_text(
         kind, base, title, num_labels=labels, revision=config.revision, subfolder=subfolder, remark=HERE
     )
-    known = base or (mapping or {}).get("base_model_class")
-    of = f" of `{known}`" if known else ""
+    about = first_sentence(config, base or (mapping or {}).get("base_model_class"))
     versions = f"- PEFT {peft.__version__}\n- peft-learners {__version__}"
-    text = (
-        f"# {title}\n\nA {display_name(config)} adapter{of}, made with peft-learners, a plugin for PEFT.\n\n"
-        f"## Use\n\n{usage}\n\n### Framework versions\n\n{versions}\n"
-    )
+    text = f"# {title}\n\n{about}\n\n## Use\n\n{usage}\n\n### Framework versions\n\n{versions}\n"
     return f"\n{_MARK}({_digest(text)}). A text that is changed is left as it is. -->\n\n{text}"
 
 
@@ -141,14 +137,10 @@ def warn_of_local_base(configs: Mapping[str, Any]) -> None:
 # -- names and code --------------------------------------------------------------------------------------------------
 
 
-def method_of(config: Any) -> str:
-    """The method as PEFT's tables call it, in lower case: learner, far, nas_lora, bottleneck."""
-    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
-
-
-def display_name(config: Any) -> str:
-    """The method as people call it; a class that does not say so is called by its own name."""
-    return getattr(config, "display_name", "") or type(config).__name__.removesuffix("Config")
+def first_sentence(config: Any, base: Optional[str], task: str = "") -> str:
+    """What an adapter is. A method without a display name is called as its class."""
+    name, of = config.display_name or type(config).__name__.removesuffix("Config"), f" of `{base}`" if base else ""
+    return f"A {name} adapter{of}{task}, made with peft-learners, a plugin for PEFT."
 
 
 def is_hub_id(name: object, beside: Optional[Path] = None) -> bool:
