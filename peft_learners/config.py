@@ -97,6 +97,7 @@ def one_of(values: tuple[str, ...], example: str = "") -> Check:
 
 
 FLAG = Check(lambda value: isinstance(value, bool), "True or False")
+NAMES = Check(is_names_or_regex, "None, a regex or a list of names")
 SEED = Check(lambda value: is_whole(value) and value < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
@@ -134,12 +135,12 @@ class PhasedConfig(PeftConfig):
         "norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value projections; FAR all "
         "that has parameters; bottleneck adapters the layers that they follow (in parallel mode the FFNs' last ones). "
         "'all-linear': every linear layer of the backbone.",
-        Check(is_names_or_regex, "None, a regex or a list of names"),
+        NAMES,
     )
     exclude_modules: Optional[Union[list[str], set[str], str]] = option(
         None,
         "Names (or a regex) of modules to leave alone; wins over target_modules.",
-        Check(is_names_or_regex, "None, a regex or a list of names"),
+        NAMES,
     )
     layers_to_transform: Optional[Union[list[int], int]] = option(
         None,

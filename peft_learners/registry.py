@@ -36,19 +36,15 @@ def ensure_peft_type(name: str) -> PeftType:
         except Exception as error:
             raise RuntimeError(_shape_error(f"adding the member {name} to PeftType failed: {error!r}")) from error
     member = PeftType.__members__.get(name)
-    sound = (
-        member is not None
-        and isinstance(member, PeftType)
-        and isinstance(member, str)
+    if not (
+        isinstance(member, PeftType)
         and member.value == name == member.name == str.__str__(member)
         and PeftType(name) is member is PeftType[name] is getattr(PeftType, name, None)
         and member in list(PeftType)
         and name in list(PeftType)
         and hash(member) == hash(name)
-    )
-    if not sound:
+    ):
         raise RuntimeError(_shape_error(f"PeftType.{name} is not a usable member"))
-    assert member is not None
     return member
 
 

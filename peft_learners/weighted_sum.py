@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .config import is_number, is_positive_int
 from .layers.base import DeltaLayer, adapter_parameters, check_adapter_name, refuse_merged
 from .layers.linear import DeltaLinear
-from .ops import sum_of
 from .ops.low_rank import Factored, joined, nearest, total, without_idle
+from .ops.terms import sum_of
 
 TYPES = ("cat", "svd")
 

@@ -19,11 +19,10 @@ from peft import PeftConfig, PeftModel
 from peft.utils import load_peft_weights
 from safetensors import SafetensorError
 
+from ..checkpoint import Shapes
 from ..config import PhasedConfig
 from ..hub.short_card import auto_class, num_labels_in
 from .lora import LoraExport, save_as_lora
-
-Shapes = dict[str, tuple[int, ...]]
 
 
 def load(adapter: str, base_model: Optional[str] = None, num_labels: Optional[int] = None) -> PeftModel:

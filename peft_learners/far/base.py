@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layers.base import DeltaLayer, parameter_at
-from ..ops import others_of, uncut
+from ..ops.cut import others_of, uncut
 from ..phases.optimizer import resize
 from ..structure.weights import base_of, for_float64
 from .config import PARTS, FARConfig

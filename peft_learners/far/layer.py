@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from ..layers.base import TransparentLayer, parameter_at
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
-from ..ops import Dense, call_with, cut_linear
+from ..ops.cut import cut_linear
+from ..ops.norm import call_with
+from ..ops.terms import Dense
 from ..structure.weights import base_of, readable_weight
 from .base import BATCHLESS, FARLayer
 

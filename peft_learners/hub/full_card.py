@@ -22,10 +22,8 @@ from .short_card import (
     TAG,
     WEIGHTS,
     auto_class,
-    display_name,
+    first_sentence,
     is_hub_id,
-    loading_code,
-    method_of,
     num_labels_in,
     shapes_in,
     short_name,
@@ -166,23 +164,25 @@ def make_card(
         picture: name of a picture beside the card.
         repo_id: where the adapter is pushed to.
     """
+    limits = results.limits if results is not None else _NO_RESULTS
     config, title = adapter.config, repo_id.rpartition("/")[2] if repo_id else adapter.title
+    results = results or Results()
     sections = {
         "Use": usage(adapter, repo_id),
-        "Results": _results_text(results) if results is not None else None,
+        "Results": _results_text(results),
         "Training": _training_text(adapter, results),
         **config.card_sections(adapter.shapes),
         "Settings": _settings_text(config),
         "Picture": f"![Picture of the adapter]({picture})" if picture else None,
-        "What this is not": results.limits if results is not None else _NO_RESULTS,
-        "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()) if results is not None else None,
+        "What this is not": limits,
+        "Versions": ", ".join(f"{name} {v}" for name, v in results.versions.items()),
     }
-    task = f" for {results.task}" if results is not None and results.task else ""
-    about = f"A {display_name(config)} adapter of `{adapter.base}`{task}, made with peft-learners, a plugin for PEFT."
+    task = f" for {results.task}" if results.task else ""
     body = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     card = ModelCard("---\n{}\n---\n")
     card.data = _header(adapter, results, title)
-    card.text = "\n" + "\n\n".join([f"# {title}", f"{about} {config.about}".rstrip(), *body]) + "\n"
+    about = f"{first_sentence(config, adapter.base, task)} {config.about}".rstrip()
+    card.text = "\n" + "\n\n".join([f"# {title}", about, *body]) + "\n"
     return card
 
 
@@ -192,14 +192,14 @@ _NO_RESULTS = (
 )
 
 
-def _header(adapter: Adapter, results: Optional[Results], title: str) -> ModelCardData:
-    found = results.evaluations if results is not None else ()
+def _header(adapter: Adapter, results: Results, title: str) -> ModelCardData:
+    found = results.evaluations
     return ModelCardData(
         base_model=adapter.base_id,
         base_model_relation="adapter" if adapter.base_id else None,
         library_name="peft",
         pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
-        tags=["peft", TAG, method_of(adapter.config)],
+        tags=["peft", TAG, adapter.config.method],
         datasets=list(dict.fromkeys(result.dataset_type for result in found)) or None,
         metrics=list(dict.fromkeys(result.metric_type for result in found)) or None,
         model_name=title if found else None,
@@ -208,9 +208,9 @@ def _header(adapter: Adapter, results: Optional[Results], title: str) -> ModelCa
 
 
 def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
-    """Code that loads the adapter from the Hub, or in a process whose folder holds it."""
+    """How the adapter is loaded from the Hub, or in a process whose folder holds it."""
     config, kind = adapter.config, auto_class(adapter.config)
-    code = loading_code(
+    return usage_text(
         kind,
         adapter.base,
         repo_id or adapter.folder_name,
@@ -219,7 +219,6 @@ def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
         remark="" if repo_id else HERE,
         merge=not config.unmergeable,
     )
-    return usage_text(code)
 
 
 def _results_text(results: Results) -> Optional[str]:
@@ -227,8 +226,8 @@ def _results_text(results: Results) -> Optional[str]:
     return results.text or (table(["split", "metric", "value"], rows) if rows else None)
 
 
-def _training_text(adapter: Adapter, results: Optional[Results]) -> str:
-    if results is not None and results.phases:
+def _training_text(adapter: Adapter, results: Results) -> str:
+    if results.phases:
         rows = [[name, f"{steps:,}", f"{trained:,}"] for name, steps, trained in results.phases]
     else:
         rows = _phases_by_file(adapter)
@@ -237,7 +236,7 @@ def _training_text(adapter: Adapter, results: Optional[Results]) -> str:
     lines = [text, "", f"The file of weights has {size / 1e6:.2f} MB."]
     if not adapter.config.phases_complete:
         lines.append("It was saved before its last phase began: as it is, it is not what the method makes.")
-    if results is not None and results.training:
+    if results.training:
         lines.append(results.training)
     return "\n".join(lines)
 
@@ -261,7 +260,8 @@ def _settings_text(config: PhasedConfig) -> str:
         if name in _OF_PEFT or "Written " in entry.metadata.get("help", ""):  # by training
             continue
         if value != getattr(default, name):
-            found = " (unless given, found from the model's structure)" if _is_found(name) else ""
+            by_structure = "modules" in name and name != "exclude_modules"
+            found = " (unless given, found from the model's structure)" if by_structure else ""
             names = isinstance(value, (set, list)) and all(isinstance(v, str) for v in value)
             rows.append([f"`{name}`", f"`{sorted(value) if names else value!r}`{found}"])
         elif name not in common and value is not None and value != {}:
@@ -272,10 +272,6 @@ def _settings_text(config: PhasedConfig) -> str:
 
 
 _OF_PEFT = {f.name for f in fields(PeftConfig)}
-
-
-def _is_found(name: str) -> bool:
-    return "modules" in name and name != "exclude_modules"
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -24,12 +24,10 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 
 from .full_card import Adapter, Results, make_card, read_adapter, usage
-from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched, method_of
+from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched
 
 #: What the Hub puts into a new repository.
 INITIAL = {".gitattributes"}
-AGAIN = "Run the same command again to go on."
-UNCHANGED = "The repository is as it was."
 _UNFILLED_START = re.compile(r"(## How to Get Started with the Model\n[^#]*?)\[More Information Needed\]")
 
 
@@ -85,13 +83,12 @@ def push(
         found = read(folder, repo_id, base_model, results, picture)
         try:
             validate_repo_id(repo_id)
-            repo_id = repo_id if "/" in repo_id else f"{api.whoami()['name']}/{repo_id}"
-            api.whoami()  # a token that is missing or refused, said before anything is made
+            owner = api.whoami()["name"]  # a token that is missing or refused, said before anything is made
+            repo_id = repo_id if "/" in repo_id else f"{owner}/{repo_id}"
+            check_base(api, found)
+            new = not create_pr and open_repository(api, repo_id, private, update)
         except (HTTPError, OSError, HFValidationError) as error:
             raise PushError(f"{explain(error, api, repo_id)} Nothing was pushed.") from error
-
-        check_base(api, found)
-        new = not create_pr and open_repository(api, repo_id, private, update)
         try:
             if revision:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
@@ -99,15 +96,20 @@ def push(
             commit = api.create_commit(
                 repo_id,
                 files_to_commit(found, card_to_push(found, repo_id, results, picture, remote), picture),
-                commit_message=commit_message or f"Upload {method_of(found.config)} adapter",
+                commit_message=commit_message or f"Upload {found.config.method} adapter",
                 revision=revision,
                 create_pr=create_pr,
             )
         except BaseException as raised:
             # huggingface_hub hides what stopped the upload of a large file behind a RuntimeError.
             cause = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
-            again = AGAIN if may_go_on(cause) else ""
-            left = clean_up(api, repo_id, revision, again) if new else left_in_existing(revision)
+            again = "Run the same command again to go on." if may_go_on(cause) else ""
+            if new:
+                left = clean_up(api, repo_id, revision, again)
+            elif revision:
+                left = f"No file of the repository was changed; the branch {revision} may be new."
+            else:
+                left = "The repository is as it was."
             if isinstance(cause, (HTTPError, OSError, ValueError)):
                 raise PushError(f"{explain(cause, api, repo_id)} {left}".strip()) from cause
             print(left, file=sys.stderr)
@@ -176,13 +178,10 @@ def open_repository(api: HfApi, repo_id: str, private: bool, update: bool) -> bo
     try:
         api.create_repo(repo_id, private=private or None)
         return True
-    except (HTTPError, OSError) as error:
+    except HfHubHTTPError as error:
         if status_of(error) != 409:
-            raise PushError(f"{explain(error, api, repo_id)} Nothing was pushed.") from error
-    try:
-        filled = set(api.list_repo_files(repo_id)) - INITIAL
-    except (HTTPError, OSError) as error:
-        raise PushError(f"{explain(error, api, repo_id)} Nothing was pushed.") from error
+            raise
+    filled = set(api.list_repo_files(repo_id)) - INITIAL
     if filled and not update:
         raise PushError(
             f"The repository {repo_id} exists already and holds {', '.join(sorted(filled))}. Give `update=True` to "
@@ -194,21 +193,12 @@ def open_repository(api: HfApi, repo_id: str, private: bool, update: bool) -> bo
 def clean_up(api: HfApi, repo_id: str, revision: Optional[str], again: str) -> str:
     """Remove the repository that was made for a commit which failed; a sentence on what is left."""
     try:
-        try:
-            files = api.list_repo_files(repo_id, revision=revision)
-        except RevisionNotFoundError:  # it failed before the branch was made
-            files = []
-        if WEIGHTS in files:
+        if api.file_exists(repo_id, WEIGHTS, revision=revision):
             return f"But the commit had arrived: {repo_id} holds the adapter."
         api.delete_repo(repo_id)
     except (HTTPError, OSError):
         return f"{repo_id} may be left, empty. {again}"
     return f"Nothing is left: {repo_id}, made for this, was removed again. {again}"
-
-
-def left_in_existing(revision: Optional[str]) -> str:
-    """A sentence on what a commit that failed leaves in a repository which was there before."""
-    return f"No file of the repository was changed; the branch {revision} may be new." if revision else UNCHANGED
 
 
 def may_go_on(error: BaseException) -> bool:
@@ -253,7 +243,7 @@ def card_to_push(
     if not written:
         return made
     kept, own = written[0], adapter.config.base_model_name_or_path
-    fill_header(kept.data, method_of(adapter.config), adapter.base_id)
+    fill_header(kept.data, adapter.config.method, adapter.base_id)
     for key, value in made.data.to_dict().items():
         if not kept.data.get(key):
             kept.data[key] = value

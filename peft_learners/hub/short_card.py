@@ -65,7 +65,7 @@ def write_readme(config: Any, folder: Path, model: Any = None, auto_mapping: Opt
     if not is_untouched(card.text):
         return
     name = config.base_model_name_or_path
-    fill_header(card.data, method_of(config), name if is_hub_id(name, folder) else None)
+    fill_header(card.data, config.method, name if is_hub_id(name, folder) else None)
     if subfolder is None or not (top / CONFIG).is_file() or _MARK not in card.text:  # not about "default" already
         card.text = _short_text(config, folder, top.resolve().name, subfolder, model, auto_mapping)
     card.save(path)
@@ -83,16 +83,12 @@ def _short_text(
         labels = getattr(getattr(model, "config", None), "num_labels", None)
     elif has_labels(kind) and (folder / WEIGHTS).is_file():
         labels = num_labels_in(config, kind, shapes_in(folder))
-    code = loading_code(
+    usage = usage_text(
         kind, base, title, num_labels=labels, revision=config.revision, subfolder=subfolder, remark=HERE
     )
-    known = base or (mapping or {}).get("base_model_class")
-    of = f" of `{known}`" if known else ""
+    about = first_sentence(config, base or (mapping or {}).get("base_model_class"))
     versions = f"- PEFT {peft.__version__}\n- peft-learners {__version__}"
-    text = (
-        f"# {title}\n\nA {display_name(config)} adapter{of}, made with peft-learners, a plugin for PEFT.\n\n"
-        f"## Use\n\n{usage_text(code)}\n\n### Framework versions\n\n{versions}\n"
-    )
+    text = f"# {title}\n\n{about}\n\n## Use\n\n{usage}\n\n### Framework versions\n\n{versions}\n"
     return f"\n{_MARK}({_digest(text)}). A text that is changed is left as it is. -->\n\n{text}"
 
 
@@ -141,14 +137,10 @@ def warn_of_local_base(configs: Mapping[str, Any]) -> None:
 # -- names and code --------------------------------------------------------------------------------------------------
 
 
-def method_of(config: Any) -> str:
-    """The method as PEFT's tables call it, in lower case: learner, far, nas_lora, bottleneck."""
-    return str(getattr(config.peft_type, "value", config.peft_type)).lower()
-
-
-def display_name(config: Any) -> str:
-    """The method as people call it; a class that does not say so is called by its own name."""
-    return getattr(config, "display_name", "") or type(config).__name__.removesuffix("Config")
+def first_sentence(config: Any, base: Optional[str], task: str = "") -> str:
+    """What an adapter is. A method without a display name is called as its class."""
+    name, of = config.display_name or type(config).__name__.removesuffix("Config"), f" of `{base}`" if base else ""
+    return f"A {name} adapter{of}{task}, made with peft-learners, a plugin for PEFT."
 
 
 def is_hub_id(name: object, beside: Optional[Path] = None) -> bool:
@@ -172,7 +164,7 @@ def short_name(name: str, beside: Optional[Path] = None) -> str:
     return name if is_hub_id(name, beside) else re.split(r"[/\\]", name.rstrip("/\\"))[-1]
 
 
-def loading_code(
+def usage_text(
     auto_class: Optional[str],
     base: Optional[str],
     adapter: str,
@@ -183,7 +175,7 @@ def loading_code(
     remark: str = "",
     merge: bool = False,
 ) -> str:
-    """Python code that loads an adapter.
+    """What a card says of how an adapter is loaded, with the Python code.
 
     Args:
         auto_class: the class in transformers that loads the base model; None if there is none.
@@ -210,12 +202,7 @@ def loading_code(
         f'model = PeftModel.from_pretrained(base, "{adapter}"{inside}){f"  # {remark}" if remark else ""}',
         *(["merged = model.merge_and_unload()  # a plain transformers model, if you want one"] if merge else []),
     ]
-    return "\n".join(lines)
-
-
-def usage_text(code: str) -> str:
-    """What a card says around the code."""
-    return f"With the package peft-learners installed:\n\n```python\n{code}\n```"
+    return "\n".join(["With the package peft-learners installed:\n\n```python", *lines, "```"])
 
 
 # -- the base model that an adapter needs ----------------------------------------------------------------------------

@@ -11,17 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ..ops import (
-    Dense,
-    LowRank,
-    Pair,
-    autocasts,
-    dense_factor,
-    effective_weight,
-    linear_with_updates,
-    sum_of,
-    wants_summed_weight,
-)
+from ..ops.delta_linear import linear_with_updates, wants_summed_weight
+from ..ops.terms import Dense, LowRank, Pair, autocasts, dense_factor, effective_weight, sum_of
 from ..structure.weights import float_weight, is_computed, readable_weight, sizes
 from .base import DeltaLayer, cannot_merge_into
 

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from ..ops import call_with, norm_with
+from ..ops.norm import call_with, norm_with
 from ..structure.modules import is_norm
 from ..structure.weights import base_of
 from .base import TransparentLayer, parameter_at

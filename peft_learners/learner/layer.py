@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..layers.base import DeltaLayer
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaNorm
-from ..ops import Dense, LowRank
+from ..ops.terms import Dense, LowRank
 from .config import DENSE_PART, PRIMING, LearnerConfig
 
 

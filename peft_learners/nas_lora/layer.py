@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from ..layers.base import TEST_STD, DeltaLayer
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
-from ..ops import Entries, Factor, Pair
+from ..ops.terms import Entries, Factor, Pair
 from ..phases.optimizer import resize
 from ..structure.weights import for_float64
 from .config import CONTAINERS, NASLoRAConfig

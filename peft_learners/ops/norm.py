@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .terms import autocasts, is_plain_torch
-
-
-def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
-    """`base + sum(deltas)`; None if there is neither."""
-    for delta in deltas:
-        base = delta if base is None else base + delta
-    return base
 
 
 def norm_with(

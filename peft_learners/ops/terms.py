@@ -63,6 +63,13 @@ def _by_rank(values: Tensor, positions: Tensor, rank: int, features: int) -> Ten
     return values.new_zeros(rank * features).index_add(0, positions, values).view(rank, features)
 
 
+def sum_of(base: Tensor | None, deltas: Sequence[Tensor]) -> Tensor | None:
+    """`base + sum(deltas)`; None if there is neither."""
+    for delta in deltas:
+        base = delta if base is None else base + delta
+    return base
+
+
 def effective_weight(weight: Tensor, low_rank: Sequence[Pair], dense: Sequence[Dense]) -> Tensor:
     """`W + sum_j c_j D_j + sum_k s_k B_k A_k`: (out_features, in_features). W itself is not written to.
 

@@ -17,7 +17,6 @@ from huggingface_hub import EvalResult
 
 from peft_learners.hub import Results, write_card
 from peft_learners.hub.full_card import Adapter, read_adapter, table
-from peft_learners.hub.short_card import method_of
 from scripts.glue import data, run_record
 from scripts.glue.methods import METHODS
 
@@ -31,7 +30,7 @@ def read_results(file: Path, adapter: Adapter) -> Results:
     record = run_record.read_json(file)
     if record is None or not record.get("finished") or record.get("schema_version") != run_record.SCHEMA_VERSION:
         raise ValueError(f"{file} must be the results file of a finished run of scripts.glue.train.")
-    method = method_of(adapter.config)
+    method = adapter.config.method
     given, settings = recorded_fields(method, record["config"]), adapter.config.to_dict()
     shared = [name for name in given if name in settings]
     here = {"method": method, **{name: settings[name] for name in shared}}

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from problems import bound_of, exact_results, near, results
 
-from peft_learners.ops import cut_linear, order_of, others_of, uncut
+from peft_learners.ops.cut import cut_linear, order_of, others_of, uncut
 
 IN, OUT = 10, 6
 

@@ -11,7 +11,8 @@ from problems import call, make
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops.cut import cut_linear
+from peft_learners.ops.delta_linear import effective_linear, linear_with_updates, separate_linear
 
 pytestmark = pytest.mark.usefixtures("nothing_compiled")
 AB = {"x", "a0", "b0"}

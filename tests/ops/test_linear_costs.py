@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_learners.nas_lora.layer import NASLoRALinear
-from peft_learners.ops import (
-    Entries,
-    cut_linear,
+from peft_learners.ops.cut import cut_linear
+from peft_learners.ops.delta_linear import (
     effective_linear,
     linear_with_updates,
     separate_linear,
     wants_effective_weight,
 )
+from peft_learners.ops.terms import Entries
 
 AB = frozenset({"x", "a0", "b0"})
 

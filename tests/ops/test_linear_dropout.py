@@ -7,7 +7,7 @@ import torch
 from problems import call, lora, make, near, ours, parts_of, reference, results, stored_bytes, upstream
 from torch import Tensor
 
-from peft_learners.ops import linear_with_updates, separate_linear
+from peft_learners.ops.delta_linear import linear_with_updates, separate_linear
 
 TINY = torch.finfo(torch.float64).eps
 

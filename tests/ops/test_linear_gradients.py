@@ -16,8 +16,13 @@ from problems import CORNERS, PATHS, Problem, bound_of, call, exact_results, mak
 from torch import Tensor
 from torch.autograd import gradgradcheck
 
-from peft_learners.ops import effective_linear, linear_with_updates, separate_linear
-from peft_learners.ops.delta_linear import _EffectiveLinear, _SeparateLinear
+from peft_learners.ops.delta_linear import (
+    _EffectiveLinear,
+    _SeparateLinear,
+    effective_linear,
+    linear_with_updates,
+    separate_linear,
+)
 
 
 def check(problem: Problem, *paths: Callable[..., Tensor]) -> None:

@@ -14,7 +14,8 @@ import zoo
 from problems import PATHS, call, make, near, reference, results, upstream
 from torch import Tensor
 
-from peft_learners.ops import cut_linear, linear_with_updates
+from peft_learners.ops.cut import cut_linear
+from peft_learners.ops.delta_linear import linear_with_updates
 
 each_path = pytest.mark.parametrize("path", [*PATHS, linear_with_updates])
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.func import functional_call, grad, hessian, jacrev, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from peft_learners.ops import cut_linear, linear_with_updates, separate_linear
+from peft_learners.ops.cut import cut_linear
+from peft_learners.ops.delta_linear import linear_with_updates, separate_linear
 
 PROBLEMS = {
     "low rank": make(4, (3,), 4, 5, (2,)),

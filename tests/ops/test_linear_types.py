@@ -29,7 +29,8 @@ from problems import (
 )
 from torch import Tensor
 
-from peft_learners.ops import cut_linear, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops.cut import cut_linear
+from peft_learners.ops.delta_linear import effective_linear, linear_with_updates, separate_linear
 
 BF16 = torch.bfloat16
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from peft_learners.ops import Entries, effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops.delta_linear import effective_linear, linear_with_updates, separate_linear
+from peft_learners.ops.terms import Entries
 
 BF16 = torch.bfloat16
 
