@@ -1,9 +1,8 @@
 """FAR, Freeze And Reconfigure (arXiv 2205.01541): after a short priming only the FFN nodes that moved most train."""
 
 from ..registry import register
-from .base import FARLayer
 from .config import FARConfig
-from .layer import FAREmbedding, FARLinear, FARModule
+from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
 from .model import FARModel
 
 __all__ = ["FARConfig", "FAREmbedding", "FARLayer", "FARLinear", "FARModel", "FARModule"]

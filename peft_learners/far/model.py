@@ -19,11 +19,10 @@ from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
 from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_float, stored_as
 from ..tuner import PhasedModel
-from .base import FARLayer
 from .config import RECONFIGURED, FARConfig
-from .layer import FAREmbedding, FARLinear, FARModule
+from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
 from .plan import Target, adaptable, frozen_on_purpose, kind_of, lay_out_targets, named_feed_forwards, patterns_of
-from .selection import drawn, highest, kept_count
+from .selection import select_nodes
 
 _CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
 
@@ -214,36 +213,17 @@ class FARModel(PhasedModel):
         units: dict[str, list[FARLayer]] = {}
         for layer in cls._cuttable(root, adapter):
             units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
-        selections = broadcast_choice(cls.select_nodes(config, adapter, units), training.ddp)
+        moved = {
+            unit: [(layer.far_delta[adapter].detach(), layer.far_nodes[adapter]) for layer in members]
+            for unit, members in units.items()
+        }
+        selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
         for unit, members in units.items():
             for layer in members:
                 nodes = layer.far_nodes[adapter]
                 rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
                 layer.cut(adapter, rows, config.discard_unkept, training.optimizer)
         config.write("reconfigured", True)
-
-    @staticmethod
-    def select_nodes(config: FARConfig, adapter: str, units: dict[str, list[FARLayer]]) -> dict[str, Tensor]:
-        """Nodes to keep of each unit, ascending; of nodes that moved equally far, those of lower index."""
-        generator = torch.Generator().manual_seed(config.seed)
-        selections, moved = {}, config.selection == "random" or not config.init_weights
-        for unit, members in units.items():
-            width = members[0].far_nodes[adapter].width
-            count = kept_count(config.retention_ratio, width)
-            if config.selection == "random":
-                selections[unit] = drawn(width, count, generator)
-                continue
-            power = 1 if config.selection == "l1" else 2
-            scores = torch.stack([layer.movement(adapter, power).cpu() for layer in members]).sum(0)
-            moved = moved or bool(scores.any())
-            selections[unit] = highest(scores, count)
-        if not moved:
-            raise ScheduleError(
-                f"Priming moved no FFN weight of the adapter {adapter!r}, so nodes can't be ranked. Was the learning "
-                "rate 0, as in the first step of a warm-up? Prime for longer, FARConfig(priming_steps=...), or do "
-                "without a ranking: FARConfig(selection='random')."
-            )
-        return selections
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: FARConfig, optimizer: Optimizer | None) -> None:

@@ -72,7 +72,7 @@ MUTANTS = [
     ),
     Mutant(
         "FAR merges no bias",
-        "far/base.py",
+        "far/layer.py",
         "if part not in self.far_source[adapter]]",
         'if part not in self.far_source[adapter] and "bias" not in part]',
         PEFTS + "test_merge_layers[FAR both]",
