@@ -273,7 +273,7 @@ class NASLoRAConfig(PhasedConfig):
         return self.phases_complete and not self.completed_phases
 
     def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
-        phases = [phase.name for phase in self.outline().phases]
+        phases = self.phase_names
         count: dict[str, Optional[int]] = dict.fromkeys(phases)
         if self.architecture is not None:
             space = sum(of for parts in self.architecture.values() for _, of in parts.values())
