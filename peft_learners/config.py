@@ -262,6 +262,11 @@ class PhasedConfig(PeftConfig):
         """All phases in order, on steps of no meaning: for schedules whose steps are recorded or no longer matter."""
         return lay_out([("training", None)], None)
 
+    @property
+    def phase_names(self) -> list[str]:
+        """Names of all phases, in order."""
+        return [phase.name for phase in self.outline().phases]
+
     def fixed_in_training(self) -> dict[str, Any]:
         """Fields that decide what the stored values mean: a resumed run may not change them."""
         return {}
@@ -279,7 +284,7 @@ class PhasedConfig(PeftConfig):
         Args:
             shapes: of the values in its file, by name.
         """
-        phases = [phase.name for phase in self.outline().phases]
+        phases = self.phase_names
         count = sum(math.prod(shape) for shape in shapes.values())
         return dict.fromkeys(phases, count if len(phases) == 1 else None)
 

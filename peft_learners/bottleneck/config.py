@@ -10,9 +10,8 @@ from transformers.activations import ACT2FN
 
 from ..config import FLAG, Check, PhasedConfig, is_number, is_positive_int, names_unknown_fields, one_of, option
 
-MODES = ("sequential", "parallel")
-_DIMS = {"sequential": 256, "parallel": 512}
-_SCALINGS = {"sequential": 1.0, "parallel": 4.0}
+#: By mode, `bottleneck_dim` and `scaling` where they are not given.
+DEFAULTS = {"sequential": (256, 1.0), "parallel": (512, 4.0)}
 
 
 @names_unknown_fields
@@ -53,7 +52,7 @@ class BottleneckConfig(PhasedConfig):
         "sequential",
         "'sequential': one adapter after the attention and one after the FFN of each block (Houlsby). 'parallel': one "
         "beside each FFN (He).",
-        one_of(MODES, "mode='parallel'"),
+        one_of(tuple(DEFAULTS), "mode='parallel'"),
     )
     bottleneck_dim: Optional[int] = option(
         None,
@@ -79,22 +78,16 @@ class BottleneckConfig(PhasedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bottleneck_dim is None:
-            self.bottleneck_dim = _DIMS[self.mode]
-        if self.scaling is None:
-            self.scaling = _SCALINGS[self.mode]
-        # Its example is the nearest name.
-        Check(_is_activation, _ACTIVATION, self._nearest_activation())(self, "non_linearity")
-
-    def _nearest_activation(self) -> str:
-        near = difflib.get_close_matches(str(self.non_linearity), [name for name in ACT2FN if _is_activation(name)], 1)
-        return f"non_linearity={(near[0] if near else 'gelu')!r}"
+        dim, scaling = DEFAULTS[self.mode]
+        self.bottleneck_dim = dim if self.bottleneck_dim is None else self.bottleneck_dim
+        self.scaling = scaling if self.scaling is None else self.scaling
+        if not _is_activation(self.non_linearity):
+            near = difflib.get_close_matches(str(self.non_linearity), filter(_is_activation, ACT2FN), 1) or ["gelu"]
+            right = "the name of an activation without parameters in transformers.activations.ACT2FN"
+            Check(_is_activation, right, f"non_linearity={near[0]!r}")(self, "non_linearity")
 
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}
-
-
-_ACTIVATION = "the name of an activation without parameters in transformers.activations.ACT2FN"
 
 
 def _is_activation(name: object) -> bool:

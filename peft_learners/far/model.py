@@ -21,10 +21,8 @@ from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_fl
 from ..tuner import PhasedModel
 from .config import RECONFIGURED, FARConfig
 from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
-from .plan import Target, adaptable, frozen_on_purpose, kind_of, lay_out_targets, named_feed_forwards, patterns_of
+from .plan import Target, adaptable, frozen_on_purpose, lay_out_targets, named_feed_forwards, patterns_of
 from .selection import select_nodes
-
-_CLASSES = {"linear": FARLinear, "embedding": FAREmbedding, "module": FARModule}
 
 
 class FARModel(PhasedModel):
@@ -170,16 +168,19 @@ class FARModel(PhasedModel):
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def _new_layer(self, module: nn.Module, name: str) -> FARLayer:
-        layer = _CLASSES[self._target(module, name).kind](module)
-        if isinstance(layer, FAREmbedding):
-            layer.batchless = self._target(module, name).batchless
+        if is_linear(module):
+            return FARLinear(module)
+        if type(base_of(module)) is not nn.Embedding:  # a subclass may scale or shift what it looks up
+            return FARModule(module)
+        layer = FAREmbedding(module)
+        layer.batchless = self._target(name).batchless
         return layer
 
     def _update_layer(self, layer: Any, adapter: str, config: FARConfig, name: str) -> None:
-        layer.update_layer(adapter, config, self._target(layer, name), self._owners)
+        layer.update_layer(adapter, config, self._target(name), self._owners)
 
-    def _target(self, module: nn.Module, name: str) -> Target:
-        return self._far_targets.get(name) or Target(kind_of(module))
+    def _target(self, name: str) -> Target:
+        return self._far_targets.get(name, Target())
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT warns of tied weights; here they share one delta

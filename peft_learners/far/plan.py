@@ -6,7 +6,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -19,7 +18,6 @@ from ..structure.weights import base_of, sizes
 from .config import FARConfig
 
 _EMBEDDING_NAME = re.compile(r"embed", re.IGNORECASE)
-Kind = Literal["linear", "embedding", "module"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +42,11 @@ class Target:
     """A module that gets deltas.
 
     Attributes:
-        kind: how it is called: a linear layer, an embedding table, or any other module, by its parameters' sums.
         parameters: names of its trained parameters, by the container that their deltas lie in.
         nodes: for the weights of an FFN.
         batchless: whether it is an embedding whose input has no batch dimension (relative positions).
     """
 
-    kind: Kind
     parameters: dict[str, tuple[str, ...]] = field(default_factory=dict)
     nodes: Nodes | None = None
     batchless: bool = False
@@ -100,14 +96,6 @@ def _is_composite(module: nn.Module) -> bool:
     return any(True for _ in base_of(module).children())
 
 
-def kind_of(module: nn.Module) -> Kind:
-    base = base_of(module)
-    if is_linear(module):
-        return "linear"
-    # A subclass may scale or shift what it looks up, so its own forward is called.
-    return "embedding" if type(base) is nn.Embedding else "module"
-
-
 def lay_out_targets(
     model: nn.Module, config: FARConfig, chosen: dict[str, nn.Module], pairs: list[FeedForward]
 ) -> dict[str, Target]:
@@ -122,7 +110,6 @@ def lay_out_targets(
     result: dict[str, Target] = {}
     for name, module in chosen.items():
         base = base_of(module)
-        kind = kind_of(module)
         embedding = name not in attention and (
             isinstance(base, nn.Embedding)
             or bool(_EMBEDDING_NAME.search(name))
@@ -144,9 +131,8 @@ def lay_out_targets(
             if train and parameter.is_floating_point():
                 parameters[part] = (*parameters.get(part, ()), parameter_name)
         if parameters:
-            result[name] = Target(
-                kind, parameters, nodes.get(name), name in attention and isinstance(base, nn.Embedding)
-            )
+            batchless = name in attention and isinstance(base, nn.Embedding)
+            result[name] = Target(parameters, nodes.get(name), batchless)
     return result
 
 

@@ -145,5 +145,4 @@ class LearnerConfig(PhasedConfig):
     def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
         count = sum(math.prod(shape) for shape in shapes.values())
         dense = sum(math.prod(shape) for key, shape in shapes.items() if f".{DENSE_PART}" in key)
-        phases = [phase.name for phase in self.outline().phases]
-        return {phase: count if phase == PRIMING else count - dense for phase in phases}
+        return {phase: count if phase == PRIMING else count - dense for phase in self.phase_names}

@@ -36,11 +36,6 @@ AVERAGINGS, REWINDS, INITS = ("mean", "last"), ("initial", "fresh"), ("kaiming",
 CONTAINERS = {"U": "nas_lora_U", "V": "nas_lora_V", "bias": "nas_lora_bias_delta"}
 
 
-def search_phase(round_: int, rounds: int) -> str:
-    """Name of a search phase: "search", or "search_1", "search_2", ... where there are several."""
-    return "search" if rounds == 1 else f"search_{round_ + 1}"
-
-
 @names_unknown_fields
 @dataclass
 class NASLoRAConfig(PhasedConfig):
@@ -268,8 +263,9 @@ class NASLoRAConfig(PhasedConfig):
         return self._phases(1)
 
     def _phases(self, steps: int, over: int = 0, total_steps: int | None = None) -> Schedule:
-        searches = [(search_phase(i, self.rounds), steps) for i in range(over, self.rounds)]
-        return lay_out([*searches, (RETRAINING, None)], total_steps, begin_anew=True)
+        searches = ["search"] if self.rounds == 1 else [f"search_{i + 1}" for i in range(self.rounds)]
+        lengths = [(name, steps) for name in searches[over:]]
+        return lay_out([*lengths, (RETRAINING, None)], total_steps, begin_anew=True)
 
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 
@@ -279,7 +275,7 @@ class NASLoRAConfig(PhasedConfig):
         return self.phases_complete and not self.completed_phases
 
     def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
-        phases = [phase.name for phase in self.outline().phases]
+        phases = self.phase_names
         count: dict[str, Optional[int]] = dict.fromkeys(phases)
         if self.architecture is not None:
             space = sum(of for parts in self.architecture.values() for _, of in parts.values())

@@ -345,21 +345,16 @@ class NASLoRALinear(NASLoRALayer, DeltaLinear):
     """
 
     def low_rank(self, adapter: str) -> Pair | None:
-        # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
-        space = self.nas_lora_space[adapter]
-        parts = {part: self._factor(part, adapter) for part in ("U", "V") if part in space.shapes}
-        there = [factor for factor in parts.values() if factor is not None]
-        if not there:
+        a, b = self._factor("V", adapter), self._factor("U", adapter)
+        if a is None and b is None:
             return None
-        pair = []
-        for part in ("V", "U"):
-            factor = parts[part]
-            if factor is None:
-                values = there[0].values if isinstance(there[0], Entries) else there[0]
-                zeros = values.new_zeros(space.shapes[part][::-1])
-                factor = zeros.t() if part == "U" else zeros
-            pair.append(factor)
-        return pair[0], pair[1], 1.0
+        # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
+        shapes = self.nas_lora_space[adapter].shapes
+        if a is None:
+            a = self.values("U")[adapter].new_zeros(shapes["V"][::-1])
+        if b is None:
+            b = self.values("V")[adapter].new_zeros(shapes["U"][::-1]).t()
+        return a, b, 1.0
 
     def _factor(self, part: str, adapter: str) -> Factor | None:
         """A = V^T, or B = U: entries where it is of such."""

@@ -203,7 +203,7 @@ class NASLoRAModel(PhasedModel):
             completed_phases=[],
             phase_first_steps=None,
         )
-        summed.completed_phases = [phase.name for phase in summed.outline().phases[:-1]]
+        summed.completed_phases = summed.phase_names[:-1]
         summed.kept_positions = positions
         return summed, found
 
@@ -255,7 +255,7 @@ class NASLoRAModel(PhasedModel):
         cls, root: nn.Module, adapter: str, config: NASLoRAConfig, phase: Phase, entry: Entry, training: Training
     ) -> None:
         """Prune and rewind where a search is over; begin to gather scores where one starts."""
-        index = [p.name for p in config.outline().phases].index(phase.name)
+        index = config.phase_names.index(phase.name)
         layers = layers_of(root, adapter)
         if entry == "crossed":
             prune(root, adapter, config, index, training)
@@ -300,7 +300,7 @@ class NASLoRAModel(PhasedModel):
         layers = layers_of(root, adapter).items()
         config.write("architecture", {name: layer.counts(adapter) for name, layer in layers} if rounds else None)
         config.write("pruned_rounds", rounds)
-        config.write("completed_phases", [phase.name for phase in config.outline().phases[:rounds]])
+        config.write("completed_phases", config.phase_names[:rounds])
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: NASLoRAConfig, optimizer: Optimizer | None) -> None:

@@ -55,7 +55,7 @@ class TargetChoice(BaseTuner):
 
     def _resolve_targets(self, config: Any, model: nn.Module) -> set[str]:
         """Names of all modules to adapt."""
-        refuse_unfit_head(model, config.modules_to_save or ())
+        refuse_unfit_head(model, list(config.modules_to_save or ()))
         if names_modules(config.target_modules):
             chosen = self._named_targets(config, model)
         else:
@@ -132,16 +132,17 @@ class TargetChoice(BaseTuner):
                 raise ValueError(f"Target module {name} ({kind}) is not supported. {self.supported}")
             chosen.add(name)
         given = config.target_modules or ()
-        if not chosen and not isinstance(given, str) and not any(is_named(n, t) for n in modules for t in given):
+        if isinstance(given, str):
+            return chosen
+        lost = [name for name in given if not any(is_named(module, name) for module in modules)]
+        if not chosen and len(lost) == len(given):
             last = sorted({name.rpartition(".")[2] for name in linear_names(model)})
             raise NoMatchingPeftModuleError(
                 f"Target modules {given} not found in the base model. Its linear layers are named {', '.join(last)}; "
                 "leave `target_modules` out to adapt them all."
             )
-        if chosen and not isinstance(config.target_modules, str):
-            lost = [t for t in config.target_modules or () if not any(is_named(n, t) for n in modules)]
-            if lost:
-                warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
+        if chosen and lost:
+            warnings.warn(f"target_modules={sorted(lost)} match no module of the model.", stacklevel=2)
         return chosen
 
     def _minimal_names(self, names: set[str]) -> list[str] | str:
@@ -181,15 +182,14 @@ def matches(module_name: str, given: str | Iterable[str]) -> bool:
     return any(is_named(module_name, name) for name in given)
 
 
-def refuse_unfit_head(model: nn.Module, trained_whole: Iterable[str]) -> None:
+def refuse_unfit_head(model: nn.Module, trained_whole: list[str]) -> None:
     """Modules that are trained whole need float weights that stay where they are.
 
     Raises:
         ValueError: a linear layer in them is quantised or offloaded.
     """
-    endings = list(trained_whole)
     for name, module in walk(model):
-        if not matches(name, endings):
+        if not matches(name, trained_whole):
             continue
         for part in original_of(module).modules():
             last = name.rpartition(".")[2]
