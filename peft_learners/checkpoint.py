@@ -6,23 +6,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
+#: `{name as in a file: shape}` of an adapter's values: names in a file are without the adapter's.
 Shapes = dict[str, tuple[int, ...]]
-
-
-def own_shapes(model: nn.Module, prefix: str, adapter: str) -> Shapes:
-    """`{name as in a file: shape}` of an adapter's values (names in a file are without the adapter's).
-
-    Args:
-        prefix: of the tuner's parts.
-    """
-    ending = f".{adapter}"  # the adapter may be called as some module is
-    return {
-        key.removesuffix(ending): tuple(value.shape)
-        for key, value in model.state_dict().items()
-        if f".{prefix}" in key and key.endswith(ending)
-    }
 
 
 def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state_dict: Mapping[str, Any]) -> None:

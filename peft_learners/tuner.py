@@ -11,7 +11,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint import Shapes, own_shapes, refuse_foreign, refuse_shapes
+from .checkpoint import Shapes, refuse_foreign, refuse_shapes
 from .config import PhasedConfig
 from .layers.base import (
     BASE_ADAPTER,
@@ -403,7 +403,12 @@ class PhasedModel(TargetChoice):
     @classmethod
     def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
         """What a file of this adapter, as it is now, holds."""
-        return own_shapes(root, cls.prefix, adapter)
+        ending = f".{adapter}"  # the adapter may be called as some module is
+        return {
+            key.removesuffix(ending): tuple(value.shape)
+            for key, value in root.state_dict().items()
+            if f".{cls.prefix}" in key and key.endswith(ending)
+        }
 
     @classmethod
     def _shapes_in_form_of(

@@ -105,17 +105,15 @@ class Whole:
 
     Attributes:
         values: its parameters and buffers.
-        changes: whether they differ from the base model's.
         error: `||stored - base - delta|| / ||delta||`, which a base of half precision rounds.
     """
 
     values: Values
-    changes: bool = True
     error: float = 0.0
 
 
-def whole_module(layer: DeltaLayer, adapter: str) -> Whole:
-    """The module behind a layer at its parameters plus the adapter's deltas."""
+def whole_module(layer: DeltaLayer, adapter: str) -> Whole | None:
+    """The module behind a layer at its parameters plus the adapter's deltas; None where they are all zero."""
     base: Any = layer.get_base_layer()
     values, lost, moved = dict(base.state_dict()), 0.0, 0.0
     for key, delta in layer.effective_deltas(adapter).items():
@@ -123,7 +121,7 @@ def whole_module(layer: DeltaLayer, adapter: str) -> Whole:
         values[key] = layer.sum_with(base, key, delta, 1)
         lost += float((for_float64(values[key]).double() - for_float64(exact).double()).square().sum())
         moved += float(for_float64(delta).double().square().sum())
-    return Whole(values, moved > 0, math.sqrt(lost / moved) if moved else 0.0)
+    return Whole(values, math.sqrt(lost / moved)) if moved > 0 else None
 
 
 def padded(pair: Factored, rank: int) -> Factored:

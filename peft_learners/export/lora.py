@@ -142,11 +142,11 @@ def to_lora(
     linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.is_active(adapter_name)}
     pairs, biases = factors_of(linear, adapter_name, config, rank)
     whole = {
-        name: whole_module(layer, adapter_name)
+        name: own
         for name, layer in layers.items()
         if name not in linear and layer.is_active(adapter_name)
+        if (own := whole_module(layer, adapter_name)) is not None
     }
-    whole = {name: own for name, own in whole.items() if own.changes}
     whole |= {
         name: Whole(wrapper.modules_to_save[adapter_name].state_dict())
         for name, wrapper in modules.items()
@@ -194,7 +194,7 @@ def _assemble(
         if biases:
             state[f"{name}.lora_B.bias"] = biases.get(name, pair.b.new_zeros(len(pair.b)))
     save, others = saved_names(list(whole), modules)
-    stored = {**whole, **{name: Whole(modules[name].state_dict(), changes=False) for name in others}}
+    stored = {**whole, **{name: Whole(modules[name].state_dict()) for name in others}}
     for name, own in stored.items():
         state |= {f"{name}.{key}": value for key, value in own.values.items()}
     ranks = {name: pair.rank for name, pair in pairs.items()}
@@ -218,7 +218,10 @@ def _assemble(
     if config.task_type is None:
         base = type(root)
         lora.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
-    rows = [_row(name, pair, biases.get(name), bool(biases)) for name, pair in pairs.items()]
+    rows = []
+    for name, pair in pairs.items():
+        count = pair.a.numel() + pair.b.numel() + (len(pair.b) if biases else 0)
+        rows.append(ExportedModule(name, "low_rank", pair.rank, name in biases, count, pair.error == 0, pair.error))
     rows += [
         ExportedModule(name, "whole", 0, False, sum(v.numel() for v in own.values.values()), own.error == 0, own.error)
         for name, own in stored.items()
@@ -252,11 +255,6 @@ def _notes(
             "changes are lost. With the base model in float32 the export keeps them."
         )
     return notes
-
-
-def _row(name: str, pair: Factored, bias: Tensor | None, with_biases: bool) -> ExportedModule:
-    count = pair.a.numel() + pair.b.numel() + (len(pair.b) if with_biases else 0)
-    return ExportedModule(name, "low_rank", pair.rank, bias is not None, count, pair.error == 0, pair.error)
 
 
 def _originals(root: nn.Module) -> dict[str, nn.Module]:

@@ -177,7 +177,7 @@ class _EffectiveLinear(torch.autograd.Function):
         gb: Any = None
         product: Any = None
         dx = dw = d_bias = da = db = ddelta = None
-        if pair is not None and ((needs_a and not by_dense) or (needs_x and not again)):
+        if pair is not None and (has_gb or (needs_x and not again)):
             gb = through_factor(g, pair[1].to(g.dtype))
         if needs_x and again:
             dx = g @ _formed(weight, pair, delta, form).to(g.dtype)
