@@ -149,13 +149,10 @@ class DeltaLinear(DeltaLayer):
 
     def matrices(self, adapter: str) -> tuple[list[LowRank], list[Dense]]:
         """What an adapter adds to the weight, as `(A, B, s)` and `(D, c)`, without gradients."""
-        low_rank, dense = self.low_rank(adapter), self.dense(adapter)
-        return (
-            [(dense_factor(low_rank[0]).detach(), dense_factor(low_rank[1]).detach(), low_rank[2])]
-            if low_rank
-            else [],
-            [(dense[0].detach(), dense[1])] if dense is not None else [],
-        )
+        low_rank = [pair for pair in [self.low_rank(adapter)] if pair is not None]
+        dense = [update for update in [self.dense(adapter)] if update is not None]
+        pairs = [(dense_factor(a).detach(), dense_factor(b).detach(), factor) for a, b, factor in low_rank]
+        return pairs, [(delta.detach(), factor) for delta, factor in dense]
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """`s B A + c D`, in the layout of the layer's weight; zeros where the adapter has neither."""

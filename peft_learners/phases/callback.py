@@ -133,7 +133,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
             return
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             # The weights are those of the best checkpoint: so must be the record of what is complete.
-            driver.go_back_to(getattr(state, "best_global_step", None) or state.global_step)
+            driver.go_back_to(state.best_global_step or state.global_step)
             self._warn_if_incomplete(driver, "the best checkpoint was written")
         else:
             self._warn_if_incomplete(driver, "training ended")

@@ -6,7 +6,6 @@ import bisect
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -83,7 +82,6 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
     Raises:
         ScheduleError: a kind of schedule that is no function of the step.
     """
-    assert all(b > a for a, b in pairwise(first_steps))
     scheduler = getattr(scheduler, "scheduler", scheduler)
     name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
     optimizer = getattr(scheduler, "optimizer", None)
