@@ -7,10 +7,15 @@ from peft_learners import LearnerConfig, PhaseCallback
 from typing import TYPE_CHECKING, Any
 
 from ._version import __version__
-from .bottleneck import BottleneckConfig, BottleneckModel
-from .far import FARConfig, FARModel
+
+# Tables show the methods in this order.
+# isort: off
 from .learner import LearnerConfig, LearnerModel
+from .far import FARConfig, FARModel
 from .nas_lora import Architecture, NASLoRAConfig, NASLoRAModel
+from .bottleneck import BottleneckConfig, BottleneckModel
+
+# isort: on
 from .phases.driver import PhaseDriver, PhaseStart
 from .phases.schedule import Phase, Schedule, ScheduleError
 

@@ -106,7 +106,7 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 def methods() -> dict[str, Any]:
-    """The config classes of all methods that are registered, by name: what tools iterate over."""
+    """The config classes of all methods by name, in the order of their registration: what tools iterate over."""
     return dict(_METHODS)
 
 

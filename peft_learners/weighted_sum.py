@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .config import is_number, is_positive_int
 from .layers.base import DeltaLayer, adapter_parameters, check_adapter_name, refuse_merged
 from .layers.linear import DeltaLinear
-from .ops.low_rank import Factored, joined, nearest, total, without_idle
+from .ops.low_rank import Factored, concat_factors, nearest, total, without_idle
 from .ops.terms import sum_of
 
 TYPES = ("cat", "svd")
@@ -126,7 +126,7 @@ def _combine_weights(
         pair = nearest(total(pairs, []), svd_rank or max(len(a) for a, _, _ in pairs))
         found.low_rank[name] = Factored(pair.a.to(pairs[0][0].dtype), pair.b.to(pairs[0][1].dtype), pair.error)
     elif pairs:
-        found.low_rank[name] = joined(pairs)
+        found.low_rank[name] = concat_factors(pairs)
     _put(found.dense, name, dense)
     _put(found.biases, name, biases)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..config import PhasedConfig
 from ..layers.base import DeltaLayer, parameter_at, refuse_merged
-from ..ops.low_rank import Factored, joined, nearest, total, without_idle
+from ..ops.low_rank import Factored, concat_factors, nearest, total, without_idle
 from ..structure.modules import linear_names
 from ..structure.weights import for_float64, sizes
 
@@ -77,7 +77,7 @@ def factors_of(
             assert rank is not None
             pair = nearest(total(low_rank, deltas), rank)
         else:
-            pair = without_idle(joined(low_rank)) if low_rank else _zeros(layers[name])
+            pair = without_idle(concat_factors(low_rank)) if low_rank else _zeros(layers[name])
         pairs[name] = pair if pair.rank else _zeros(layers[name])
         if bias is not None:
             biases[name] = bias.detach()

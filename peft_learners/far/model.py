@@ -19,10 +19,19 @@ from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
 from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_float, stored_as
 from ..tuner import PhasedModel
-from .config import RECONFIGURED, FARConfig
+from .config import PRIMING, RECONFIGURED, FARConfig
 from .layer import FAREmbedding, FARLayer, FARLinear, FARModule
 from .plan import Target, adaptable, frozen_on_purpose, lay_out_targets, named_feed_forwards, patterns_of
 from .selection import select_nodes
+
+
+class _Steps:
+    """Counts the steps of an optimizer."""
+
+    count = 0
+
+    def __call__(self, optimizer: Optimizer) -> None:
+        self.count += 1
 
 
 class FARModel(PhasedModel):
@@ -211,6 +220,13 @@ class FARModel(PhasedModel):
         """Select the nodes, unless that was done (a resumed run, a loaded adapter)."""
         if phase.name != RECONFIGURED or config.reconfigured:
             return
+        if isinstance(training.observer, _Steps) and not training.observer.count:
+            warnings.warn(
+                f"The optimizer that was handed over has made no step in the priming of the adapter {adapter!r}. If "
+                "another one trains it, its state will not fit the nodes that are kept: hand that one over, "
+                "model.base_model.set_schedule(..., optimizer=optimizer).",
+                stacklevel=2,
+            )
         units: dict[str, list[FARLayer]] = {}
         for layer in cls._cuttable(root, adapter):
             units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
@@ -225,6 +241,10 @@ class FARModel(PhasedModel):
                 rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
                 layer.cut(adapter, rows, config.discard_unkept, training.optimizer)
         config.write("reconfigured", True)
+
+    @classmethod
+    def observer(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> _Steps | None:
+        return _Steps() if phase.name == PRIMING else None
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: FARConfig, optimizer: Optimizer | None) -> None:

@@ -217,6 +217,7 @@ def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
         num_labels=num_labels_in(config, kind, adapter.shapes),
         revision=config.revision,
         remark="" if repo_id else HERE,
+        local=adapter.base_id is None,
         merge=not config.unmergeable,
     )
 

@@ -84,7 +84,14 @@ def _short_text(
     elif has_labels(kind) and (folder / WEIGHTS).is_file():
         labels = num_labels_in(config, kind, shapes_in(folder))
     usage = usage_text(
-        kind, base, title, num_labels=labels, revision=config.revision, subfolder=subfolder, remark=HERE
+        kind,
+        base,
+        title,
+        num_labels=labels,
+        revision=config.revision,
+        subfolder=subfolder,
+        remark=HERE,
+        local=not is_hub_id(name, folder),
     )
     about = first_sentence(config, base or (mapping or {}).get("base_model_class"))
     versions = f"- PEFT {peft.__version__}\n- peft-learners {__version__}"
@@ -173,6 +180,7 @@ def usage_text(
     revision: Optional[str] = None,
     subfolder: Optional[str] = None,
     remark: str = "",
+    local: bool = False,
     merge: bool = False,
 ) -> str:
     """What a card says of how an adapter is loaded, with the Python code.
@@ -186,6 +194,7 @@ def usage_text(
         revision: of the base model.
         subfolder: where the adapter lies in it.
         remark: a comment on `adapter`.
+        local: whether the base model's name is that of a folder, and no id on the Hub.
         merge: whether to show how it is merged.
     """
     options = f', revision="{revision}"' if revision is not None else ""
@@ -198,7 +207,7 @@ def usage_text(
         "from peft import PeftModel",
         *([f"from transformers import {auto_class}"] if known else []),
         "",
-        f"base = {loaded}",
+        f"base = {loaded}{'  # a folder of this name' if known and local else ''}",
         f'model = PeftModel.from_pretrained(base, "{adapter}"{inside}){f"  # {remark}" if remark else ""}',
         *(["merged = model.merge_and_unload()  # a plain transformers model, if you want one"] if merge else []),
     ]

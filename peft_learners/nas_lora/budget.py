@@ -157,9 +157,9 @@ def _unit_scores(
     elements = [layer.nas_lora_scores.get(adapter, {}).get(part) for layer, part in scored]
     if config.init_weights and not any(own is not None and bool(own.any()) for own in elements):
         raise ScheduleError(
-            f"The search has gathered no scores for the adapter {adapter!r}: no optimizer that holds its parameters "
-            "has made a step, or all their gradients were zero. (Biases begin at zero, and the first step of a "
-            "warm-up has a rate of 0: search for at least three steps.)"
+            f"The search has gathered no scores for the adapter {adapter!r}: the optimizer that was handed over, "
+            "set_schedule(..., optimizer=optimizer), has made no step, or all gradients were zero. (Biases begin at "
+            "zero, and the first step of a warm-up has a rate of 0: search for at least three steps.)"
         )
     found = [
         layer.unit_scores(adapter, part, own).cpu() if own is not None else torch.zeros(layer.units(adapter, part))

@@ -32,7 +32,7 @@ class Factored:
         return len(self.a)
 
 
-def joined(pairs: Sequence[LowRank]) -> Factored:
+def concat_factors(pairs: Sequence[LowRank]) -> Factored:
     """`sum_k s_k B_k A_k` as one pair: `A = [A_1; A_2; ...]`, `B = [s_1 B_1, s_2 B_2, ...]`; exact.
 
     Args:

@@ -12,7 +12,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -62,11 +62,13 @@ class Training:
         global_step: finished optimizer steps.
         optimizer: torch's own, behind any wrapper; None if there is none.
         ddp: the `DistributedDataParallel` modules around the model, if any.
+        observer: what has watched the optimizer's steps for the adapter in the phase that ends.
     """
 
     global_step: int
     optimizer: torch.optim.Optimizer | None
     ddp: Sequence[DistributedDataParallel]
+    observer: Observer | None = None
 
 
 def injected_model(model: nn.Module) -> nn.Module:
@@ -401,7 +403,8 @@ class PhaseDriver:
             tuner, config, schedule = tuner_of(configs[name]), configs[name], self.schedules[name]
             if name in self._phase:
                 tuner.check_trained(root, name, config, self._phase[name])
-            tuner.enter_phase(root, name, config, phase, entry, training)
+            observer = self._observing[name][0] if name in self._observing else None
+            tuner.enter_phase(root, name, config, phase, entry, replace(training, observer=observer))
             stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)

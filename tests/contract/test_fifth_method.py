@@ -139,7 +139,7 @@ def test_cards(toy, tmp_path: Path):
 
 @pytest.mark.slow
 def test_field_tables(toy, tmp_path: Path):
-    """Its fields stand in a table, with their help texts."""
+    """Its fields stand in a table, with their help texts, and it has a column among PEFT's verbs."""
     pages = tmp_path / "docs"
     pages.mkdir()
     for name in ("learner", "far", "nas_lora", "bottleneck", "toy"):
@@ -147,3 +147,5 @@ def test_field_tables(toy, tmp_path: Path):
     tables = "import sys, toy; from scripts.docs.field_tables import main; main(sys.argv[1:])"
     assert "5 pages" in toy("-c", tables, "--docs", str(pages))
     assert "| `r` | `4` | Rank of the toys. |" in (pages / "toy.md").read_text()
+    verbs = "import toy; from scripts.docs.verbs_table import collect, table; print(table(collect()))"
+    assert "| Learner | FAR | NAS-LoRA | bottleneck | Toy | tests |" in toy("-c", verbs)

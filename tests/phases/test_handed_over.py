@@ -235,3 +235,18 @@ def test_wrapper_released(two_processes):
     del ddp
     gc.collect()
     assert gone() is None
+
+
+@pytest.mark.parametrize("make", [far, nas])
+def test_optimizer_made_twice(make):
+    """A loop that steps with another optimizer than it handed over is told at the boundary, with the argument."""
+    model = make()
+    model.base_model.set_schedule(total_steps=4, steps_per_epoch=2, optimizer=sgd(model))
+    other = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    told = pytest.raises(ScheduleError) if make is nas else pytest.warns(UserWarning)
+    with told as found:
+        for k in range(1, 4):
+            step(model, other)
+            model.base_model.update_and_allocate(k)
+    messages = [str(found.value)] if make is nas else [str(warning.message) for warning in found]
+    assert any("has made no step" in m and "set_schedule(..., optimizer=optimizer)" in m for m in messages)
