@@ -117,6 +117,9 @@ def main(argv: Optional[list[str]] = None) -> list[dict[str, Any]]:
     parser.add_argument("--threads", type=int, default=2, help="of torch (%(default)s)")
     parser.add_argument("--out", type=Path, help="file of the rows")
     args = parser.parse_args(argv)
+    known = groups_of(SETTINGS[args.setting])
+    if lost := [group for group in args.groups if group not in known]:
+        parser.error(f"--groups of {args.setting} are {', '.join(known)}, got {', '.join(lost)}")
     words = [args.setting, args.model_name_or_path, str(args.threads), *args.groups]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}  # the one that waits does not spin
