@@ -96,22 +96,21 @@ def test_quick_import():
     """Importing needs no Trainer, and is quick. On top of `import peft` the plugin loads its own few modules: at most
     2 % of what PEFT itself takes."""
     code = """
-        import os, sys, time
-        start = time.perf_counter(); import peft; taken = time.perf_counter() - start
+        import sys, time
+        start = time.process_time(); import peft; between = time.process_time()
         before = set(sys.modules)
-        for _ in range(3):
-            if os.fork():
-                assert os.wait()[1] == 0
-                continue
-            start = time.perf_counter(); import peft_learners; own = time.perf_counter() - start
-            new = {name.partition('.')[0] for name in set(sys.modules) - before}
-            assert new == {'peft_learners'}, new
-            print(own / taken, flush=True)
-            os._exit(0)
+        import peft_learners; end = time.process_time()
+        new = {name.partition('.')[0] for name in set(sys.modules) - before}
+        assert new == {'peft_learners'}, new
+        print((end - between) / (between - start))
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    ratio = min(map(float, done.stdout.split()))
+    ratio = 1.0
+    for _ in range(3):  # a busy machine may spoil one
+        done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        ratio = min(ratio, float(done.stdout))
+        if ratio < 0.02:
+            break
     assert ratio < 0.02, f"importing peft_learners took {ratio:.1%} of the time of importing peft {peft.__version__}"
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import processes
 import pytest
+from forks import Warm
 
 ROOT = Path(__file__).resolve().parents[2]
 TOY = {
@@ -84,7 +81,6 @@ register(ToyConfig, ToyModel)
 }
 
 CARD = """
-import sys
 from pathlib import Path
 import toy, zoo
 from peft import PeftModel, get_peft_model
@@ -99,22 +95,26 @@ write_card(folder, base_model="distilbert/distilbert-base-uncased")
 PeftModel.from_pretrained(zoo.build("distilbert"), folder)
 print(short, (folder / "README.md").read_text())
 """
+TABLES = """
+import toy
+from scripts.docs import field_tables, verbs_table
+
+field_tables.main(sys.argv[1:])
+print(verbs_table.table(verbs_table.collect()))
+"""
 
 
 @pytest.fixture
-def toy(tmp_path: Path):
-    """Runs Python where the folder of the toy method can be imported, and gives what it printed."""
+def toy(tmp_path: Path, warm: Warm):
+    """Runs code where the folder of the toy method can be imported, and gives what it printed."""
     for name, text in TOY.items():
         (tmp_path / "toy").mkdir(exist_ok=True)
         (tmp_path / "toy" / name).write_text(text.lstrip())
-    path = os.pathsep.join(map(str, (tmp_path, ROOT, ROOT / "tests" / "support")))
+    path = [str(tmp_path), str(ROOT)]
 
-    def run(*arguments: str) -> str:
-        environment = {**processes.environment(), "PYTHONPATH": path}
-        command = [sys.executable, *arguments]
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
+    def run(code: str, *arguments: object) -> str:
+        start = f"import os, sys; os.chdir({str(ROOT)!r}); sys.path[:0] = {path}"
+        return warm.python(f"{start}\n{code}", *map(str, arguments), log=tmp_path / "log")
 
     return run
 
@@ -123,29 +123,26 @@ def toy(tmp_path: Path):
 def test_contract(toy):
     """The contract's checks run on it, as on ours."""
     options = ("-p", "toy", "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "-W", "ignore")
-    out = toy("-m", "pytest", *options, "tests/contract/test_contract.py", "-k", "toy and (distilbert or llama)")
-    passed = int(out.splitlines()[-1].partition(" passed")[0])
-    assert passed >= 30 and "failed" not in out.splitlines()[-1]
+    tests = ("tests/contract/test_contract.py", "-k", "toy and (distilbert or llama)")
+    out = toy("import pytest; assert pytest.main(sys.argv[1:]) == 0", *options, *tests)
+    assert int(out.splitlines()[-1].partition(" passed")[0]) >= 30
 
 
 @pytest.mark.slow
 def test_cards(toy, tmp_path: Path):
     """What is saved has a README, a card can be made of it, and both call it by its name."""
-    (tmp_path / "card.py").write_text(CARD)
-    out = toy(str(tmp_path / "card.py"), str(tmp_path / "saved"))
+    out = toy(CARD, tmp_path / "saved")
     assert "A Toy adapter of" in out and "Toys are low-rank modules without a scaling." in out
     assert out.count("import peft_learners") >= 2
 
 
 @pytest.mark.slow
-def test_field_tables(toy, tmp_path: Path):
+def test_tables(toy, tmp_path: Path):
     """Its fields stand in a table, with their help texts, and it has a column among PEFT's verbs."""
     pages = tmp_path / "docs"
     pages.mkdir()
     for name in ("learner", "far", "nas_lora", "bottleneck", "toy"):
         (pages / f"{name}.md").write_text("<!-- fields:begin -->\n<!-- fields:end -->\n")
-    tables = "import sys, toy; from scripts.docs.field_tables import main; main(sys.argv[1:])"
-    assert "5 pages" in toy("-c", tables, "--docs", str(pages))
+    out = toy(TABLES, "--docs", pages)
+    assert "5 pages" in out and "| Learner | FAR | NAS-LoRA | bottleneck | Toy | tests |" in out
     assert "| `r` | `4` | Rank of the toys. |" in (pages / "toy.md").read_text()
-    verbs = "import toy; from scripts.docs.verbs_table import collect, table; print(table(collect()))"
-    assert "| Learner | FAR | NAS-LoRA | bottleneck | Toy | tests |" in toy("-c", verbs)
