@@ -125,16 +125,15 @@ class PhasedConfig(PeftConfig):
     display_name: ClassVar[str] = ""
     #: What the method does, with its sources: some sentences of a model card, in Markdown.
     about: ClassVar[str] = ""
+    #: Which modules are adapted where `target_modules` is None, for the table of fields.
+    default_targets: ClassVar[str] = ""
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
     target_modules: Optional[Union[list[str], set[str], str]] = option(
         None,
-        "Names (or a regex) of the modules to adapt. None: found from the model's structure; Learners take every "
-        "linear layer of the backbone (a pooler only if the model has a head that uses it) and, with train_norms, the "
-        "norms of its blocks in any case; NAS-LoRA the linear layers of the blocks without value projections; FAR all "
-        "that has parameters; bottleneck adapters the layers that they follow (in parallel mode the FFNs' last ones). "
-        "'all-linear': every linear layer of the backbone.",
+        "Names (or a regex) of the modules to adapt. None: found from the model's structure. 'all-linear': every "
+        "linear layer of the backbone.",
         NAMES,
     )
     exclude_modules: Optional[Union[list[str], set[str], str]] = option(

@@ -35,6 +35,7 @@ class BottleneckConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "bottleneck"
+    default_targets: ClassVar[str] = "the layers that the adapters follow (in parallel mode the FFNs' last ones)"
     display_name: ClassVar[str] = "bottleneck"
     about: ClassVar[str] = (
         "Bottleneck adapters are small networks of two linear layers with an activation between them: *sequential* "

@@ -48,6 +48,7 @@ class FARConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "far"
+    default_targets: ClassVar[str] = "all that has parameters"
     display_name: ClassVar[str] = "FAR"
     about: ClassVar[str] = (
         "FAR, *Freeze And Reconfigure*, trains all weights for a short *priming*, and ranks the nodes of each "

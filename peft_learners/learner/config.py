@@ -42,6 +42,10 @@ class LearnerConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "learner"
+    default_targets: ClassVar[str] = (
+        "every linear layer of the backbone (a pooler only if the model has a head that uses it) and, with "
+        "train_norms, the norms of its blocks in any case"
+    )
     display_name: ClassVar[str] = "Learner"
     about: ClassVar[str] = (
         "Learners put a low-rank module on every linear layer, and in a first phase, *priming*, train the attention's "

@@ -55,6 +55,7 @@ class NASLoRAConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "nas_lora"
+    default_targets: ClassVar[str] = "the linear layers of the blocks without value projections"
     display_name: ClassVar[str] = "NAS-LoRA"
     about: ClassVar[str] = (
         "NAS-LoRA first trains low-rank updates and changes of biases all over the model, the *search*, and estimates "

@@ -56,14 +56,20 @@ def groups_of(config: type[PeftConfig]) -> dict[str, list[Field]]:
     return {title: found for title, found in groups.items() if found}
 
 
+def meaning(config: type[PeftConfig], field: Field) -> str:
+    """A field's help text in one line of a table."""
+    text = " ".join(field.metadata["help"].split())
+    default = getattr(config, "default_targets", "") if field.name == "target_modules" else ""
+    if default:
+        text = text.replace("found from the model's structure", f"found from the model's structure, {default}")
+    return text.replace("|", chr(92) + "|")
+
+
 def tables(config: type[PeftConfig]) -> str:
     """All fields of a config as Markdown tables."""
     blocks = []
     for title, found in groups_of(config).items():
-        rows = [
-            f"| `{f.name}` | {default_of(f)} | {' '.join(f.metadata['help'].split()).replace('|', chr(92) + '|')} |"
-            for f in found
-        ]
+        rows = [f"| `{f.name}` | {default_of(f)} | {meaning(config, f)} |" for f in found]
         blocks.append("\n".join([f"{title}:", "", "| field | default | meaning |", "|---|---|---|", *rows]))
     return "\n\n".join(blocks)
 
