@@ -12,7 +12,7 @@ import logging
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal, cast
 
 import torch
@@ -320,7 +320,7 @@ class PhaseDriver:
 
     @staticmethod
     def _refuse_deepspeed(name: str, config: PhasedConfig) -> None:
-        phases = [phase.name for phase in config.outline().phases]
+        phases = config.phase_names
         if len(phases) > 1:
             raise ScheduleError(
                 f"The adapter {name!r} goes through phases ({', '.join(phases)}), which DeepSpeed can't follow: it "
@@ -396,7 +396,7 @@ class PhaseDriver:
         }
         if not entering:
             return []
-        root, training = self.root, Training(global_step, self.optimizer, self._ddp)
+        root, optimizer = self.root, self.optimizer
         before = trained_parameters(root)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
@@ -404,7 +404,8 @@ class PhaseDriver:
             if name in self._phase:
                 tuner.check_trained(root, name, config, self._phase[name])
             observer = self._observing[name][0] if name in self._observing else None
-            tuner.enter_phase(root, name, config, phase, entry, replace(training, observer=observer))
+            training = Training(global_step, optimizer, self._ddp, observer)
+            tuner.enter_phase(root, name, config, phase, entry, training)
             stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)
@@ -412,11 +413,11 @@ class PhaseDriver:
             self._observe(name, tuner.observer(root, name, config, phase) if self.running else None)
             if len(schedule.phases) > 1:
                 config.write("completed_phases", schedule.completed(global_step))
-        if training.optimizer is not None:
+        if optimizer is not None:
             # What stopped training stays in its groups, with `grad = None`, which optimizers skip (weight decay too):
             # taking it out would make a later resume fail on the size of the groups, and break LambdaLR.
             for parameter in stopped:
-                training.optimizer.state.pop(parameter, None)
+                optimizer.state.pop(parameter, None)
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         for ddp in self._ddp:
             rebuild_reducer(ddp, constant_buffers(root))
