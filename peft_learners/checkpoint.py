@@ -44,19 +44,21 @@ def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Te
         raise ValueError(_misfit(adapter, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
 
 
-def refuse_other_form(own: Shapes, given: Shapes, adapter: str, strict: bool) -> None:
+def refuse_other_form(own: Shapes, given: Shapes, adapter: str, passing: tuple[str, ...] = ()) -> None:
     """Compare a model's state with the adapter that it is about to be loaded into.
 
     Args:
         own, given: shapes of the adapter's values, by key, in the model and in the state.
-        strict: whether the state must hold all of them.
+        passing: parts that an adapter has in some phases only. A state without any of them is of another phase; torch
+            does not tell whether it may lack values for another reason (`strict=False`).
 
     Raises:
         ValueError: the state is that of an adapter in another form: of another phase, or of another config.
     """
     parts = []
     unknown = [key for key in given if key not in own]
-    missing = [key for key in own if key not in given] if strict else []
+    missing = [key for part in passing for key in own if f".{part}." in key]
+    missing = [] if any(key in given for key in missing) else missing
     shapes = [key for key in given if key in own and own[key] != given[key]]
     if unknown:
         parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")

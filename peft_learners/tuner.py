@@ -34,7 +34,7 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
     return args, kwargs
 
 
-def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
+def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Called before a state dict is loaded into a model with adapters, by whatever tool."""
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
         return  # FSDP1 has the shapes of shards
@@ -47,7 +47,7 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, metadata: 
             keys = [key for key in own if tuner._is_own(key, adapter) and key not in tuner._empty_keys(root, adapter)]
             expected = {key: tuple(own[key].shape) for key in keys}
             if given:
-                refuse_other_form(expected, given, adapter, strict)
+                refuse_other_form(expected, given, adapter, tuner.passing_parts)
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -69,6 +69,8 @@ class PhasedModel(TargetChoice):
     merges_shared_weights: ClassVar[bool] = False
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
+    #: Parts that an adapter has in some phases only.
+    passing_parts: ClassVar[tuple[str, ...]] = ()
     _to_merge: list[str] | None = None
 
     # -- phases -----------------------------------------------------------------------------------------------------

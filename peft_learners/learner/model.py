@@ -42,6 +42,7 @@ class LearnerModel(PhasedModel):
 
     prefix = "learner_"
     tuner_layer_cls = LearnerLayer
+    passing_parts = (DENSE_PART,)
     supported = (
         "Learners support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
         "weight vector."
