@@ -9,10 +9,12 @@ from typing import Any, ClassVar, Optional, Union
 
 from ..config import (
     FLAG,
+    LARGEST,
+    NAMES,
+    NOT_ZERO,
     Check,
     PhasedConfig,
     is_names,
-    is_names_or_regex,
     is_number,
     is_positive_int,
     is_whole,
@@ -62,7 +64,11 @@ class LearnerConfig(PhasedConfig):
         2,
         "Epochs (fractions allowed) during which the attention's dense deltas train too. 0: no priming, which is LoRA "
         "with a scaling of 1, plus biases and norms.",
-        Check(lambda v: is_number(v) and v >= 0, "a number of at least 0 (0: no priming)", "priming_epochs=2"),
+        Check(
+            lambda v: is_number(v) and v >= 0,
+            f"a number of at least 0 (0: no priming), at most {LARGEST:,}",
+            "priming_epochs=2",
+        ),
     )
     priming_steps: Optional[int] = option(
         None,
@@ -73,21 +79,22 @@ class LearnerConfig(PhasedConfig):
         1.0,
         "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
         "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups.",
-        Check(lambda v: is_number(v) and v > 0, "a number above 0", "priming_lr_scale=0.1"),
+        Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
     priming_modules: Optional[Union[list[str], str]] = option(
         None,
         "Names (or a regex) of the linear layers to prime, among the targets. None: the attention's, found by "
         "structure.",
-        Check(is_names_or_regex, "None, a regex or names"),
+        NAMES,
     )
     rank_pattern: dict[str, int] = option(
         dict,
         "Ranks that differ from r: {module name or regex: rank}.",
         Check(
-            lambda v: isinstance(v, dict) and all(map(is_positive_int, v.values())),
+            lambda v: isinstance(v, dict) and is_names(list(v)) and all(map(is_positive_int, v.values())),
             "a dict of ranks of at least 1",
             "rank_pattern={'q_lin': 8}",
+            regexes=list,
         ),
     )
     learner_dropout: float = option(
@@ -98,7 +105,7 @@ class LearnerConfig(PhasedConfig):
     scaling: float = option(
         1.0,
         "Factor of P2 P1; the paper's is 1.",
-        Check(lambda v: is_number(v) and v != 0, "a number other than 0", "scaling=1.0"),
+        Check(lambda v: is_number(v) and v != 0, NOT_ZERO, "scaling=1.0"),
     )
     train_biases: bool = option(True, "Train a delta on the bias of each adapted linear.", FLAG)
     train_norms: bool = option(True, "Train deltas on the norms inside the blocks.", FLAG)
@@ -140,6 +147,9 @@ class LearnerConfig(PhasedConfig):
 
     def outline(self) -> Schedule:
         return self._phases(int(self.primes))
+
+    def _all_phases(self) -> list[str]:
+        return [PRIMING, LEARNING]
 
     @staticmethod
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:
