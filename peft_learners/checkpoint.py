@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from .structure.weights import base_of
 
 #: `{name as in a file: shape}` of an adapter's values: names in a file are without the adapter's.
 Shapes = dict[str, tuple[int, ...]]
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True)
+class Indices:
+    """What a value must be that holds indices: ascending whole numbers from 0.
+
+    Attributes:
+        module: name of the layer.
+        what: they are, in words.
+        count: what they must lie below.
+    """
+
+    module: str
+    what: str
+    count: int
+
+
+def saved_whole(root: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """`{name, with the adapter's: value}` of the modules that an adapter saves whole (its head)."""
+    values = root.state_dict()
+    found = {}
+    for name, module in root.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            for key in module.adapter_state_dict_load_map(adapter).values():
+                full = f"{name}.{key}".removeprefix("_fsdp_wrapped_module.")
+                if full in values:
+                    found[full] = values[full]
+    return found
 
 
 def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state_dict: Mapping[str, Any]) -> None:
@@ -44,8 +79,159 @@ def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Te
         raise ValueError(_misfit(adapter, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
 
 
+def refuse_others(root: nn.Module, adapter: str, own: Collection[str], state_dict: Mapping[str, Tensor]) -> None:
+    """An adapter's file may write to nothing but the adapter. Values without a place are named in a warning.
+
+    PEFT saves tables of embeddings beside an adapter in some cases (`save_embedding_layers`). They may hold what the
+    model's do, except for rows that the model has been given for new tokens.
+
+    Args:
+        own: names of values that are the adapter's.
+
+    Raises:
+        ValueError: the file has other values of the model.
+    """
+    model, lost = root.state_dict(), []
+    tables: dict[int, Tensor] | None = None
+    for key in state_dict.keys() - own:
+        short = key.removeprefix(_PEFT_PREFIX)  # PEFT takes that off for models that it has not wrapped
+        place = key if key in model else short if short in model else None
+        if place is None:
+            lost.append(key)
+            continue
+        tables = _tables(root) if tables is None else tables
+        present, given = model[place], state_dict[key]
+        if present.data_ptr() not in tables or not _differs_in_new_rows_alone(root, present, given):
+            raise ValueError(
+                _misfit(
+                    adapter,
+                    f"it has values that are not the adapter's but the model's, which it may not change (first: {key}"
+                    "). Modules that are to be trained and saved with an adapter are named in modules_to_save",
+                )
+            )
+    if lost:
+        warnings.warn(
+            f"{len(lost)} values of the checkpoint have no place in the model and are left out of the adapter "
+            f"{adapter!r}: {_first_names(lost)}.",
+            stacklevel=2,
+        )
+
+
+def _tables(root: nn.Module) -> dict[int, Tensor]:
+    """Parameters of the input and output embeddings, by the place of their data."""
+    found: dict[int, Tensor] = {}
+    for name in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module = getattr(root, name)()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(module, nn.Module):
+            found.update({p.data_ptr(): p for p in base_of(module).parameters() if not p.is_meta})
+    return found
+
+
+def _differs_in_new_rows_alone(root: nn.Module, present: Tensor, given: Tensor) -> bool:
+    """Whether a table of embeddings in a file is the model's, except for rows that were added to the model."""
+    if present.shape != given.shape or not given.is_floating_point():
+        return False
+    given = given.to(present)
+    if torch.equal(given, present):
+        return True
+    config: Any = getattr(root, "config", None)
+    try:  # as PEFT does, to find out that a vocabulary was resized
+        known = type(config).from_pretrained(config.name_or_path, local_files_only=True).vocab_size
+    except (AttributeError, OSError, ValueError):
+        return False
+    return 0 < known < len(present) and torch.equal(given[:known], present[:known])
+
+
+def refuse_types(
+    indices: Collection[str], whole: Mapping[str, Tensor], adapter: str, state_dict: Mapping[str, Tensor]
+) -> None:
+    """Values must be of the kind that they are in the model: floating-point numbers (in any precision), or not.
+
+    Args:
+        indices: names of the values that are whole numbers; all others of the adapter are floating-point ones.
+        whole: the values of modules that are saved whole.
+
+    Raises:
+        ValueError: some are of another kind.
+    """
+    for key, value in state_dict.items():
+        number = whole[key].is_floating_point() if key in whole else key not in indices
+        integral = not (value.is_floating_point() or value.is_complex() or value.dtype == torch.bool)
+        if key in whole and whole[key].dtype == torch.bool:
+            integral = value.dtype == torch.bool
+        if not (value.is_floating_point() if number else integral):
+            right = "floating-point numbers" if number else "whole numbers"
+            raise ValueError(_misfit(adapter, f"{key} must hold {right}, got {value.dtype}"))
+
+
+def refuse_indices(indices: Mapping[str, Indices], adapter: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Indices must lie inside of what they are indices of, and ascend.
+
+    Args:
+        indices: what they must be, by name.
+
+    Raises:
+        ValueError: some don't.
+    """
+    for key, right in indices.items():
+        if key not in state_dict or state_dict[key].is_meta:
+            continue
+        value = state_dict[key].flatten().to("cpu", torch.int64)
+        outside = value[(value < 0) | (value >= right.count)]
+        falls = (value[1:] <= value[:-1]).nonzero()
+        if not len(outside) and not len(falls):
+            continue
+        if len(outside):
+            got = f"{int(outside[0])}"
+        else:
+            at = int(falls[0])
+            got = f"{int(value[at])} before {int(value[at + 1])}"
+        raise ValueError(
+            _misfit(
+                adapter,
+                f"{right.what} of {right.module} must be ascending whole numbers from 0 to {right.count - 1}, got "
+                f"{got}",
+            )
+        )
+
+
+def warn_not_finite(adapter: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Name values that hold NaN or infinity."""
+    broken = [key for key, value in state_dict.items() if value.is_floating_point() and not _is_finite(value)]
+    if broken:
+        warnings.warn(
+            f"{len(broken)} of {len(state_dict)} values of the checkpoint for the adapter {adapter!r} hold NaN or "
+            f"infinity: {_first_names(broken)}. What the model computes with them will do so, too.",
+            stacklevel=2,
+        )
+
+
+def _is_finite(value: Tensor) -> bool:
+    if value.is_meta:
+        return True
+    return bool(torch.isfinite(value if value.element_size() > 1 else value.float()).all())
+
+
+def _first_names(keys: Iterable[str]) -> str:
+    first = sorted(keys)
+    return ", ".join(first[:3]) + (", ..." if len(first) > 3 else "")
+
+
 def _misfit(adapter: str, what: str) -> str:
     return (
         f"The checkpoint does not fit the adapter {adapter!r}: {what}. Nothing was loaded. Load it with the "
         "adapter_config.json it was saved with (PeftModel.from_pretrained does), on the same base model."
     )
+
+
+def before_next_load(root: nn.Module, action: Callable[[dict[str, Tensor]], None]) -> None:
+    """Do something once when values are about to be loaded into a model, with these values by name."""
+
+    def hook(module: nn.Module, values: dict[str, Tensor], *args: Any) -> None:
+        handle.remove()
+        action(values)
+
+    handle = root.register_load_state_dict_pre_hook(hook)

@@ -219,7 +219,9 @@ class PhasedConfig(PeftConfig):
         None,
         "First optimizer step of each phase. Written when training starts; not for the user.",
         Check(
-            lambda value: value is None or (isinstance(value, dict) and value and all(map(is_whole, value.values()))),
+            lambda value: (
+                value is None or (isinstance(value, dict) and len(value) > 0 and all(map(is_whole, value.values())))
+            ),
             "None or a dict with a whole number for each phase",
         ),
     )

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
+from peft.utils.other import get_pattern_key
+
 from ..config import (
     FLAG,
     LARGEST,
@@ -114,6 +116,11 @@ class LearnerConfig(PhasedConfig):
         super().__post_init__()
         if is_names(self.priming_modules):
             self.priming_modules = sorted(self.priming_modules or ())
+
+    def rank_of(self, name: str) -> tuple[str, int]:
+        """The field that gives a module its rank, and the rank."""
+        key = get_pattern_key(list(self.rank_pattern), name)
+        return ("rank_pattern", self.rank_pattern[key]) if key in self.rank_pattern else ("r", self.r)
 
     @property
     def primes(self) -> bool:

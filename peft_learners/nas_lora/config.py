@@ -41,13 +41,15 @@ MOST_ROUNDS = 1000
 
 def _is_counts(parts: object) -> bool:
     """Whether these are `{part: [parameters kept, parameters in the search space]}`."""
-    known = isinstance(parts, dict) and parts.keys() <= CONTAINERS.keys() and ("U" in parts) == ("V" in parts)
-    return known and all(map(_is_count, parts.values()))  # type: ignore[union-attr]
+    if not isinstance(parts, dict) or not parts.keys() <= CONTAINERS.keys() or ("U" in parts) != ("V" in parts):
+        return False
+    return all(map(_is_count, parts.values()))
 
 
 def _is_count(pair: object) -> bool:
-    whole = isinstance(pair, (list, tuple)) and len(pair) == 2 and all(map(is_whole, pair))
-    return whole and pair[0] <= pair[1] and pair[1] > 0  # type: ignore[index]
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(is_whole, pair)):
+        return False
+    return pair[0] <= pair[1] > 0
 
 
 @names_unknown_fields

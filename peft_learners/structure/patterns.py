@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from typing import Any, Optional
 
 try:  # the public names `sre_parse` and `sre_constants` are deprecated from Python 3.11 on
-    from re import _constants as sre  # type: ignore[attr-defined]
-    from re import _parser as parser  # type: ignore[attr-defined]
+    from re import _constants as sre
+    from re import _parser as parser
 except ImportError:  # Python 3.10
     import sre_constants as sre  # type: ignore[no-redef]
     import sre_parse as parser  # type: ignore[no-redef]
