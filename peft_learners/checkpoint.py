@@ -11,6 +11,7 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from .layers.indices import fault_of
 from .structure.weights import base_of
 
 #: `{name as in a file: shape}` of an adapter's values: names in a file are without the adapter's.
@@ -179,23 +180,9 @@ def refuse_indices(indices: Mapping[str, Indices], adapter: str, state_dict: Map
     for key, right in indices.items():
         if key not in state_dict or state_dict[key].is_meta:
             continue
-        value = state_dict[key].flatten().to("cpu", torch.int64)
-        outside = value[(value < 0) | (value >= right.count)]
-        falls = (value[1:] <= value[:-1]).nonzero()
-        if not len(outside) and not len(falls):
-            continue
-        if len(outside):
-            got = f"{int(outside[0])}"
-        else:
-            at = int(falls[0])
-            got = f"{int(value[at])} before {int(value[at + 1])}"
-        raise ValueError(
-            _misfit(
-                adapter,
-                f"{right.what} of {right.module} must be ascending whole numbers from 0 to {right.count - 1}, got "
-                f"{got}",
-            )
-        )
+        fault = fault_of(state_dict[key], right.count)
+        if fault:
+            raise ValueError(_misfit(adapter, f"{right.what} of {right.module} {fault}"))
 
 
 def warn_not_finite(adapter: str, state_dict: Mapping[str, Tensor]) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layers.base import DeltaLayer, TransparentLayer, parameter_at
+from ..layers.indices import IndexBuffers
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops.cut import cut_linear, others_of, uncut
@@ -52,7 +53,7 @@ class FARLayer(DeltaLayer):
         self.far_delta = nn.ParameterDict({})
         self.far_layernorm_delta = nn.ParameterDict({})
         self.far_bias_delta = nn.ParameterDict({})
-        self.far_kept = BufferDict(persistent=True)
+        self.far_kept = IndexBuffers(self.length)
         self.far_rest = BufferDict(persistent=True)
         self.far_bias_rest = BufferDict(persistent=True)
         self.far_nodes: dict[str, Nodes] = {}

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
 import re
+import sys
 from collections.abc import Iterable
 from typing import Any, Optional
 
-try:  # the public names `sre_parse` and `sre_constants` are deprecated from Python 3.11 on
-    from re import _constants as sre
-    from re import _parser as parser
-except ImportError:  # Python 3.10
-    import sre_constants as sre  # type: ignore[no-redef]
-    import sre_parse as parser  # type: ignore[no-redef]
+# What reads regexes has no public name from Python 3.11 on.
+_RENAMED = sys.version_info >= (3, 11)
+sre: Any = importlib.import_module("re._constants" if _RENAMED else "sre_constants")
+parser: Any = importlib.import_module("re._parser" if _RENAMED else "sre_parse")
 
 #: Ways to match one name that a regex may have at most.
 MOST_WAYS = 10**6

@@ -24,7 +24,6 @@ from ..config import PhasedConfig
 from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
 from .weights import base_of, float_weight, is_offloaded, sizes, stored_as
 
-
 #: Ranks and hidden sizes up to this are right on layers of any size.
 ALWAYS_RIGHT = 1024
 
