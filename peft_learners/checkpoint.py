@@ -80,8 +80,10 @@ def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Te
         raise ValueError(_misfit(adapter, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
 
 
-def refuse_others(root: nn.Module, adapter: str, own: Collection[str], state_dict: Mapping[str, Tensor]) -> None:
-    """An adapter's file may write to nothing but the adapter. Values without a place are named in a warning.
+def without_others(
+    root: nn.Module, adapter: str, own: Collection[str], state_dict: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """What of a file may be loaded: it may write to nothing but the adapter. A warning names what has no place.
 
     PEFT saves tables of embeddings beside an adapter in some cases (`save_embedding_layers`). They may hold what the
     model's do, except for rows that the model has been given for new tokens.
@@ -116,6 +118,7 @@ def refuse_others(root: nn.Module, adapter: str, own: Collection[str], state_dic
             f"{adapter!r}: {_first_names(lost)}.",
             stacklevel=2,
         )
+    return {key: value for key, value in state_dict.items() if key not in lost}
 
 
 def _tables(root: nn.Module) -> dict[int, Tensor]:

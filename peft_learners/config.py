@@ -137,7 +137,7 @@ INHERITED = {
     "base_model_name_or_path": TEXT,
     "revision": TEXT,
     "peft_version": TEXT,
-    "inference_mode": Check(lambda value: value is None or isinstance(value, bool), "True or False"),
+    "inference_mode": FLAG,
     "auto_mapping": Check(lambda value: value is None or isinstance(value, dict), "None or a dict"),
 }
 

@@ -17,11 +17,11 @@ from .checkpoint import (
     before_next_load,
     refuse_foreign,
     refuse_indices,
-    refuse_others,
     refuse_shapes,
     refuse_types,
     saved_whole,
     warn_not_finite,
+    without_others,
 )
 from .config import PhasedConfig
 from .layers.base import (
@@ -395,18 +395,17 @@ class PhasedModel(TargetChoice):
         expected = cls._shapes_in_form_of(model, adapter_name, config, state_dict)
         refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
         whole = saved_whole(model, adapter_name)
-        refuse_others(model, adapter_name, {*expected, *whole}, state_dict)
-        own = {key: value for key, value in state_dict.items() if key in expected or key in whole}
-        cls._check_values(model, adapter_name, config, own, whole)
+        state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
+        cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
             # before the adapter changes its form
             shapes = {key: tuple(value.shape) for key, value in whole.items()}
-            refuse_shapes({**expected, **shapes}, adapter_name, own)
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
-            cls._fit_to_file(model, adapter_name, config, own, optimizer)
+            cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
         remapped = super()._remap_adapter_state_dict_for_load(
-            model=model, config=config, adapter_name=adapter_name, state_dict=own
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
