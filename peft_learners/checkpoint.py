@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .layers.indices import fault_of
@@ -34,19 +33,6 @@ class Indices:
     count: int
 
 
-def saved_whole(root: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """`{name, with the adapter's: value}` of the modules that an adapter saves whole (its head)."""
-    values = root.state_dict()
-    found = {}
-    for name, module in root.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            for key in module.adapter_state_dict_load_map(adapter).values():
-                full = f"{name}.{key}".removeprefix("_fsdp_wrapped_module.")
-                if full in values:
-                    found[full] = values[full]
-    return found
-
-
 def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state_dict: Mapping[str, Any]) -> None:
     """Compare the names of an adapter's values in a file with those it should hold.
 
@@ -63,6 +49,21 @@ def refuse_foreign(expected: Mapping[str, Any], prefix: str, adapter: str, state
         parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")
     if parts:
         raise ValueError(_misfit(adapter, "; ".join(parts)))
+
+
+def refuse_missing(whole: Mapping[str, str], adapter: str, state_dict: Mapping[str, Any]) -> None:
+    """A file must hold all of the modules that are saved whole with an adapter.
+
+    Args:
+        whole: names of their values, in the model, by those in a file.
+
+    Raises:
+        ValueError: some are missing.
+    """
+    missing = [name for name, full in whole.items() if full not in state_dict]
+    if missing:
+        what = "values of the modules that are saved whole with the adapter are missing"
+        raise ValueError(_misfit(adapter, f"{len(missing)} of {len(whole)} {what} (first: {missing[0]})"))
 
 
 def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:

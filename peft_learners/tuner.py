@@ -17,9 +17,9 @@ from .checkpoint import (
     before_next_load,
     refuse_foreign,
     refuse_indices,
+    refuse_missing,
     refuse_shapes,
     refuse_types,
-    saved_whole,
     warn_not_finite,
     without_others,
 )
@@ -32,6 +32,7 @@ from .layers.base import (
     keeping_flags,
     tuner_layers,
 )
+from .layers.whole import leave_to_tuner, names_in_model
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
@@ -190,6 +191,7 @@ class PhasedModel(TargetChoice):
         check_adapter_name(adapter_name)
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_to_tuner(model, adapter_name)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
 
     def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
@@ -391,10 +393,14 @@ class PhasedModel(TargetChoice):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        given, state_dict = state_dict, cls._without_aside(adapter_name, state_dict)
+        names = names_in_model(model, adapter_name)
+        given = {names.get(key, key): value for key, value in state_dict.items()}
+        state_dict = cls._without_aside(adapter_name, given)
         expected = cls._shapes_in_form_of(model, adapter_name, config, state_dict)
         refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
-        whole = saved_whole(model, adapter_name)
+        refuse_missing(names, adapter_name, state_dict)
+        state = model.state_dict()
+        whole = {full: state[full] for full in names.values() if full in state}
         state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
         cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):

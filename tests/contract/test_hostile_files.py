@@ -19,7 +19,7 @@ import pytest
 import torch
 import transformers as tf
 import zoo
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from safetensors import SafetensorError
@@ -313,6 +313,54 @@ def test_new_tokens(tmp_path: Path):
     save_file(values, file)
     with pytest.raises(ValueError, match="not the adapter's but the model's"):
         PeftModel.from_pretrained(resized(), tmp_path / "adapter")
+
+
+@every_way
+@pytest.mark.parametrize("tuner", ONE_OF_EACH)
+def test_head_missing(tuner, how, tmp_path: Path):
+    """A file without the head, or a part of it, is refused, as one without any of the adapter's values is."""
+
+    def without(*endings: str) -> Damage:
+        return lambda values: {key: value for key, value in values.items() if not key.endswith(endings)}
+
+    words = (
+        r"{} of 2 values of the modules that are saved whole .* missing \(first: base_model\.model\.classifier\.{}\)"
+    )
+    damages: dict[str, tuple[Damage, str]] = {
+        "bias": (without("classifier.bias"), words.format(1, "bias")),
+        "all": (without("classifier.weight", "classifier.bias"), words.format(2, "weight")),
+        "nothing": (lambda values: {}, "values are missing"),
+        "elsewhere": (
+            lambda values: {key.replace(".classifier.", ".score."): value for key, value in values.items()},
+            words.format(2, "weight"),
+        ),
+    }
+    assert_refused(tuner, how, damages, tmp_path)
+
+
+def test_head_of_another_tuner(tmp_path: Path):
+    """The head of a LoRA beside ours, or in its place, loads as it does without ours."""
+    run = trained_once("learner", ARCH)
+    torch.manual_seed(5)
+    low = get_peft_model(copy.deepcopy(run.base), LoraConfig(r=2, init_lora_weights=False, task_type="SEQ_CLS"))
+    with torch.no_grad():
+        low.base_model.model.classifier.modules_to_save["default"].weight.add_(1)
+    low.save_pretrained(tmp_path / "low")
+    want = logits_of(low, run.inputs)
+    saved("learner")
+    model = copy.deepcopy(run.base)
+    model.load_adapter(str(saved("learner")[0]), adapter_name="one")
+    assert torch.equal(logits_of(model, run.inputs), run.logits)
+    model.delete_adapter("one")
+    for name in ("one", "low"):
+        model.load_adapter(str(tmp_path / "low"), adapter_name=name)
+        model.set_adapter(name)
+        assert torch.equal(logits_of(model, run.inputs), want)
+        config = model.peft_config[name]
+        values = load_file(tmp_path / "low" / FILE)
+        assert config.peft_type == "LORA"
+        set_peft_model_state_dict(model, {k.removeprefix("base_model.model."): v for k, v in values.items()}, name)
+        assert torch.equal(logits_of(model, run.inputs), want)
 
 
 # -- values -----------------------------------------------------------------------------------------------------------
