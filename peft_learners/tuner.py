@@ -12,7 +12,19 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint import Shapes, refuse_foreign, refuse_other_form, refuse_shapes
+from .checkpoint import (
+    Indices,
+    Shapes,
+    before_next_load,
+    refuse_foreign,
+    refuse_indices,
+    refuse_missing,
+    refuse_other_form,
+    refuse_shapes,
+    refuse_types,
+    warn_not_finite,
+    without_others,
+)
 from .config import PhasedConfig
 from .layers.base import (
     BASE_ADAPTER,
@@ -21,6 +33,7 @@ from .layers.base import (
     check_mergeable,
     tuner_layers,
 )
+from .layers.whole import leave_to_tuner, names_in_model
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
@@ -203,6 +216,7 @@ class PhasedModel(TargetChoice):
             model.register_load_state_dict_pre_hook(_check_state)
         sources = [name for name, other in self.peft_config.items() if config.is_clone_of(other)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_to_tuner(model, adapter_name)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
         PhaseDriver.of(model)  # it notices when the model is copied
         for layer in tuner_layers(model) if sources else ():
@@ -232,6 +246,7 @@ class PhasedModel(TargetChoice):
         if not isinstance(target, self.tuner_layer_cls):
             layer = self._new_layer(target, current_key)
             layer._active_adapter = adapter_name
+        self._check_size(peft_config, current_key, target)  # targets from a state dict were not known before
         self._update_layer(layer, adapter_name, peft_config, current_key)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
@@ -414,10 +429,20 @@ class PhasedModel(TargetChoice):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        names = names_in_model(model, adapter_name)
+        given = {names.get(key, key): value for key, value in state_dict.items()}
+        state_dict = cls._without_aside(adapter_name, given)
         expected = cls._shapes_in_form_of(model, adapter_name, config, state_dict)
-        refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
+        refuse_foreign(expected, cls.prefix, adapter_name, state_dict.keys() - set(names.values()))
+        refuse_missing(names, adapter_name, state_dict)
+        state = model.state_dict()
+        whole = {full: state[full] for full in names.values() if full in state}
+        state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
+        cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
-            refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
+            # before the adapter changes its form
+            shapes = {key: tuple(value.shape) for key, value in whole.items()}
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
@@ -430,13 +455,45 @@ class PhasedModel(TargetChoice):
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
-        def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
-            handle.remove()
-            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-            refuse_shapes(shapes, adapter_name, values)
+        def check_shapes(values: dict[str, torch.Tensor]) -> None:
+            refuse_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()}, adapter_name, values)
+            cls._take_aside(model, adapter_name, config, given)
 
-        handle = model.register_load_state_dict_pre_hook(check_shapes)
+        before_next_load(model, check_shapes)
         return remapped
+
+    @classmethod
+    def _check_values(
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: Any,
+        state_dict: dict[str, torch.Tensor],
+        whole: dict[str, torch.Tensor],
+    ) -> None:
+        """Refuse values in a file that can't be, and name those that are not finite.
+
+        Args:
+            whole: the model's values of the modules that the adapter saves whole.
+        """
+        indices = cls._indices(root, adapter, config)
+        refuse_types(indices.keys(), whole, adapter, state_dict)
+        refuse_indices(indices, adapter, state_dict)
+        warn_not_finite(adapter, state_dict)
+
+    @classmethod
+    def _without_aside(cls, adapter: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The values in a file less those that are no part of the model's state, once these were checked."""
+        return state_dict
+
+    @classmethod
+    def _take_aside(cls, root: nn.Module, adapter: str, config: Any, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take those values from a file; called as soon as nothing can be refused any more."""
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: Any) -> dict[str, Indices]:
+        """What indices the adapter's file may hold, by name."""
+        return {}
 
     @classmethod
     def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:

@@ -109,6 +109,9 @@ class BottleneckModel(PhasedModel):
             narrowed["modules_to_save"] = saved
         return f"{beside} is left to adapt with {narrowed}."
 
+    def _hidden_size(self, config: BottleneckConfig, name: str) -> tuple[str, int]:
+        return "bottleneck_dim", config.bottleneck_dim or 0
+
     # -- injection --------------------------------------------------------------------------------------------------
 
     def _new_layer(self, module: nn.Module, name: str) -> BottleneckLayer:

@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Optional
 
-from ..config import FLAG, SEED, Check, PhasedConfig, is_number, is_whole, names_unknown_fields, one_of, option
+from ..config import (
+    FLAG,
+    LARGEST,
+    SEED,
+    Check,
+    PhasedConfig,
+    is_names,
+    is_number,
+    is_whole,
+    names_unknown_fields,
+    one_of,
+    option,
+)
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
 
 PRIMING, RECONFIGURED = "priming", "reconfigured"
@@ -26,7 +38,7 @@ def _is_patterns(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(name, str) for name in value)
+    return isinstance(value, (list, tuple)) and len(value) > 1 and is_names(value)
 
 
 @names_unknown_fields
@@ -76,7 +88,9 @@ class FARConfig(PhasedConfig):
         None,
         "Epochs of priming (fractions allowed), in place of priming_ratio.",
         Check(
-            lambda v: v is None or (is_number(v) and v >= 0), "None or a number of at least 0", "priming_epochs=0.5"
+            lambda v: v is None or (is_number(v) and v >= 0),
+            f"None or a number of at least 0, at most {LARGEST:,}",
+            "priming_epochs=0.5",
         ),
     )
     granularity: str = option(

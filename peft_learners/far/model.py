@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import Shapes
+from ..checkpoint import Indices, Shapes
 from ..layers.base import tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Entry, Training
@@ -197,11 +197,16 @@ class FARModel(PhasedModel):
     # -- phases -----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _cuttable(root: nn.Module, adapter: str) -> Iterator[FARLayer]:
-        """Layers that hold weights of FFN nodes."""
-        for layer in tuner_layers(root):
+    def _named_cuttable(root: nn.Module, adapter: str) -> Iterator[tuple[str, FARLayer]]:
+        """Layers that hold weights of FFN nodes, with their names."""
+        for name, layer in root.named_modules():
             if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
-                yield layer
+                yield name, layer
+
+    @classmethod
+    def _cuttable(cls, root: nn.Module, adapter: str) -> Iterator[FARLayer]:
+        """The same, without."""
+        return (layer for _, layer in cls._named_cuttable(root, adapter))
 
     @classmethod
     def check_phases(cls, root: nn.Module, adapter: str, config: FARConfig, schedule: Schedule) -> None:
@@ -237,8 +242,7 @@ class FARModel(PhasedModel):
         selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
         for unit, members in units.items():
             for layer in members:
-                nodes = layer.far_nodes[adapter]
-                rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
+                rows = layer.far_nodes[adapter].rows(selections[unit])
                 layer.cut(adapter, rows, config.discard_unkept, training.optimizer)
         config.write("reconfigured", True)
 
@@ -281,13 +285,35 @@ class FARModel(PhasedModel):
         shapes = super()._shapes_in_form_of(root, adapter, config, state_dict)
         cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut != config.reconfigured:
-            for name, layer in root.named_modules():
-                if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
-                    for part in ("far_kept", "far_rest", "far_bias_rest"):
-                        shapes.pop(f"{name}.{part}", None)
-                    in_form = layer.shapes(adapter, config, cut)
-                    shapes.update({f"{name}.{layer.file_key(part)}": shape for part, shape in in_form.items()})
+            for name, layer in cls._named_cuttable(root, adapter):
+                for part in ("far_kept", "far_rest", "far_bias_rest"):
+                    shapes.pop(f"{name}.{part}", None)
+                in_form = layer.shapes(adapter, config, cut)
+                shapes.update({f"{name}.{layer.file_key(part)}": shape for part, shape in in_form.items()})
         return shapes
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: FARConfig) -> dict[str, Indices]:
+        layers = cls._named_cuttable(root, adapter)
+        return {f"{n}.far_kept": Indices(n, "kept rows or columns", layer.length(adapter)) for n, layer in layers}
+
+    @classmethod
+    def _check_values(
+        cls, root: nn.Module, adapter: str, config: FARConfig, state_dict: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> None:
+        super()._check_values(root, adapter, config, state_dict, whole)
+        chosen: dict[str, tuple[str, Tensor]] = {}
+        for name, layer in cls._named_cuttable(root, adapter):
+            kept, nodes = state_dict.get(f"{name}.far_kept"), layer.far_nodes[adapter]
+            if kept is None or kept.is_meta:
+                continue
+            kept = kept.to("cpu", torch.int64)
+            first, selection = chosen.setdefault(nodes.unit, (name, kept[: len(kept) // nodes.copies]))
+            if not torch.equal(nodes.rows(selection), kept):
+                raise ValueError(
+                    f"The checkpoint does not fit the adapter {adapter!r}: {name} must keep the nodes that {first} "
+                    f"keeps, got {kept.tolist()[:8]} and {selection.tolist()[:8]}. Nothing was loaded."
+                )
 
     @classmethod
     def _fit_to_file(

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -60,7 +59,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
             name: the layer's name in the model, for `rank_pattern`.
             primed: whether this layer gets a dense delta, which a folded one no longer has.
         """
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        _, rank = config.rank_of(name)
         self.learner_r[adapter] = rank
         self.learner_scaling[adapter] = float(config.scaling)
         self.learner_lr_scale[adapter] = float(config.priming_lr_scale)

@@ -111,6 +111,9 @@ class LearnerModel(PhasedModel):
             )
         return f"{reason}Do without priming: LearnerConfig(priming_epochs=0)."
 
+    def _hidden_size(self, config: LearnerConfig, name: str) -> tuple[str, int]:
+        return config.rank_of(name)
+
     # -- injection --------------------------------------------------------------------------------------------------
 
     def _new_layer(self, module: nn.Module, name: str) -> LearnerLayer:

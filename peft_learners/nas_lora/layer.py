@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layers.base import TEST_STD, DeltaLayer
+from ..layers.indices import IndexBuffers
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops.terms import Entries, Factor, Pair
@@ -110,7 +112,7 @@ class NASLoRALayer(DeltaLayer):
         for container in CONTAINERS.values():
             setattr(self, container, nn.ModuleDict())
         for part in CONTAINERS:
-            setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
+            setattr(self, f"nas_lora_{part}_positions", IndexBuffers(partial(self._whole, part)))
         self.nas_lora_space: dict[str, Space] = {}
         #: Whether anything of the adapter is kept here; layers without are passed by at no cost.
         self.nas_lora_active: dict[str, bool] = {}
@@ -120,6 +122,9 @@ class NASLoRALayer(DeltaLayer):
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.nas_lora_space
+
+    def _whole(self, part: str, adapter: str) -> int:
+        return self.nas_lora_space[adapter].whole(part)
 
     def is_active(self, adapter: str) -> bool:
         return self.nas_lora_active.get(adapter, False)

@@ -11,7 +11,7 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import Shapes
+from ..checkpoint import Indices, Shapes
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
@@ -24,7 +24,15 @@ from ..weighted_sum import Combined, acting
 from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
 from .config import CONTAINERS, RETRAINING, NASLoRAConfig
-from .files import check_positions, is_pruned_file, scores_of, shapes_in_form_of, take_scores, without_scores
+from .files import (
+    check_scores,
+    is_pruned_file,
+    position_indices,
+    scores_of,
+    shapes_in_form_of,
+    take_scores,
+    without_scores,
+)
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
 
@@ -149,6 +157,9 @@ class NASLoRAModel(PhasedModel):
                     stacklevel=2,
                 )
             config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._parts})
+
+    def _hidden_size(self, config: NASLoRAConfig, name: str) -> tuple[str, int]:
+        return "r", self._parts.get(name, (0, False))[0]
 
     # -- injection --------------------------------------------------------------------------------------------------
 
@@ -346,13 +357,17 @@ class NASLoRAModel(PhasedModel):
         return {**values, **{f"{key}.{adapter_name}": value for key, value in scores.items()}}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        rest = without_scores(state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        take_scores(layers_of(model, adapter_name), adapter_name, state_dict, keep=not config.inference_mode)
-        return remapped
+    def _without_aside(cls, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        check_scores(adapter, state_dict)
+        return without_scores(state_dict)
+
+    @classmethod
+    def _take_aside(cls, root: nn.Module, adapter: str, config: Any, state_dict: dict[str, Tensor]) -> None:
+        take_scores(layers_of(root, adapter), adapter, state_dict, keep=not config.inference_mode)
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> dict[str, Indices]:
+        return position_indices(layers_of(root, adapter), adapter)
 
     @classmethod
     def _shapes_in_form_of(
@@ -379,7 +394,6 @@ class NASLoRAModel(PhasedModel):
             cls._record(root, adapter, config, 0)
             return
         positions = positions_in(state_dict)
-        check_positions(layers, adapter, positions)
         cls._set_kept(root, adapter, positions, optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)

@@ -22,7 +22,10 @@ from torch import nn
 
 from ..config import PhasedConfig
 from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
-from .weights import base_of, float_weight, is_offloaded, stored_as
+from .weights import base_of, float_weight, is_offloaded, sizes, stored_as
+
+#: Ranks and hidden sizes up to this are right on layers of any size.
+ALWAYS_RIGHT = 1024
 
 
 class TargetChoice(BaseTuner):
@@ -77,7 +80,28 @@ class TargetChoice(BaseTuner):
         self._targets: set[str] = set()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)
+            modules = dict(walk(self.model))
+            for name in sorted(self._targets):
+                self._check_size(peft_config, name, modules[name])
         return peft_config
+
+    def _hidden_size(self, config: Any, name: str) -> tuple[str, int]:
+        """The field that says how large an adapter is on a linear layer, and what it says; 0 where it says nothing."""
+        return "", 0
+
+    def _check_size(self, config: Any, name: str, module: nn.Module) -> None:
+        """Refuse a rank that no layer needs, before anything is allocated.
+
+        Raises:
+            ValueError: it is above the layer's own sizes, and large.
+        """
+        field, size = self._hidden_size(config, name) if is_linear(module) else ("", 0)
+        if size > ALWAYS_RIGHT and size > max(sizes(module)):
+            inputs, outputs = sizes(module)
+            raise ValueError(
+                f"{type(config).__name__}: `{field}` must be at most {max(inputs, outputs, ALWAYS_RIGHT)} on {name}, "
+                f"which has {inputs} inputs and {outputs} outputs ({ALWAYS_RIGHT} is right on any layer), got {size}."
+            )
 
     def _matches(self, config: PhasedConfig, key: str) -> Any:
         """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
