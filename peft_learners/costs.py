@@ -85,11 +85,12 @@ def phase_costs(
     parameters = [parameter for module in saved for parameter in module.parameters()]
     head, head_bytes = sum(p.numel() for p in parameters), sum(map(_bytes_of, parameters))
     dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
-    head_file = head_bytes if dtype is None else head * dtype.itemsize
     costs = []
     for phase, own in values.items():
         in_training = COPIES_IN_TRAINING * (own.trained * width + head_bytes) + own.frozen * width + own.beside
-        file = (own.trained + own.frozen) * (width if dtype is None else dtype.itemsize) + head_file + own.beside
+        file = (
+            (own.trained + own.frozen) * (width if dtype is None else dtype.itemsize) + head_bytes + own.beside
+        )  # the head keeps its type
         costs.append(PhaseCost(phase, own.trained + head, round(in_training), round(file), own.at_most))
     return costs
 
