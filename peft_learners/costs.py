@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import dropwhile
 from typing import NamedTuple
 
 import psutil
@@ -112,9 +113,10 @@ def warn_of_costs(config: PhasedConfig, model: nn.Module, costs: Sequence[PhaseC
     likely to expect: all defaults, more than 2 GB, and more than the base model has.
 
     Args:
-        costs: by phase; those of the phase that costs most are told.
+        costs: by phase; of those that are still ahead, that of the phase which costs most is told.
     """
-    most = max(costs, key=lambda cost: cost.in_training)
+    ahead = list(dropwhile(lambda cost: cost.phase != config.present_phase, costs)) or costs
+    most = max(ahead, key=lambda cost: cost.in_training)
     base, free = base_bytes(model), free_bytes(model)
     by_default = not any(_is_narrowed(config, name) for name in config.narrowing)
     over = []
@@ -130,7 +132,7 @@ def warn_of_costs(config: PhasedConfig, model: nn.Module, costs: Sequence[PhaseC
         f"{kind} adds {in_units(most.in_training)} to training, more than {' and '.join(over)}: "
         f"{most.trained / 1e6:,.0f} M parameters train in the phase {most.phase!r}, each with its gradient and the "
         f"two moments of an optimizer like AdamW (values in float32, PEFT's default), and the file has "
-        f"{in_units(max(cost.file for cost in costs))}. What lowers it: {advice}.",
+        f"{in_units(max(cost.file for cost in ahead))}. What lowers it: {advice}.",
         stacklevel=2,
     )
 

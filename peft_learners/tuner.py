@@ -186,7 +186,8 @@ class PhasedModel(TargetChoice):
     def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: Any) -> dict[str, Values]:
         """What an adapter has in its layers, trained and frozen, in each of its phases, as far as that is known.
 
-        By default what its config counts by the shapes of all its values (`trained_by_phase`).
+        By default what its config counts by the shapes of all its values (`trained_by_phase`), and at most all of them
+        in a phase of which it can't tell.
 
         Args:
             layers: by name: those of a model, or outlines of them (`_outline_layer`).
@@ -197,7 +198,10 @@ class PhasedModel(TargetChoice):
         shapes = {key: tuple(value.shape) for key, value in parts}
         every = sum(map(math.prod, shapes.values()))
         counts = config.trained_by_phase(shapes)
-        return {phase: Values(own, every - own) for phase, own in counts.items() if own is not None}
+        return {
+            phase: Values(every, at_most=True) if own is None else Values(own, every - own)
+            for phase, own in counts.items()
+        }
 
     def costs_by_phase(self, adapter_name: str | None = None) -> list[PhaseCost]:
         """What an adapter trains, holds in training and saves in each of its phases.

@@ -23,6 +23,7 @@ from transformers import (
 from tuners import TUNERS
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, costs, tuner
+from peft_learners.config import PhasedConfig
 from peft_learners.costs import PhaseCost
 from peft_learners.layers.base import DeltaLayer
 
@@ -263,6 +264,12 @@ def test_learner_on_llama():
         assert field in said
 
 
+def test_default_again():
+    """A user's own object is as default on the next model as on the first; 'all-linear' names nothing."""
+    config = LearnerConfig(target_modules="all-linear")
+    assert len(adapted(llama_8b(), config)) == len(adapted(llama_8b(), config)) == 1
+
+
 def test_far_on_llama():
     """FAR on an 8B model says that it trains all of it, and which of its fields lower that."""
     (said,) = adapted(llama_8b(), FARConfig())
@@ -318,7 +325,8 @@ class Memory:
 @pytest.mark.parametrize("name", TUNERS)
 def test_more_than_is_free(name, monkeypatch, counted):
     """Anything that takes more memory than is free says so, before anything is made; what fits doesn't."""
-    config = TUNERS[name].config(target_modules="all-linear" if name == "learner" else None, task_type="SEQ_CLS")
+    narrowed = {"learner": {"priming_modules": [0]}, "far": {"train_embeddings": False}}.get(name, {})
+    config = TUNERS[name].config(task_type="SEQ_CLS", **narrowed)
     get_peft_model(zoo.build("distilbert"), config)
     most = max(cost.in_training for cost in counted[0])
     monkeypatch.setattr(tuner, "warn_of_costs", costs.warn_of_costs)
@@ -335,6 +343,30 @@ def test_more_than_is_free(name, monkeypatch, counted):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*to training, more than")
         get_peft_model(zoo.build("distilbert"), config)
+
+
+@pytest.mark.parametrize("primed", [True, False])
+def test_phases_ahead(primed, monkeypatch, counted):
+    """What is over costs nothing any more."""
+    config = LearnerConfig(r=2, completed_phases=["priming"] if primed else [], task_type="SEQ_CLS")
+    get_peft_model(zoo.build("distilbert"), config)
+    monkeypatch.setattr(tuner, "warn_of_costs", costs.warn_of_costs)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: Memory(counted[0][1].in_training))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        get_peft_model(zoo.build("distilbert"), config)
+    assert any("of memory that are free" in str(warning.message) for warning in caught) != primed
+
+
+def test_counted_without_a_rule(monkeypatch, counted):
+    """A method whose config can't tell what a phase trains has at most all of the adapter in it."""
+    monkeypatch.setattr(LearnerConfig, "trained_by_phase", PhasedConfig.trained_by_phase)
+    model = get_peft_model(zoo.build("distilbert"), LearnerConfig(r=2, task_type="SEQ_CLS"))
+    every = model.get_nb_trainable_parameters()[0]
+    assert [(cost.phase, cost.trained, cost.at_most) for cost in counted[0]] == [
+        ("priming", every, True),
+        ("learning", every, True),
+    ]
 
 
 def test_free_on_cuda(monkeypatch):
