@@ -168,6 +168,9 @@ class PhasedConfig(PeftConfig):
     about: ClassVar[str] = ""
     #: Which modules are adapted where `target_modules` is None, for the table of fields.
     default_targets: ClassVar[str] = ""
+    #: Fields by which a user chooses what is adapted or primed: while all of them have their defaults, he may not know
+    #: what the adapter costs.
+    narrowing: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "layers_to_transform")
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
@@ -299,6 +302,11 @@ class PhasedConfig(PeftConfig):
         setattr(self, name, value)
         self._written[name] = (given, copy.deepcopy(value))
 
+    def given(self, name: str) -> Any:
+        """A field as the user gave it, whatever the package has written there since."""
+        written = self.__dict__.get("_written", {})
+        return written[name][0] if name in written else getattr(self, name)
+
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
 
@@ -370,6 +378,22 @@ class PhasedConfig(PeftConfig):
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""
         return True
+
+    @property
+    def present_phase(self) -> str:
+        """Name of the phase that the adapter is in: the one that training began or goes on with."""
+        ahead = [name for name in self.phase_names if name not in self.completed_phases]
+        return ahead[0] if ahead and not self.phases_complete else self.phase_names[-1]
+
+    # -- what an adapter costs ---------------------------------------------------------------------------------------
+
+    def savings(self) -> dict[str, str]:
+        """What lowers the adapter's parameters or bytes: `{arguments: what they do}`, for a warning."""
+        return {
+            "layers_to_transform=[...]": "fewer blocks",
+            "target_modules or exclude_modules": "fewer modules",
+            **({} if self.save_dtype else {"save_dtype='bfloat16'": "half the file"}),
+        }
 
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 

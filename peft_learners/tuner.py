@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Optional
 
 import torch
+from peft import PeftModel
+from peft.config import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -26,6 +29,7 @@ from .checkpoint import (
     without_others,
 )
 from .config import PhasedConfig
+from .costs import FLOAT32, PhaseCost, Values, phase_costs, saved_copies, to_be_saved, warn_of_costs
 from .layers.base import (
     BASE_ADAPTER,
     DeltaLayer,
@@ -38,8 +42,13 @@ from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_nev
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .registry import tuner_of
+from .structure.modules import walk
 from .structure.targets import TargetChoice
+from .structure.weights import base_of
 from .weighted_sum import Combined, add_combined
+
+#: Name of the adapter in layers that are made to be counted.
+OUTLINE = "outline"
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -204,6 +213,89 @@ class PhasedModel(TargetChoice):
     def has_trained(cls, root: nn.Module, adapter: str, config: Any) -> bool:
         """Whether training has moved what an earlier phase trains (to tell a fresh adapter from a trained one)."""
         return False
+
+    # -- what an adapter costs ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: Any) -> dict[str, Values]:
+        """What an adapter has in its layers, trained and frozen, in each of its phases, as far as that is known.
+
+        By default what its config counts by the shapes of all its values (`trained_by_phase`), and at most all of them
+        in a phase of which it can't tell.
+
+        Args:
+            layers: by name: those of a model, or outlines of them (`_outline_layer`).
+        """
+        shapes = {
+            f"{name}.{part}.{i}": tuple(value.shape)
+            for name, layer in layers.items()
+            for i, (part, value) in enumerate(layer.parts_of(adapter))
+        }
+        every = sum(map(math.prod, shapes.values()))
+        counts = config.trained_by_phase(shapes)
+        return {
+            phase: Values(every, at_most=True) if own is None else Values(own, every - own)
+            for phase, own in counts.items()
+        }
+
+    def costs_by_phase(self, adapter_name: str | None = None) -> list[PhaseCost]:
+        """What an adapter trains, holds in training and saves in each of its phases.
+
+        Args:
+            adapter_name: None: the first active adapter.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        layers = {place: layer for place, layer in self.model.named_modules() if isinstance(layer, DeltaLayer)}
+        own = {place: layer for place, layer in layers.items() if layer.has_adapter(name)}
+        values = [value for layer in own.values() for _, value in layer.parts_of(name) if value.numel()]
+        count, held = sum(v.numel() for v in values), sum(v.numel() * v.element_size() for v in values)
+        config: Any = self.peft_config[name]
+        by_phase = self.values_by_phase(own, name, config)
+        return phase_costs(by_phase, config, saved_copies(self.model, name), held / count if count else FLOAT32)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line of trained parameters, and one for each phase of each active adapter.
+
+        A phase's line has the parameters that train in it (the head among them), the bytes that training holds for the
+        adapter (of each trained parameter the value, the gradient and AdamW's two moments; of what is frozen the
+        value), and the bytes of the file. "now" marks the phase that the adapter is in.
+        """
+        model: Any = self.model
+        trained, every = PeftModel.get_nb_trainable_parameters(model)
+        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
+        for name in self.active_adapters:
+            config = self.peft_config.get(name)
+            if not isinstance(config, PhasedConfig):
+                continue
+            now = "" if config.inference_mode else config.present_phase
+            for cost in self.costs_by_phase(name):
+                mark = " (now)" if cost.phase == now else ""
+                print(f"{name}, {cost.phase}{mark}: {cost}")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        assert isinstance(config, PhasedConfig)
+        if self._targets and not config.inference_mode:  # nothing is allocated yet
+            values = self.values_by_phase(self._outlines(config), OUTLINE, config)
+            warn_of_costs(config, self.model, phase_costs(values, config, to_be_saved(self.model, config)))
+        return config
+
+    def _outlines(self, config: Any) -> dict[str, DeltaLayer]:
+        """The layers of an adapter that is about to be made, without memory for what it has in them."""
+        layers = {}
+        with torch.device("meta"):
+            for name, module in walk(self.model):
+                if name in self._targets:
+                    layers[name] = self._new_layer(base_of(module), name)
+                    self._outline_layer(layers[name], config, name)
+        return layers
+
+    def _outline_layer(self, layer: Any, config: Any, name: str) -> None:
+        """Put into a layer that serves for counting alone what a new adapter would have there.
+
+        For a tuner whose `_update_layer` does more than make parameters.
+        """
+        self._update_layer(layer, OUTLINE, config, name)
 
     # -- injection --------------------------------------------------------------------------------------------------
 

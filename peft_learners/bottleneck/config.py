@@ -97,6 +97,9 @@ class BottleneckConfig(PhasedConfig):
             right = "the name of an activation without parameters in transformers.activations.ACT2FN"
             Check(_is_activation, right, f"non_linearity={near[0]!r}")(self, "non_linearity")
 
+    def savings(self) -> dict[str, str]:
+        return {"bottleneck_dim": "smaller adapters", **super().savings()}
+
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}
 

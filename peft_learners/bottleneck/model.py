@@ -123,9 +123,15 @@ class BottleneckModel(PhasedModel):
         elif config.mode == "parallel":
             pair = self._pairs[name]
             layer.update_layer(adapter, config, sizes(self.model.get_submodule(pair.first[0]))[0])
-            self._connect(layer, pair)
         else:
             layer.update_layer(adapter, config, layer.out_features)
+
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
+        name = kwargs["current_key"]
+        layer = self.model.get_submodule(name)
+        if isinstance(layer, BottleneckLinear) and layer.is_parallel(adapter_name):
+            self._connect(layer, self._pairs[name])
 
     def _connect(self, layer: BottleneckLinear, pair: FeedForward) -> None:
         if layer.bottleneck_input is not None:

@@ -28,6 +28,8 @@ GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random
 #: those of biases and norms hold what Trainer exempts from weight decay.
 PARTS = ("far_delta", "far_layernorm_delta", "far_bias_delta")
 
+_PARTS_LEFT_OUT = {"train_embeddings": "neither embeddings nor LM head", "train_attention": "no attention"}
+
 
 def _is_share(value: Any) -> bool:
     return is_number(value) and 0 <= value <= 1
@@ -60,6 +62,7 @@ class FARConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "far"
+    narrowing: ClassVar[tuple[str, ...]] = (*PhasedConfig.narrowing, "train_embeddings", "train_attention")
     default_targets: ClassVar[str] = "all that has parameters"
     display_name: ClassVar[str] = "FAR"
     about: ClassVar[str] = (
@@ -148,6 +151,13 @@ class FARConfig(PhasedConfig):
             )
         if self.ffn_modules is not None:
             self.ffn_modules = [list(pattern) for pattern in self.ffn_modules]
+
+    def savings(self) -> dict[str, str]:
+        found = {f"{name}=False": what for name, what in _PARTS_LEFT_OUT.items() if getattr(self, name)}
+        if not self.discard_unkept:
+            found["discard_unkept=True"] = "what training holds after priming, and the file"
+        low_rank = {"LearnerConfig(priming_epochs=0)": "low-rank updates in place of whole weights"}
+        return {**found, **super().savings(), **low_rank}
 
     def fixed_in_training(self) -> dict[str, Any]:
         names = ("retention_ratio", "granularity", "selection", "seed", "discard_unkept")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import Indices, Shapes
-from ..layers.base import tuner_layers, values_of
+from ..costs import Values
+from ..layers.base import DeltaLayer, tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Entry, Training
 from ..phases.schedule import Phase, Schedule, ScheduleError
@@ -193,6 +197,33 @@ class FARModel(PhasedModel):
 
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT warns of tied weights; here they share one delta
+
+    # -- what an adapter costs --------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: FARConfig) -> dict[str, Values]:
+        """All that trains in priming, and what is left of it, whose number the config decides."""
+
+        def values(cut: bool) -> Values:
+            count: Counter[str] = Counter()
+            for layer in layers.values():
+                shapes = {part: tuple(value.shape) for part, value in layer.parts_of(adapter)}
+                if layer.holds_nodes(adapter):
+                    shapes.update(layer.shapes(adapter, config, cut))
+                count.update({part: math.prod(shape) for part, shape in shapes.items()})
+            frozen = count["far_rest"] + count["far_bias_rest"]
+            indices = count["far_kept"]
+            return Values(count.total() - frozen - indices, frozen, indices * torch.int64.itemsize)
+
+        return {PRIMING: values(cut=False), RECONFIGURED: values(cut=True)}
+
+    def _outlines(self, config: FARConfig) -> dict[str, DeltaLayer]:
+        uncut = copy.copy(config)
+        uncut.reconfigured = False  # there is nothing to cut
+        self._owners = {}
+        layers = super()._outlines(uncut)
+        self._owners = {}
+        return layers
 
     # -- phases -----------------------------------------------------------------------------------------------------
 

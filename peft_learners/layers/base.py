@@ -87,7 +87,7 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
     """All parameters of one adapter, the modules that it saves whole (the head) among them."""
     for module in root.modules():
         if isinstance(module, DeltaLayer):
-            yield from (parameter for _, parameter in module.parts_of(adapter))
+            yield from (value for _, value in module.parts_of(adapter) if isinstance(value, nn.Parameter))
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             yield from module.modules_to_save[adapter].parameters()
 
@@ -146,12 +146,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
 
-    def parts_of(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(name of the container, parameter)` of what the adapter has here and what may train."""
+    def parts_of(self, adapter: str) -> Iterator[tuple[str, Tensor]]:
+        """`(name of the container, parameter, or buffer where it is frozen)` of what the adapter has here."""
         for part in self.adapter_layer_names:
             if adapter in getattr(self, part):
-                for parameter in getattr(self, part)[adapter].parameters():
-                    yield part, parameter
+                held = getattr(self, part)[adapter]
+                yield from ((part, value) for value in itertools.chain(held.parameters(), held.buffers()))
 
     def has_part(self, part: str, adapter: str) -> bool:
         """Whether a container has anything of an adapter."""

@@ -300,10 +300,13 @@ class NASLoRAConfig(PhasedConfig):
         lengths = [(name, steps) for name in searches[over:]]
         return lay_out([*lengths, (RETRAINING, None)], total_steps, begin_anew=True)
 
+    def savings(self) -> dict[str, str]:
+        return {"r": "a smaller search space", **super().savings()}
+
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 
     @property
-    def _found_before(self) -> bool:
+    def found_before(self) -> bool:
         """Whether the adapter was trained in an architecture that another one's search had found."""
         return self.phases_complete and not self.completed_phases
 
@@ -315,7 +318,7 @@ class NASLoRAConfig(PhasedConfig):
             count[phases[0]] = space + _head_size(shapes)
         stored = [math.prod(s) for name, s in shapes.items() if not name.endswith(("_positions", "_scores"))]
         count[phases[self.pruned_rounds]] = sum(stored)
-        return {phases[-1]: count[phases[-1]]} if self._found_before else count
+        return {phases[-1]: count[phases[-1]]} if self.found_before else count
 
     def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         if not self.phases_complete:
@@ -331,7 +334,7 @@ class NASLoRAConfig(PhasedConfig):
         rows.append(["all", "", f"{found.kept:,}", f"{found.space:,}", f"{found.kept / found.space:.1%}"])
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         head = f"The head's {_head_size(shapes):,} parameters are trained besides, and not counted here."
-        origin = "The architecture was not searched in this training, but found before." if self._found_before else ""
+        origin = "The architecture was not searched in this training, but found before." if self.found_before else ""
         text = f"{table}\n\nThe budget is {found.budget:,} parameters. {head} {origin}"
         return {"What is kept": text.rstrip()}
 

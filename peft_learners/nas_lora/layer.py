@@ -151,8 +151,7 @@ class NASLoRALayer(DeltaLayer):
             rank: of the low-rank update in the search space; 0: none.
             bias: whether the layer's bias belongs to the search space.
         """
-        space = self._space(config, name, rank, bias)
-        self.nas_lora_space[adapter] = space
+        space = self.outline(adapter, config, name, rank, bias)
         if config.architecture is None:
             for part in space.shapes:
                 self.put(CONTAINERS[part], adapter, space.initial(part))
@@ -164,13 +163,16 @@ class NASLoRALayer(DeltaLayer):
                 if self.has_values(part, adapter):
                     nn.init.normal_(self.values(part, adapter), std=TEST_STD)
 
-    def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
+    def outline(self, adapter: str, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
+        """Lay out the search space of a new adapter; arguments as for `update_layer`."""
         m, n = int(self.out_features), int(self.in_features)  # type: ignore[arg-type]
         shapes: dict[str, tuple[int, ...]] = {"U": (m, rank), "V": (n, rank)} if rank else {}
         if bias:
             shapes["bias"] = (m,)
         zeros = ("U", "bias") if config.init == "lora" else ("bias",)
-        return Space(shapes, zeros, config.granularity == "structured", config.init_seed, name)
+        space = Space(shapes, zeros, config.granularity == "structured", config.init_seed, name)
+        self.nas_lora_space[adapter] = space
+        return space
 
     def restore_initial(self, adapter: str) -> None:
         """Undo the rounding of a fresh adapter's initial values to the type of a base in half precision."""

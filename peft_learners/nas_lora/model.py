@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import Indices, Shapes
+from ..costs import Values
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
@@ -19,7 +21,7 @@ from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
 from ..structure.targets import matches
 from ..structure.weights import sizes
-from ..tuner import PhasedModel
+from ..tuner import OUTLINE, PhasedModel
 from ..weighted_sum import Combined, acting
 from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
@@ -168,6 +170,39 @@ class NASLoRAModel(PhasedModel):
 
     def _update_layer(self, layer: Any, adapter: str, config: NASLoRAConfig, name: str) -> None:
         layer.update_layer(adapter, config, name, *self._parts.get(name, (0, False)))
+
+    # -- what an adapter costs --------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: NASLoRAConfig) -> dict[str, Values]:
+        """The search space, then the budgets of what is kept of it; in the phase that a pruned adapter is in, what it
+        has kept."""
+        spaces = {layer.nas_lora_space[adapter].name: layer.nas_lora_space[adapter] for layer in layers.values()}
+        units = [(own, part) for own in spaces.values() for part in own.indexed()]
+        space = sum(own.size(part) for own in spaces.values() for part in own.shapes)
+        scored, cheapest = sum(own.size(part) for own, part in units), min(own.cost(part) for own, part in units)
+
+        def values(phase: str, count: int, positions: int, at_most: bool) -> Values:
+            scores = min(scored, count) if phase != RETRAINING and config.criterion != "random" else 0
+            return Values(count, 0, 4 * (positions + scores), at_most)  # int32 and float32
+
+        first, *later = config.phase_names
+        found = {first: values(first, space, 0, at_most=False)}
+        if not config.found_before:
+            budgets = budget_path(space, config.budget_in(space), config.rounds)
+            found |= {
+                phase: values(phase, b, b // cheapest, at_most=True) for phase, b in zip(later, budgets, strict=True)
+            }
+        if config.architecture is not None:
+            kept = {(m, p): count for m, parts in config.architecture.items() for p, (count, _) in parts.items()}
+            count = sum(kept.get((own.name, part), 0) for own in spaces.values() for part in own.shapes)
+            held = (kept.get((own.name, part), 0) * own.whole(part) // own.size(part) for own, part in units)
+            now = config.phase_names[config.pruned_rounds]
+            found[now] = values(now, count, sum(held), at_most=False)
+        return {RETRAINING: found[RETRAINING]} if config.found_before else found
+
+    def _outline_layer(self, layer: Any, config: NASLoRAConfig, name: str) -> None:
+        layer.outline(OUTLINE, config, name, *self._parts.get(name, (0, False)))  # initial values need memory
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)

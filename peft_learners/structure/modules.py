@@ -159,6 +159,19 @@ def block_names(model: nn.Module) -> list[str]:
     ]
 
 
+def block_indices(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """`{name: index of the outermost block that it lies in}` for those of `names` that lie in a numbered one."""
+    blocks = {name for name in block_names(model) if name.rpartition(".")[2].isdigit()}
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        holders = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        outermost = next((holder for holder in holders if holder in blocks), None)
+        if outermost is not None:
+            found[name] = int(outermost.rpartition(".")[2])
+    return found
+
+
 def norm_names(model: nn.Module) -> list[str]:
     """Norms inside the backbone's blocks (not the embeddings' norm, nor a final one)."""
     blocks = set(block_names(model))
