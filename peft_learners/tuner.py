@@ -26,6 +26,7 @@ from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .structure.targets import TargetChoice
 from .weighted_sum import Combined, add_combined
+from .wrapping import original_model, take_out
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -53,6 +54,12 @@ class PhasedModel(TargetChoice):
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
     _to_merge: list[str] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        model = original_model(model, type(config).__name__)
+        take_out(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -346,8 +353,11 @@ class PhasedModel(TargetChoice):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        layers = list(tuner_layers(self.model))
         with self._merging(adapter_names):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.let_go()
         PhaseDriver.forget(model)
         return model
 

@@ -86,6 +86,10 @@ class BottleneckLinear(BottleneckLayer):
         self.add_parameter("bottleneck_up", adapter, config, self.out_features, width)
         self.add_parameter("bottleneck_up_bias", adapter, config, self.out_features)
 
+    def let_go(self) -> None:
+        if self.bottleneck_input is not None:
+            self.bottleneck_input.disconnect()
+
     def is_parallel(self, adapter: str) -> bool:
         """Whether the adapter is here, and gets the feed-forward network's input."""
         return self.bottleneck_mode.get(adapter) == "parallel"

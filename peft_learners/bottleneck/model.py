@@ -146,11 +146,3 @@ class BottleneckModel(PhasedModel):
             "add_weighted_adapter: bottleneck adapters are not linear, so that the weighted sum of their weights is "
             "not the sum of what they do. Use them together: model.base_model.set_adapter([...]) adds them up."
         )
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if isinstance(module, BottleneckLinear)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for layer in layers:
-            if layer.bottleneck_input is not None:
-                layer.bottleneck_input.disconnect()
-        return model

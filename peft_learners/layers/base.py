@@ -174,6 +174,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             nn.init.normal_(value, std=TEST_STD)
         getattr(self, part)[adapter] = nn.Parameter(value)
 
+    def let_go(self) -> None:
+        """The layer is about to give its place back to its base: undo what was put outside of it."""
+
     def is_active(self, adapter: str) -> bool:
         """Whether the adapter changes what this layer computes."""
         return self.has_adapter(adapter)
