@@ -51,7 +51,8 @@ def take_out(model: nn.Module, adapter: str) -> None:
         if not isinstance(layer, DeltaLayer):
             raise ValueError(
                 f"The model still holds the adapter {adapter!r} of an earlier call: {name} is a "
-                f"{type(layer).__name__} of {type(layer).__module__.rpartition('.')[0]}, which would go on acting below the new adapter. "
+                f"{type(layer).__name__} of {type(layer).__module__.rpartition('.')[0]}, which would go on acting "
+                "below the new adapter. "
                 "Take it out first (`base = model.unload()`, with the model that get_peft_model had returned), or "
                 "load the base model anew."
             )
