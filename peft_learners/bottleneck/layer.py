@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -62,8 +63,9 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_down_bias = nn.ParameterDict({})
         self.bottleneck_up = nn.ParameterDict({})
         self.bottleneck_up_bias = nn.ParameterDict({})
-        self.bottleneck_activation = nn.ModuleDict({})
-        self.bottleneck_dropout = nn.ModuleDict({})
+        # No modules: they would be found by the endings of their names, as modules_to_save are.
+        self.bottleneck_activation: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.bottleneck_dropout: dict[str, float] = {}
         self.bottleneck_mode: dict[str, str] = {}
         self.bottleneck_scaling: dict[str, float] = {}
         #: Of the feed-forward network, for parallel adapters.
@@ -80,7 +82,7 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_mode[adapter] = config.mode
         self.bottleneck_scaling[adapter] = float(config.scaling)
         self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
-        self.bottleneck_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
+        self.bottleneck_dropout[adapter] = float(config.dropout)
         self.add_parameter("bottleneck_down", adapter, config, width, features, kaiming=True)
         self.add_parameter("bottleneck_down_bias", adapter, config, width)
         self.add_parameter("bottleneck_up", adapter, config, self.out_features, width)
@@ -147,7 +149,8 @@ class BottleneckLinear(BottleneckLayer):
         assert z is not None
         down = self.bottleneck_down[adapter]
         hidden = F.linear(self._cast_input_dtype(z, down.dtype), down, self.bottleneck_down_bias[adapter])
-        hidden = self.bottleneck_dropout[adapter](self.bottleneck_activation[adapter](hidden))
+        hidden = self.bottleneck_activation[adapter](hidden)
+        hidden = F.dropout(hidden, self.bottleneck_dropout[adapter], self.training)
         update = F.linear(hidden, self.bottleneck_up[adapter], self.bottleneck_up_bias[adapter])
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 

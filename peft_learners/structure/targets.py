@@ -21,7 +21,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PhasedConfig
-from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
+from .heads import warn_of_rest, whole_modules
+from .modules import is_linear, is_norm, linear_names, norm_names, original_of, walk
 from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
@@ -34,6 +35,10 @@ class TargetChoice(BaseTuner):
 
     def _found_targets(self, config: Any, model: nn.Module) -> list[str]:
         """The modules to adapt as the model's structure tells them: where `target_modules` is None or 'all-linear'."""
+        raise NotImplementedError
+
+    def _new_layer(self, module: nn.Module, name: str) -> nn.Module:
+        """A tuner layer, still without adapters, to stand in for a module of the model."""
         raise NotImplementedError
 
     def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
@@ -64,10 +69,12 @@ class TargetChoice(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, PhasedConfig)
-        head = new_head(self.model)
-        if head:
-            saved = list(peft_config.modules_to_save or [])
-            peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
+        given = list(peft_config.modules_to_save or [])
+        kind, by_structure = type(peft_config).__name__, peft_config.target_modules is None
+        elsewhere = self._named_elsewhere(peft_config)
+        saved, apart = whole_modules(self.model, given, elsewhere, self._own_names(), kind)
+        if saved != given:
+            peft_config.write("modules_to_save", saved)
         excluded = peft_config.exclude_modules
         if excluded and not isinstance(excluded, str):
             names = [name for name, _ in walk(self.model)]
@@ -77,7 +84,20 @@ class TargetChoice(BaseTuner):
         self._targets: set[str] = set()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)
+        if not peft_config.inference_mode:
+            warn_of_rest(self.model, saved, apart, self._targets | elsewhere, by_structure, kind)
         return peft_config
+
+    def _named_elsewhere(self, config: PhasedConfig) -> set[str]:
+        """Modules that the config excludes, or names as targets by their whole names."""
+        targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        excluded = config.exclude_modules or ()
+        return {name for name, _ in walk(self.model) if name and (name in targets or matches(name, excluded))}
+
+    def _own_names(self) -> set[str]:
+        """Names of the modules in the tuner's layers."""
+        examples = [nn.Linear(1, 1), nn.LayerNorm(1)]
+        return {name for module in examples for name, _ in self._new_layer(module, "").named_children()}
 
     def _matches(self, config: PhasedConfig, key: str) -> Any:
         """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
