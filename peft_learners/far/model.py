@@ -300,7 +300,8 @@ class FARModel(PhasedModel):
             cls.restart(root, adapter, config, optimizer)
             return
         for layer in cls._cuttable(root, adapter):
-            layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept, optimizer)
+            rows = torch.arange(layer.kept_rows(adapter, config), device="cpu")
+            layer.cut(adapter, rows, config.discard_unkept, optimizer)
         config.write("reconfigured", True)
 
 

@@ -165,7 +165,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def add_parameter(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
         """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
-        value = torch.empty(*shape)
+        # Drawn on the CPU in float32, whatever torch's defaults are; PEFT moves it to the base layer.
+        drawn = None if any(p.is_meta for p in self.base_layer.parameters()) else "cpu"
+        value = torch.empty(*shape, dtype=torch.float32, device=drawn)
         if kaiming:
             nn.init.kaiming_uniform_(value, a=math.sqrt(5))
         elif config.init_weights:

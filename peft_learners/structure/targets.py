@@ -96,7 +96,7 @@ class TargetChoice(BaseTuner):
 
     def _own_names(self) -> set[str]:
         """Names of the modules in the tuner's layers."""
-        examples = [nn.Linear(1, 1), nn.LayerNorm(1)]
+        examples = [nn.Linear(1, 1, device="meta"), nn.LayerNorm(1, device="meta")]  # no random numbers are drawn
         return {name for module in examples for name, _ in self._new_layer(module, "").named_children()}
 
     def _matches(self, config: PhasedConfig, key: str) -> Any:
