@@ -103,6 +103,9 @@ class FARModel(PhasedModel):
                 stacklevel=2,
             )
 
+    def _warn_of_left_out(self, config: Any, model: nn.Module) -> None:
+        """What FAR leaves out, `_warn_of_frozen` names."""
+
     def _is_supported(self, module: nn.Module) -> bool:
         base = base_of(module)
         return is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))

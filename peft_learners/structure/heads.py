@@ -120,8 +120,8 @@ def warn_of_rest(
     good = [name for name, reason in apart.items() if not reason]
     if good:
         _warn(
-            f"The {type(model).__name__} holds {len(inner)} transformers models ({_short(inner)}), so that structure "
-            f"does not tell what is new in it. The values of {_short(good)} stay as they are and are not in the "
+            f"The {type(model).__name__} holds {len(inner)} transformers models ({short(inner)}), so that structure "
+            f"does not tell what is new in it. The values of {short(good)} stay as they are and are not in the "
             f"adapter's file. If they are new: {config}(modules_to_save={saved + good})."
         )
     for name, reason in apart.items():
@@ -136,7 +136,7 @@ def warn_of_rest(
     lost = [n for n in bare if not (is_within(n, targets) or any(_owner(n).endswith(entry) for entry in saved))]
     if lost:
         _warn(
-            f"Outside the pretrained model of the {type(model).__name__}, but frozen and unsaved: {_short(lost)}, of "
+            f"Outside the pretrained model of the {type(model).__name__}, but frozen and unsaved: {short(lost)}, of "
             "no module that could be copied without parameters of the pretrained model. What of it is new belongs "
             "into a module of its own (self.new = New(), which is called). That is found by itself, as "
             f"{config}(modules_to_save=['new']) names it."
@@ -145,7 +145,7 @@ def warn_of_rest(
     if frozen:
         _warn(
             f"Outside the pretrained model of the {type(model).__name__}, and frozen before the adapter was added: "
-            f"{_short(frozen)}. It counts as new, and is trained whole and saved. To leave it alone: "
+            f"{short(frozen)}. It counts as new, and is trained whole and saved. To leave it alone: "
             f"{config}(exclude_modules={_regex(frozen)})."
         )
 
@@ -159,7 +159,7 @@ def _warn_of_plain_head(model: nn.Module, saved: list[str], targets: Collection[
     idle = [n for n in found if not (is_within(n, targets) or any(n.endswith(entry) for entry in saved))]
     if idle:
         _warn(
-            f"Frozen, and not in the adapter's file: {_short(idle)} of the {type(model).__name__}. If that is new (a "
+            f"Frozen, and not in the adapter's file: {short(idle)} of the {type(model).__name__}. If that is new (a "
             f"head): {config}(modules_to_save={[*saved, *idle]})."
         )
 
@@ -189,7 +189,7 @@ def _regex(names: Sequence[str]) -> str:
     return repr("|".join(map(re.escape, names)))
 
 
-def _short(names: Sequence[str]) -> str:
+def short(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f", ... ({len(names)} in all)" if len(names) > 5 else "")
 
 

@@ -222,3 +222,17 @@ def block_linear_names(model: nn.Module) -> list[str]:
     """Linear layers inside the backbone's blocks."""
     blocks = set(block_names(model))
     return [name for name in linear_names(model) if is_within(name, blocks)]
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of three dimensions or more in the backbone's blocks that no linear layer, convolution or norm holds:
+    fused experts (Mixtral, gpt-oss), XLNet's projections. A tuner layer stands in for none of them."""
+    blocks = set(block_names(model))
+    return {
+        f"{name}.{own}": parameter
+        for name, module in walk(model)
+        if is_within(name, blocks) and not (is_linear(module) or is_norm(module))
+        if "conv" not in type(base_of(module)).__name__.lower()
+        for own, parameter in base_of(module).named_parameters(recurse=False)
+        if parameter.dim() > 2
+    }

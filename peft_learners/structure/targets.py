@@ -21,8 +21,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PhasedConfig
-from .heads import warn_of_rest, whole_modules
-from .modules import is_linear, is_norm, linear_names, norm_names, original_of, walk
+from .heads import short, warn_of_rest, whole_modules
+from .modules import is_linear, is_norm, linear_names, norm_names, original_of, stacked_parameters, walk
 from .weights import base_of, float_weight, is_offloaded, stored_as
 
 
@@ -71,6 +71,7 @@ class TargetChoice(BaseTuner):
         assert isinstance(peft_config, PhasedConfig)
         given = list(peft_config.modules_to_save or [])
         kind, by_structure = type(peft_config).__name__, peft_config.target_modules is None
+        named = names_modules(peft_config.target_modules)
         elsewhere = self._named_elsewhere(peft_config)
         saved, apart = whole_modules(self.model, given, elsewhere, self._own_names(), kind)
         if saved != given:
@@ -85,8 +86,25 @@ class TargetChoice(BaseTuner):
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)
         if not peft_config.inference_mode:
+            if not named:
+                self._warn_of_left_out(peft_config, self.model)
             warn_of_rest(self.model, saved, apart, self._targets | elsewhere, by_structure, kind)
         return peft_config
+
+    def _warn_of_left_out(self, config: PhasedConfig, model: nn.Module) -> None:
+        """Name what an adapter would be put on, were it linear layers. For where the user names no modules."""
+        found = stacked_parameters(model)
+        holders = self._names_among(config, sorted({name.rpartition(".")[0] for name in found})) - self._targets
+        left = {name: p.numel() for name, p in found.items() if name.rpartition(".")[0] in holders}
+        if left:
+            last = sorted({name.rpartition(".")[2] for name in left})
+            warnings.warn(
+                f"{type(config).__name__} leaves {len(left)} parameters of the {type(model).__name__}, with "
+                f"{sum(left.values()):,} entries, as they are: {short(list(left))}. They belong to no linear layer, "
+                "where an adapter of this kind would go. PEFT's LoRA adapts fused experts: "
+                f"LoraConfig(target_parameters={last}).",
+                stacklevel=2,
+            )
 
     def _named_elsewhere(self, config: PhasedConfig) -> set[str]:
         """Modules that the config excludes, or names as targets by their whole names."""
