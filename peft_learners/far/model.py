@@ -258,13 +258,14 @@ class FARModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
-        """Name layers whose weights did not move while others did."""
-        moved = {name: bool(delta.any()) for name, delta in values_of(root, adapter, "far_delta").items()}
-        idle = [name for name, any_moved in moved.items() if not any_moved]
-        if idle and any(moved.values()) and config.init_weights:
+        """Name modules whose weights did not move while others did, save those that someone froze."""
+        deltas = values_of(root, adapter, "far_delta").items()
+        idle = [name for name, delta in deltas if delta.requires_grad and not delta.any()]
+        if idle and config.init_weights and any(bool(delta.any()) for _, delta in deltas):
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}): the "
-                "model does not seem to use them in this task. Leave them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}), "
+                "while others moved: they had no gradient. The model may have skipped them in each step so far (layer-"
+                "drop). If this task never uses them, leave them out with exclude_modules.",
                 stacklevel=2,
             )
 

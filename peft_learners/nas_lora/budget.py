@@ -173,12 +173,14 @@ def _unit_scores(
     for (layer, part), own, scores in zip(scored, elements, found, strict=True):
         if own is None:
             scores.fill_(last)
-            idle.append(f"{part} of {layer.nas_lora_space[adapter].name}")
+            if dict(layer.scored(adapter))[part].requires_grad:  # else someone froze it
+                idle.append(f"{part} of {layer.nas_lora_space[adapter].name}")
     if idle:
         warnings.warn(
             f"{len(idle)} updates of the adapter {adapter!r} (first: {idle[0]}) never had a gradient in the search. "
-            "They are pruned first: the model does not use those modules, or reads their weights without a call. "
-            "Leave them out with exclude_modules.",
+            "They are pruned first. The model may have skipped those modules in each step of the search (layer-drop), "
+            "not need them for this task, or read their weights without calling them; in the latter cases leave them "
+            "out with exclude_modules.",
             stacklevel=2,
         )
     return [scores.double() for scores in found]
