@@ -139,9 +139,10 @@ class PhaseDriver:
             for record in (driver.schedules, driver._phase):
                 record.pop(adapter, None)
             driver._observe(adapter, None)
-        if driver is not None and not (adapter and driver.schedules):
-            driver._stop_observing()
-            del root.__dict__[_ATTRIBUTE]
+        if driver is None or adapter is None or not driver.schedules:
+            if driver is not None:
+                driver._stop_observing()
+            root.__dict__.pop(_ATTRIBUTE, None)  # in a copied model there is a None
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         return None  # a copied model starts without a driver
