@@ -32,6 +32,7 @@ from .config import PhasedConfig
 from .costs import FLOAT32, PhaseCost, Values, phase_costs, saved_copies, to_be_saved, warn_of_costs
 from .layers.base import (
     BASE_ADAPTER,
+    OUTLINE,
     DeltaLayer,
     check_adapter_name,
     check_mergeable,
@@ -46,9 +47,7 @@ from .structure.modules import walk
 from .structure.targets import TargetChoice
 from .structure.weights import base_of
 from .weighted_sum import Combined, add_combined
-
-#: Name of the adapter in layers that are made to be counted.
-OUTLINE = "outline"
+from .wrapping import original_model, take_out
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -94,6 +93,12 @@ class PhasedModel(TargetChoice):
     #: Parts that an adapter has in some phases only.
     passing_parts: ClassVar[tuple[str, ...]] = ()
     _to_merge: list[str] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        model = original_model(model, type(config).__name__)
+        take_out(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -483,8 +488,11 @@ class PhasedModel(TargetChoice):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        layers = list(tuner_layers(self.model))
         with self._merging(adapter_names):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.let_go()
         PhaseDriver.forget(model)
         hooks = model._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state]:

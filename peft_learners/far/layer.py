@@ -90,7 +90,7 @@ class FARLayer(DeltaLayer):
                 )
         if config.reconfigured and self.holds_nodes(adapter):
             length = self.length(adapter)
-            rows = torch.arange(length) if config.init_weights else torch.randperm(length)
+            rows = (torch.arange if config.init_weights else torch.randperm)(length, device="cpu")
             self.cut(adapter, rows[: self.kept_rows(adapter, config)].sort().values, config.discard_unkept)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:

@@ -107,6 +107,9 @@ class FARModel(PhasedModel):
                 stacklevel=2,
             )
 
+    def _warn_of_left_out(self, config: Any, model: nn.Module) -> None:
+        """What FAR leaves out, `_warn_of_frozen` names."""
+
     def _is_supported(self, module: nn.Module) -> bool:
         base = base_of(module)
         return is_linear(module) or any(p.is_floating_point() for p in base.parameters(recurse=False))
@@ -290,13 +293,14 @@ class FARModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
-        """Name layers whose weights did not move while others did."""
-        moved = {name: bool(delta.any()) for name, delta in values_of(root, adapter, "far_delta").items()}
-        idle = [name for name, any_moved in moved.items() if not any_moved]
-        if idle and any(moved.values()) and config.init_weights:
+        """Name modules whose weights did not move while others did, save those that someone froze."""
+        deltas = values_of(root, adapter, "far_delta").items()
+        idle = [name for name, delta in deltas if delta.requires_grad and not delta.any()]
+        if idle and config.init_weights and any(bool(delta.any()) for _, delta in deltas):
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}): the "
-                "model does not seem to use them in this task. Leave them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}), "
+                "while others moved: they had no gradient. The model may have skipped them in each step so far (layer-"
+                "drop). If this task never uses them, leave them out with exclude_modules.",
                 stacklevel=2,
             )
 
@@ -359,7 +363,8 @@ class FARModel(PhasedModel):
             cls.restart(root, adapter, config, optimizer)
             return
         for layer in cls._cuttable(root, adapter):
-            layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept, optimizer)
+            rows = torch.arange(layer.kept_rows(adapter, config), device="cpu")
+            layer.cut(adapter, rows, config.discard_unkept, optimizer)
         config.write("reconfigured", True)
 
 

@@ -45,7 +45,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_P1 = nn.ModuleDict()
         self.learner_P2 = nn.ModuleDict()
         self.learner_dense_delta = nn.ModuleDict()
-        self.learner_dropout = nn.ModuleDict({})
+        self.learner_dropout: dict[str, float] = {}
         self.learner_r: dict[str, int] = {}
         self.learner_scaling: dict[str, float] = {}
         self.learner_lr_scale: dict[str, float] = {}
@@ -63,8 +63,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_r[adapter] = rank
         self.learner_scaling[adapter] = float(config.scaling)
         self.learner_lr_scale[adapter] = float(config.priming_lr_scale)
-        dropout = nn.Dropout(config.learner_dropout) if config.learner_dropout > 0 else nn.Identity()
-        self.learner_dropout[adapter] = dropout
+        self.learner_dropout[adapter] = float(config.learner_dropout)
         self.add_parameter("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
         self.add_parameter("learner_P2", adapter, config, self.out_features, rank)
         if config.train_biases and getattr(self.get_base_layer(), "bias", None) is not None:
@@ -93,8 +92,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         return self.value("learner_bias_delta", adapter) if adapter in self.learner_bias_delta else None
 
     def dropout(self, adapter: str) -> float:
-        dropout = self.learner_dropout[adapter]
-        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return self.learner_dropout[adapter] if self.training else 0.0
 
     # -- folding ----------------------------------------------------------------------------------------------------
 

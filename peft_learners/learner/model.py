@@ -274,14 +274,16 @@ class LearnerModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase) -> None:
-        """Name primed layers that did not move while others did: their weights are read without calling them."""
-        idle = [name for name, theta in values_of(root, adapter, DENSE_PART).items() if not theta.any()]
+        """Name primed layers that did not move while others did, save those that someone froze."""
+        thetas = values_of(root, adapter, DENSE_PART).items()
+        idle = [name for name, theta in thetas if theta.requires_grad and not theta.any()]
         others_moved = any(p2.any() for p2 in values_of(root, adapter, "learner_P2").values())
         if phase.name == PRIMING and config.init_weights and idle and others_moved:
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
-                "that the model reads their weights without calling them, so that a Learner there has no effect. "
-                "Leave them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}), "
+                "while others moved: they had no gradient. The model may have skipped them in each step so far (layer-"
+                "drop), or not need them for this task; or it reads their weights without calling them, and then a "
+                "Learner there has no effect. In the latter cases leave them out with exclude_modules.",
                 stacklevel=2,
             )
 

@@ -74,9 +74,10 @@ class Space:
     def initial(self, part: str, salt: str = "") -> Tensor:
         """The initial values of a part in full: zero or normal, float32, on the CPU."""
         if part in self.zeros:
-            return torch.zeros(self.shapes[part])
+            return torch.zeros(self.shapes[part], dtype=torch.float32, device="cpu")
         generator = generator_of(self.seed, f"{self.name}/{part}{salt}")
-        return torch.randn(self.shapes[part], generator=generator) * (1 / math.sqrt(self.shapes[part][0]))
+        value = torch.randn(self.shapes[part], generator=generator, dtype=torch.float32, device="cpu")
+        return value * (1 / math.sqrt(self.shapes[part][0]))
 
     def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
         """What of a part in full lies at the positions of its kept units."""
@@ -203,9 +204,10 @@ class NASLoRALayer(DeltaLayer):
                 )
             units = kept * space.whole(part) // of
             if config.init_weights:
-                positions[part] = torch.full((units,), UNKNOWN)
+                positions[part] = torch.full((units,), UNKNOWN, device="cpu")
             else:
-                order = torch.randperm(space.whole(part), generator=generator_of(config.init_seed, space.name))
+                generator = generator_of(config.init_seed, space.name)
+                order = torch.randperm(space.whole(part), generator=generator, device="cpu")
                 positions[part] = order[:units].sort().values
         return positions if given is None else given
 
@@ -230,13 +232,13 @@ class NASLoRALayer(DeltaLayer):
         """
         space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
-        nothing = torch.empty(0, dtype=torch.int32)
+        nothing = torch.empty(0, dtype=torch.int32, device="cpu")
         super().make_whole(adapter)
         for part in space.shapes:
             held = self.positions(part)
             own = None if positions is None else positions.get(space.index_of(part), nothing)
             if own is not None and len(own) and int(own.min()) == UNKNOWN:
-                value = torch.zeros(space.shape(part, len(own)))
+                value = torch.zeros(space.shape(part, len(own)), dtype=torch.float32, device="cpu")
             else:
                 value = space.initial(part, salt)
                 value = value if own is None else space.at(value, part, own.long().cpu())
@@ -259,7 +261,7 @@ class NASLoRALayer(DeltaLayer):
         super().make_whole(adapter)
         for part in self.nas_lora_space[adapter].shapes if self.has_adapter(adapter) else ():
             if not self.has_values(part, adapter):  # of an adapter that was loaded pruned
-                self.put(CONTAINERS[part], adapter, torch.empty(0, device=self._device()))
+                self.put(CONTAINERS[part], adapter, torch.empty(0, dtype=torch.float32, device=self._device()))
                 self.leaf(CONTAINERS[part], adapter).is_empty = True
 
     def is_pruned(self, adapter: str) -> bool:
@@ -286,7 +288,7 @@ class NASLoRALayer(DeltaLayer):
             if adapter in held:
                 found[part] = held[adapter].cpu()
             elif self.units(adapter, part):
-                found[part] = torch.arange(self.units(adapter, part), dtype=torch.int32)
+                found[part] = torch.arange(self.units(adapter, part), dtype=torch.int32, device="cpu")
         return found
 
     def knows_positions(self, adapter: str) -> bool:

@@ -228,10 +228,10 @@ class NASLoRAModel(PhasedModel):
         for name, pair in found.low_rank.items():
             for part, length in (("U", len(pair.b)), ("V", pair.a.shape[1])):
                 counts[name][part] = [pair.rank * length, rank * length]
-            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32)
+            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32, device="cpu")
         for name, bias in found.biases.items():
             counts[name]["bias"] = [len(bias), len(bias)]
-            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32)
+            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32, device="cpu")
         summed = replace(
             configs[0],
             init_weights=True,
