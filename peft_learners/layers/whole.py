@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import other
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 
@@ -16,7 +17,7 @@ class _Later(dict[str, str]):
         return iter(())
 
 
-class WholeModules(ModulesToSaveWrapper):
+class ModulesToSaveWrapper(other.ModulesToSaveWrapper):
     """PEFT's wrapper of a module that is trained whole, with another order of loading.
 
     PEFT gives the values in a file the names that they have in the model, before it asks the tuner; where one is
@@ -37,11 +38,11 @@ class WholeModules(ModulesToSaveWrapper):
 
 def leave_to_tuner(root: nn.Module, adapter: str) -> None:
     """Let the tuner load what an adapter saves whole."""
-    wrappers: list[Any] = [module for module in root.modules() if isinstance(module, ModulesToSaveWrapper)]
+    wrappers: list[Any] = [module for module in root.modules() if isinstance(module, other.ModulesToSaveWrapper)]
     for wrapper in wrappers:
         if adapter in wrapper.modules_to_save:
-            if not isinstance(wrapper, WholeModules):  # PEFT has no place for another class than its own
-                wrapper.__class__ = WholeModules
+            if not isinstance(wrapper, ModulesToSaveWrapper):  # PEFT has no place for another class than its own
+                wrapper.__class__ = ModulesToSaveWrapper
                 wrapper.left_to_tuner = set()
             wrapper.left_to_tuner.add(adapter)
 
