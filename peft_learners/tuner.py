@@ -26,7 +26,7 @@ from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .structure.targets import TargetChoice
 from .weighted_sum import Combined, add_combined
-from .wrapping import original_model, take_out
+from .wrapping import original_model, put_back_empty, take_out
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -186,6 +186,7 @@ class PhasedModel(TargetChoice):
         check_adapter_name(adapter_name)
         config.claim(model, adapter_name)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        put_back_empty(model)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
 
     def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
