@@ -47,7 +47,7 @@ from .structure.modules import walk
 from .structure.targets import TargetChoice
 from .structure.weights import base_of
 from .weighted_sum import Combined, add_combined
-from .wrapping import original_model, take_out
+from .wrapping import original_model, put_back_empty, take_out
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -314,6 +314,7 @@ class PhasedModel(TargetChoice):
         sources = [name for name, other in self.peft_config.items() if config.is_clone_of(other)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_to_tuner(model, adapter_name)
+        put_back_empty(model)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
         PhaseDriver.of(model)  # it notices when the model is copied
         for layer in tuner_layers(model) if sources else ():

@@ -6,7 +6,7 @@ import warnings
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .layers.base import DeltaLayer
@@ -79,6 +79,14 @@ def take_out(model: nn.Module, adapter: str) -> None:
             else:
                 module.let_go()
                 _put(model, name, module.base_layer)
+
+
+def put_back_empty(model: nn.Module) -> None:
+    """Undo the wrapping of modules without values. PEFT saves whole what ends like a name, for a head called `out`
+    every dropout, and mixed batches can't go through what it wraps but linear layers and the like."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper) and not module.original_module.state_dict():
+            _put(model, name, module.original_module)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -71,11 +71,19 @@ def is_norm(module: nn.Module) -> bool:
 def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
     """`{name: module}` of the transformers models in a module of the user's own; {} where it is one itself."""
     found: dict[str, nn.Module] = {}
-    if not isinstance(model, PreTrainedModel):
+    if not _is_transformers(model):
         for name, module in walk(model):
-            if isinstance(original_of(module), PreTrainedModel) and not is_within(name, found):
+            if name and isinstance(original_of(module), PreTrainedModel) and not is_within(name, found):
                 found[name] = original_of(module)
     return found
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether transformers tells what of a model is new. Not of a class of one's own around a model of any name."""
+    if not isinstance(model, PreTrainedModel) or _backbone_prefix(model):
+        return isinstance(model, PreTrainedModel)
+    definer = next(of for of in type(model).__mro__ if "forward" in vars(of))
+    return definer.__module__.startswith(("transformers.", "transformers_modules.")) or bool(_lm_head(model))
 
 
 def transformers_model(model: nn.Module) -> tuple[str, nn.Module]:
@@ -98,7 +106,11 @@ def _backbone_prefix(model: nn.Module) -> str:
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The pretrained LM head, or None."""
-    get = getattr(transformers_model(model)[1], "get_output_embeddings", None)
+    return _lm_head(transformers_model(model)[1])
+
+
+def _lm_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
     if get is None:
         return None
     try:

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+import transformers as tf
 import zoo
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -111,6 +112,22 @@ def test_new_head(tuner, given, tmp_path):
     assert torch.equal(logits_of(back, zoo.inputs_of("bert", model)), logits)
 
 
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-structured", "bottleneck-sequential"])
+def test_mixed_batch(tuner):
+    """Rows of several adapters, each with its head. `dropout` ends like `out`, too, and is left as it was."""
+    base = Net()
+    torch.manual_seed(2)
+    model = get_peft_model(base, TUNERS[tuner].config(init_weights=False))
+    model.add_adapter("other", TUNERS[tuner].config(init_weights=False))
+    assert type(base.bert.embeddings.dropout) is nn.Dropout
+    inputs, names = zoo.inputs_of("bert", model), ["default", "other", "__base__"]
+    rows = logits_of(model, {**inputs, "adapter_names": names})
+    for row, name in enumerate(names[:2]):
+        model.set_adapter(name)
+        torch.testing.assert_close(rows[row], logits_of(model, inputs)[row], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows[2], logits_of(Net(), inputs)[2], rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("tuner", METHODS)
 def test_targets_are_the_backbones(tuner):
     """An adapter is put where it is on the transformers model alone, its head and LM head told as there."""
@@ -119,6 +136,28 @@ def test_targets_are_the_backbones(tuner):
     assert model.targeted_module_names == [f"inner.lm.{name}" for name in alone.targeted_module_names]
     assert sorted(model.peft_config["default"].modules_to_save) == ["heads.0", "heads.1", "inner.proj"]
     assert not alone.peft_config["default"].modules_to_save
+
+
+@pytest.mark.parametrize("prefix", ["", "encoder"])
+def test_own_pretrained_class(prefix):
+    """A `PreTrainedModel` of one's own, with and without the backbone's name in its class."""
+
+    class Mine(tf.PreTrainedModel):
+        config_class = tf.BertConfig
+        base_model_prefix = prefix
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.encoder, self.out = tf.BertModel(config, add_pooling_layer=False), nn.Linear(16, 2)
+            self.post_init()
+
+        def forward(self, input_ids):
+            return self.out(self.encoder(input_ids).last_hidden_state[:, 0])
+
+    config = tf.BertConfig(**zoo.SMALL, attn_implementation="eager")
+    model = get_peft_model(Mine(config), LearnerConfig(r=2))
+    assert model.peft_config["default"].modules_to_save == ["out"]
+    assert all(name.startswith("encoder.") for name in model.targeted_module_names)
 
 
 def test_task_model_inside():
