@@ -194,6 +194,21 @@ def count_of(tuner: str, key: str) -> int:
 
 
 @every_way
+@pytest.mark.parametrize("tuner", WITH_INDICES)
+def test_shape_of_indices(tuner, how, tmp_path: Path):
+    """Indices of another shape are refused, too."""
+    damages: dict[str, tuple[Damage, str]] = {
+        "one number": (replaced(INDEX_KEYS[tuner], lambda v: v.flatten()[0]), "shapes differ|values are missing"),
+        "a matrix": (replaced(INDEX_KEYS[tuner], lambda v: v.unsqueeze(0)), "shapes differ"),
+        "more": (
+            replaced(INDEX_KEYS[tuner], lambda v: torch.arange(len(v) + 1, dtype=v.dtype)),
+            "shapes differ|0 to 0|must keep the nodes",
+        ),
+    }
+    assert_refused(tuner, how, damages, tmp_path)
+
+
+@every_way
 @pytest.mark.parametrize("tuner", ["far", "far-output-node", "nas-unstructured"])
 def test_order_of_indices(tuner, how, tmp_path: Path):
     """Indices just out of range, twice the same, and unsorted ones are refused."""
@@ -323,9 +338,7 @@ def test_head_missing(tuner, how, tmp_path: Path):
     def without(*endings: str) -> Damage:
         return lambda values: {key: value for key, value in values.items() if not key.endswith(endings)}
 
-    words = (
-        r"{} of 2 values of the modules that are saved whole .* missing \(first: base_model\.model\.classifier\.{}\)"
-    )
+    words = r"{} of 2 values of the modules that are saved whole .* \(first: base_model\.model\.classifier\.{}\)"
     damages: dict[str, tuple[Damage, str]] = {
         "bias": (without("classifier.bias"), words.format(1, "bias")),
         "all": (without("classifier.weight", "classifier.bias"), words.format(2, "weight")),
