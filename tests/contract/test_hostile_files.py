@@ -284,6 +284,23 @@ def test_base_model(tuner, how, tmp_path: Path):
     assert_refused(tuner, how, damages, tmp_path)
 
 
+@pytest.mark.verb(
+    "model.load_adapter (transformers)",
+    limit="without a look at the file but for indices: it can hold weights of the base model, as LoRA's can; load "
+    "files of unknown origin with PEFT's",
+)
+@pytest.mark.parametrize("tuner", ONE_OF_EACH)
+def test_transformers_writes_all(tuner, tmp_path: Path):
+    """transformers' own `load_adapter` lets a file write to the base model, of which no tuner hears."""
+    model, _ = base_and_inputs(tuner)
+    name = "bert.embeddings.position_embeddings.weight"
+    given = model.get_parameter(name) + 1
+    if tuner == "far":  # which adapts it
+        name = "bert.embeddings.position_embeddings.base_layer.weight"
+    model.load_adapter(str(damaged(tuner, added(f"base_model.model.{name}", given), tmp_path)))
+    assert torch.equal(model.get_parameter(name), given)
+
+
 def test_no_place(tmp_path: Path):
     """Values without a place in the model are left out, with a warning."""
     inputs = trained_once("learner", ARCH).inputs

@@ -17,7 +17,6 @@ import zoo
 from forks import Warm
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file, save_file
 from training import Around, Rows, arguments, far, learner, nas, trainer
 from zoo import causal_lm, logits_of
 
@@ -144,13 +143,6 @@ def convert(folder: Path) -> None:
         convert_to_lora(learner("bert", init_weights=False), rank=2)
 
 
-def load_without_head(folder: Path) -> None:
-    learner("bert").save_pretrained(folder)
-    file = folder / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "classifier.weight" not in k}, file)
-    PeftModel.from_pretrained(zoo.build("bert"), folder)
-
-
 def resume_inside_another_module(folder: Path) -> None:
     trainer(Around(far()), arguments(folder, save_strategy="steps", save_steps=4)).train()
     trainer(Around(far()), arguments(folder)).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
@@ -167,7 +159,6 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Only one adapter can be set at a time for ModulesToSaveWrapper": two_heads,
     "TypeError: unhashable type: 'list'": several_by_name,
     "Some module types on this model do not support LoRA conversion": convert,
-    "KeyError: 'base_model.model.classifier.weight'": load_without_head,
     "Old embeddings are of type ..., which is not an instance of": lambda folder: far("bert").resize_token_embeddings(
         70
     ),
