@@ -340,7 +340,7 @@ class FARModel(PhasedModel):
         chosen: dict[str, tuple[str, Tensor]] = {}
         for name, layer in cls._named_cuttable(root, adapter):
             kept, nodes = state_dict.get(f"{name}.far_kept"), layer.far_nodes[adapter]
-            if kept is None or kept.is_meta:
+            if kept is None or kept.is_meta or kept.dim() != 1:  # told by its shape
                 continue
             kept = kept.to("cpu", torch.int64)
             first, selection = chosen.setdefault(nodes.unit, (name, kept[: len(kept) // nodes.copies]))

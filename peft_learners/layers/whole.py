@@ -31,6 +31,9 @@ class ModulesToSaveWrapper(other.ModulesToSaveWrapper):
         names = super().adapter_state_dict_load_map(adapter_name)
         return _Later(names) if adapter_name in self.left_to_tuner else names
 
+    def _get_name(self) -> str:
+        return ModulesToSaveWrapper.__name__  # what PEFT and its messages call it
+
     def delete_adapter(self, adapter_name: str, new_active_adapters: Any) -> None:
         super().delete_adapter(adapter_name, new_active_adapters)
         self.left_to_tuner.discard(adapter_name)

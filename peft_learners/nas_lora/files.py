@@ -29,7 +29,7 @@ def shapes_in_form_of(layers: Layers, adapter: str, state_dict: Mapping[str, Ten
             if not pruned:
                 shapes[key] = space.shapes[part]
             elif positions is not None or key in state_dict:
-                units = len(positions) if positions is not None else 0
+                units = positions.numel() if positions is not None else 0
                 shapes[key] = space.shape(part, units)
                 if part == space.index_of(part):
                     shapes[f"{name}.nas_lora_{part}{_POSITIONS}"] = (units,)

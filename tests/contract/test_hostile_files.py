@@ -194,6 +194,21 @@ def count_of(tuner: str, key: str) -> int:
 
 
 @every_way
+@pytest.mark.parametrize("tuner", WITH_INDICES)
+def test_shape_of_indices(tuner, how, tmp_path: Path):
+    """Indices of another shape are refused, too."""
+    damages: dict[str, tuple[Damage, str]] = {
+        "one number": (replaced(INDEX_KEYS[tuner], lambda v: v.flatten()[0]), "shapes differ|values are missing"),
+        "a matrix": (replaced(INDEX_KEYS[tuner], lambda v: v.unsqueeze(0)), "shapes differ"),
+        "more": (
+            replaced(INDEX_KEYS[tuner], lambda v: torch.arange(len(v) + 1, dtype=v.dtype)),
+            "shapes differ|0 to 0|must keep the nodes",
+        ),
+    }
+    assert_refused(tuner, how, damages, tmp_path)
+
+
+@every_way
 @pytest.mark.parametrize("tuner", ["far", "far-output-node", "nas-unstructured"])
 def test_order_of_indices(tuner, how, tmp_path: Path):
     """Indices just out of range, twice the same, and unsorted ones are refused."""
@@ -270,6 +285,23 @@ def test_base_model(tuner, how, tmp_path: Path):
     assert_refused(tuner, how, damages, tmp_path)
 
 
+@pytest.mark.verb(
+    "model.load_adapter (transformers)",
+    limit="without a look at the file but for indices: it can hold weights of the base model, as LoRA's can; load "
+    "files of unknown origin with PEFT's",
+)
+@pytest.mark.parametrize("tuner", ONE_OF_EACH)
+def test_transformers_writes_all(tuner, tmp_path: Path):
+    """transformers' own `load_adapter` lets a file write to the base model, of which no tuner hears."""
+    model, _ = base_and_inputs(tuner)
+    name = "bert.embeddings.position_embeddings.weight"
+    given = model.get_parameter(name) + 1
+    if tuner == "far":  # which adapts it
+        name = "bert.embeddings.position_embeddings.base_layer.weight"
+    model.load_adapter(str(damaged(tuner, added(f"base_model.model.{name}", given), tmp_path)))
+    assert torch.equal(model.get_parameter(name), given)
+
+
 def test_no_place(tmp_path: Path):
     """Values without a place in the model are left out, with a warning."""
     inputs = trained_once("learner", ARCH).inputs
@@ -324,9 +356,7 @@ def test_head_missing(tuner, how, tmp_path: Path):
     def without(*endings: str) -> Damage:
         return lambda values: {key: value for key, value in values.items() if not key.endswith(endings)}
 
-    words = (
-        r"{} of 2 values of the modules that are saved whole .* missing \(first: base_model\.model\.classifier\.{}\)"
-    )
+    words = r"{} of 2 values of the modules that are saved whole .* \(first: base_model\.model\.classifier\.{}\)"
     damages: dict[str, tuple[Damage, str]] = {
         "bias": (without("classifier.bias"), words.format(1, "bias")),
         "all": (without("classifier.weight", "classifier.bias"), words.format(2, "weight")),
