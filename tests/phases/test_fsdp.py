@@ -54,7 +54,7 @@ def assert_same(folder: Path, name: str, limit: float = 1e-5) -> None:
             torch.testing.assert_close(value, theirs[key], rtol=0, atol=limit, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("name", fsdp_tiny.MODELS)
+@pytest.mark.parametrize("name", [*fsdp_tiny.MODELS, *fsdp_tiny.SETTINGS])
 def test_one_run(runs, name):
     """A run across the boundary computes what one process computes."""
     folder, two, _ = runs
@@ -72,14 +72,15 @@ def test_state_as_in_one_process(runs, name):
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_resumed(runs, step):
-    """A resumed run, after the boundary with the adapter that the checkpoint holds, ends as the unbroken one."""
+@pytest.mark.parametrize("name", ["learner", *fsdp_tiny.SETTINGS])
+def test_resumed(runs, name, step):
+    """A resumed run, after the boundary with an adapter that was loaded in its phase, ends as the unbroken one."""
     folder, *_ = runs
-    whole, resumed = (torch.load(folder / "two" / f"{name}.pt")[-1] for name in ("learner", f"resumed-{step}"))
+    whole, resumed = (torch.load(folder / "two" / f"{case}.pt")[-1] for case in (name, f"{name}-{step}"))
     assert whole.keys() == resumed.keys() and all(torch.equal(resumed[key], value) for key, value in whole.items())
 
 
-@pytest.mark.parametrize("name", fsdp_tiny.MODELS)
+@pytest.mark.parametrize("name", [*fsdp_tiny.MODELS, *fsdp_tiny.SETTINGS])
 def test_saved_as_one_file(runs, name):
     """The adapter that a sharded run saves is one file, which loads in one process."""
     folder, *_ = runs

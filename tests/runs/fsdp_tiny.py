@@ -37,6 +37,12 @@ MODELS: dict[str, Any] = {
     "learner": partial(learner, priming_steps=3, priming_lr_scale=0.5),
     "bottleneck": bottleneck,
 }
+#: Learners under other settings of FSDP2.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sharded": {"state_dict_type": "SHARDED_STATE_DICT"},
+    "ram": {"cpu_ram_efficient_loading": True},
+    "checkpointing": {"activation_checkpointing": True},
+}
 REFUSED: dict[str, Any] = {
     "fold": partial(learner, priming_steps=3, after_priming="fold"),
     "far": partial(far, priming_epochs=None, priming_steps=3),
@@ -70,10 +76,10 @@ class Watch(TrainerCallback):
 
 
 def run(
-    model: nn.Module, out: Path, ours: bool = True, resume: str | None = None, **settings: Any
+    model: nn.Module, out: Path, ours: bool = True, resume: str | None = None, fsdp: Any = None, **settings: Any
 ) -> tuple[Any, Watch]:
     world = dist.get_world_size() if dist.is_initialized() else int(arguments(out).world_size)
-    engine = {"fsdp": True, "fsdp_config": dict(FSDP)} if world > 1 else {}
+    engine = {"fsdp": True, "fsdp_config": {**FSDP, **(fsdp or {})}} if world > 1 else {}
     args = arguments(out, per_device_train_batch_size=8 // world, **engine, **settings)
     watch = Watch()
     own = trainer(model, args, callbacks=[PhaseCallback(), watch] if ours else [watch])
@@ -89,21 +95,28 @@ def main(folder: str) -> None:
     out, results = Path(folder), {}
     if arguments(out).world_size > 1:
         let_a_cpu_use_fsdp()
-    for name, make in MODELS.items():
-        own, watch = run(make(), out / name, name != "lora", save_strategy="steps", save_steps=1)
+    cases = {**{name: (make, None) for name, make in MODELS.items()}}
+    cases |= {name: (MODELS["learner"], fsdp) for name, fsdp in SETTINGS.items()}
+    for name, (make, fsdp) in cases.items():
+        own, watch = run(make(), out / name, name != "lora", fsdp=fsdp, save_strategy="steps", save_steps=1)
+        if own.is_fsdp_enabled:
+            own.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         own.save_model(str(out / name / "final"))
         kind = type(own.model_wrapped).__name__
         results[name] = {"state": watch.state, "kind": kind}
         if own.is_world_process_zero():
             torch.save(watch.values, out / f"{name}.pt")
         own.accelerator.free_memory()
-    resumes = {2: lambda path: MODELS["learner"](), 5: partial(reloaded, is_trainable=True)}
-    for step, load in resumes.items():
-        path = out / "learner" / f"checkpoint-{step}"
-        own, watch = run(load(path), out / f"resumed-{step}", resume=str(path))
-        if own.is_world_process_zero():
-            torch.save(watch.values, out / f"resumed-{step}.pt")
-        own.accelerator.free_memory()
+    for name in ("learner", *SETTINGS):
+        for step in (2, 5):
+            path = out / name / f"checkpoint-{step}"
+            # A sharded checkpoint holds no adapter to load: that of another run at this step does as well.
+            saved = out / "learner" / f"checkpoint-{step}"
+            model = MODELS["learner"]() if step == 2 else reloaded(saved, is_trainable=True)
+            own, watch = run(model, out / f"{name}-{step}", resume=str(path), fsdp=SETTINGS.get(name))
+            if own.is_world_process_zero():
+                torch.save(watch.values, out / f"{name}-{step}.pt")
+            own.accelerator.free_memory()
     said = {}
     for name, make in REFUSED.items():
         try:
