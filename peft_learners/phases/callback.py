@@ -61,10 +61,11 @@ class PhaseCallback(TrainerCallback, ExportableState):
         # A resumed run loads optimizer groups that hold whatever trained in any phase. If the adapter was loaded in
         # its last phase, the groups would be short, so all parts train until training begins.
         # Engines load their state by names, and hold on to all that trains when they are set up.
-        if not under_engine(args):
-            self._driver_of(model).prepare()
-        else:
-            self._driver_of(model)
+        driver, engine = self._driver_of(model), engine_of(args)
+        if engine is None:
+            driver.prepare()
+        elif engine == "FSDP":
+            driver.hold_frozen()
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -221,13 +222,12 @@ class PhaseCallback(TrainerCallback, ExportableState):
                 )
 
 
-def under_engine(args: TrainingArguments) -> bool:
-    """Whether FSDP or DeepSpeed trains: by Trainer's arguments, or as `accelerate launch` says."""
-    by_arguments = bool(args.deepspeed or args.fsdp)
-    return by_arguments or any(
-        os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
-        for engine in ("FSDP", "DEEPSPEED")
-    )
+def engine_of(args: TrainingArguments) -> str | None:
+    """ "FSDP" or "DEEPSPEED", if one of them trains: by Trainer's arguments, or as `accelerate launch` says."""
+    for engine, given in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        if given or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
+            return engine
+    return None
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -9,6 +9,7 @@ state, DDP, the line in the log. The optimizer and DDP's wrapper are those that 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
-from ..layers.value import is_sharded
+from ..layers.value import Value, is_sharded
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
 from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
@@ -284,6 +285,21 @@ class PhaseDriver:
         for name, config in self.configs().items():
             tuner_of(config).make_whole(self.root, name, config)
             self.freeze_for(name, None)
+
+    def hold_frozen(self) -> None:
+        """Before FSDP wraps the model, which shards parameters and no buffers: frozen values are parameters there."""
+        for layer in tuner_layers(self.root):
+            for part in layer.adapter_layer_names:
+                for value in getattr(layer, part).values():
+                    if isinstance(value, Value):
+                        value.hold()
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true" and any(
+            True for _ in constant_buffers(self.root)
+        ):
+            raise ScheduleError(
+                "fsdp_cpu_ram_efficient_loading=true can't load a model with buffers that are in its state dict, and "
+                "what is kept of a FAR or NAS-LoRA adapter lies in such. Set it to false."
+            )
 
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
