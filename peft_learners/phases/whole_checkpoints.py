@@ -39,8 +39,10 @@ def record_of(args: TrainingArguments) -> Record:
 
 
 def warn_if_half_written(args: TrainingArguments) -> None:
-    """Look at the checkpoint that a run would be resumed from, before Trainer does: the one that the arguments name, or
-    the last one. A run that begins anew reads neither, so this is a warning and no error."""
+    """Look at the checkpoint that a run would be resumed from, before Trainer does.
+
+    That is the one that the arguments name, or the last one. A run that begins anew reads neither, so this only warns.
+    """
     named = Path(args.resume_from_checkpoint or "")
     last = _checkpoints(Path(args.output_dir))[:1]
     for folder in [named] if args.resume_from_checkpoint and named.is_dir() else last:
