@@ -7,6 +7,7 @@ import json
 import random
 import re
 import shutil
+import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -337,6 +338,38 @@ def test_settings(tmp_path: Path, settings):
     again, told = make_run("learner", tmp_path, **settings, max_steps=4)
     assert told == train(again, True) == [] and again.state.global_step == 4
     assert train(run, tmp_path / "checkpoint-4") == []
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path, warm: Warm):
+    """Two ranks resume from a whole checkpoint, and so does one process. If it lacks the random numbers of one rank,
+    both refuse it."""
+
+    def run(ranks: int, *options: str) -> tuple[set[int], list[str]]:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        jobs = []
+        for rank in map(str, range(ranks)):
+            own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+            words = [str(tmp_path), *options]
+            jobs.append(warm.start("runs.train_tiny:main", words, log=tmp_path / f"log-{rank}", **own))
+        return {job.wait() for job in jobs}, [job.output() for job in jobs]
+
+    statuses, output = run(2)
+    assert statuses == {0}, output
+    folder = tmp_path / "checkpoint-5"
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    for ranks in (2, 1):
+        statuses, output = run(ranks, "--resume", str(folder))
+        assert statuses == {0} and not re.search("half-written|weights alone", "".join(output)), output
+    for step in range(6, 10):
+        shutil.rmtree(tmp_path / f"checkpoint-{step}", ignore_errors=True)
+    remove(folder / "rng_state_1.pth")
+    statuses, output = run(2, "--resume")
+    expected = sentence(repr(str(folder)), "it lacks rng_state_1.pth", tmp_path / "checkpoint-4")
+    assert statuses == {1} and all(f"ValueError: {expected}" in said for said in output), output
+    assert f"UserWarning: {expected}" in output[0] and "UserWarning: The checkpoint" not in output[1]
 
 
 # -- kills ------------------------------------------------------------------------------------------------------------
