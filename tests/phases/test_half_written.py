@@ -19,11 +19,11 @@ from typing import Any
 import pytest
 import torch
 from forks import Warm
-from training import adapter_values, arguments, learner, nas, trainer
-from transformers import Trainer, TrainerCallback
+from training import adapter_values, arguments, learner, nas, sgd, trainer
+from transformers import Trainer, TrainerCallback, TrainerState
 
 from peft_learners import PhaseCallback
-from peft_learners.phases.whole_checkpoints import fault_of, last_whole, record_of
+from peft_learners.phases.whole_checkpoints import fault_of, last_whole, record_of, refuse_half_loaded
 
 Values = dict[str, torch.Tensor]
 MAKE = {"learner": partial(learner, dropout=0.1), "nas": partial(nas, dropout=0.1)}
@@ -336,8 +336,23 @@ def test_settings(tmp_path: Path, settings):
     assert told == train(run) == []
     assert last_whole(tmp_path) == tmp_path / "checkpoint-3"
     again, told = make_run("learner", tmp_path, **settings, max_steps=4)
-    assert told == train(again, True) == [] and again.state.global_step == 4
+    first = min(tmp_path.glob("checkpoint-*"), key=lambda folder: folder.name)  # before any evaluation
+    assert told == train(again, first) == [] and again.state.global_step == 4
     assert train(run, tmp_path / "checkpoint-4") == []
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_skipped_steps(tmp_path: Path, fp16):
+    """In fp16 a scheduler may stand at its start after the first steps, which the gradients' scaler has skipped."""
+    settings = {"fp16": fp16, "world_size": 1, "save_only_model": False, "resume_from_checkpoint": None}
+    args = SimpleNamespace(output_dir=str(tmp_path), **settings)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(sgd(learner()), lambda step: 1.0)
+    state = TrainerState(global_step=1)
+    if fp16:
+        refuse_half_loaded(args, state, scheduler, record_of(args))
+    else:
+        with pytest.raises(ValueError, match=r"^The checkpoint of step 1 is half-written \(it lacks optimizer.pt or"):
+            refuse_half_loaded(args, state, scheduler, record_of(args))
 
 
 @pytest.mark.slow
