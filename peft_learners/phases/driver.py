@@ -362,18 +362,18 @@ class PhaseDriver:
         values = (value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name))
         if is_deepspeeds(optimizer):
             why = (
-                "DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that what "
-                "freezes would go on moving"
+                "which DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that "
+                "what freezes would go on moving"
             )
             engine = "DeepSpeed"
         elif reshapes and any(map(is_sharded, values)):
-            why = "FSDP can't follow: it holds parameters in shards, whose shapes can't change"
+            why = "which FSDP can't follow: it holds parameters in shards, whose shapes can't change"
             engine = "FSDP"
         else:
             return
         phases = ", ".join(phase.name for phase in schedule.phases)
         raise ScheduleError(
-            f"The adapter {name!r} goes through phases ({phases}), which {why}. Train up to the boundary with "
+            f"The adapter {name!r} goes through phases ({phases}), {why}. Train up to the boundary with "
             "DistributedDataParallel (accelerate's MULTI_GPU) or in one process, with "
             f"PhaseCallback(stop_at_boundary=True). Then train on under {engine} with the adapter that it saved: "
             'model = PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True).'
