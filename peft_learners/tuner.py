@@ -120,9 +120,9 @@ class PhasedModel(TargetChoice):
             steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
             global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
                 adapter's config remembers stay as they are.
-            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR and NAS-LoRA can't do
-                without while a boundary lies ahead, at which its state shrinks with the parameters. Of Learners the
-                state of what freezes is freed; without it that state stays.
+            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and
+                Learners that fold can't do without while a boundary lies ahead, at which its state changes with the
+                parameters. Of other Learners the state of what freezes is freed; without it that state stays.
             wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
                 or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
                 module (FSDP, an engine) is left alone.
