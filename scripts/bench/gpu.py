@@ -24,7 +24,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -62,9 +62,7 @@ Numbers = dict[str, Any]
 ADAPTERS: dict[str, Callable[[str], PeftConfig]] = {
     "lora": lambda task: LoraConfig(task_type=task, r=8, target_modules="all-linear"),
     "learner_kept": lambda task: LearnerConfig(task_type=task, r=8, priming_steps=BOUNDARY),
-    "learner_folded": lambda task: LearnerConfig(
-        task_type=task, r=8, priming_steps=BOUNDARY, after_priming="fold"
-    ),
+    "learner_folded": lambda task: LearnerConfig(task_type=task, r=8, priming_steps=BOUNDARY, after_priming="fold"),
     "far": lambda task: FARConfig(task_type=task, retention_ratio=0.25, priming_steps=BOUNDARY),
     "nas_unstructured": lambda task: NASLoRAConfig.u_mam(0.5, search_steps=BOUNDARY, task_type=task),
     "nas_structured": lambda task: NASLoRAConfig.s_mam(0.5, search_steps=BOUNDARY, task_type=task),
@@ -116,13 +114,14 @@ class Run:
     small: bool
 
     def setting(self, kind: str, rank: int = 8) -> Setting:
-        """Of the checks' models, "encoder", "decoder" and "block", and of the timed ones, "bert-large", "decoder-1b"."""
+        """Of a model of the checks ("encoder", "decoder", "block") or a timed one ("bert-large", "decoder-1b")."""
         timed = kind in ("bert-large", "decoder-1b")
         task = "CAUSAL_LM" if kind.startswith("decoder") else "SEQ_CLS"
         if timed and not self.small:
             found = SETTINGS["bert-large-16x128-r64" if task == "SEQ_CLS" else "decoder-1b-4x512-r64"]
             batch, tokens = (32, 128) if task == "SEQ_CLS" else (4, 1024)
-            return replace(found, name=f"{kind}-{batch}x{tokens}-r{rank}", batch=batch, tokens=tokens, rank=rank, rounds=10)
+            shape = {"batch": batch, "tokens": tokens, "rank": rank}
+            return replace(found, name=f"{kind}-{batch}x{tokens}-r{rank}", rounds=10, **shape)
         width = 32 if self.small else 512
         return Setting(
             f"{kind}-r{rank}" if timed else kind,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -100,6 +101,20 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting("distilbert-16x128-r64", 128, 64, rounds=4, config=tf.DistilBertConfig, groups=_MAIN),
         Setting("llama-4x512-r64", 512, 64, 3, batch=4, config=_llama, task_type="CAUSAL_LM", groups=_MAIN),
+        *(
+            Setting(
+                f"bert512-2x128-r{rank}-bf16",
+                128,
+                rank,
+                rounds=1,
+                batch=2,
+                config=partial(small_bert, 512),
+                dtype=torch.bfloat16,
+                device="cpu",
+                groups=("learner",),
+            )
+            for rank in (16, 64)
+        ),
         Setting("bert-large-16x128-r64", 128, 64, 20, config=_bert_large, dtype=torch.bfloat16, device="cuda"),
         Setting(
             "decoder-1b-4x512-r64",
