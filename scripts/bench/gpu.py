@@ -33,6 +33,7 @@ from typing import Any, Optional
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from torch.nn.functional import linear
 from transformers import LlamaConfig, PrinterCallback, Trainer, TrainingArguments
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
@@ -207,8 +208,11 @@ class Training:
         return float(loss.detach())
 
     def losses(self, until: int = STEPS) -> list[float]:
-        """Take steps until so many are finished; the losses of these."""
-        return [self.step() for _ in range(until - self.done)]
+        """Take steps until so many are finished; their losses."""
+        found: list[float] = []
+        while self.done < until and len(found) < 2 * STEPS:  # a scaler may skip some
+            found.append(self.step())
+        return found
 
     def scores(self) -> list[torch.Tensor]:
         """NAS-LoRA's, on the CPU."""
@@ -331,7 +335,6 @@ def memory(run: Run, kind: str, method: str) -> Numbers:
     found: list[dict[str, float]] = []
     for finished in (BOUNDARY - 1, BOUNDARY, BOUNDARY + 1):
         training.losses(finished)
-        gc.collect()
         tensors = [value for state in training.optimizer.state.values() for value in state.values()]
         tensors += [*training.model.parameters(), *training.model.buffers(), *training.scores()]
         tensors += [p.grad for p in training.model.parameters() if p.grad is not None]
@@ -543,10 +546,19 @@ class OneLayer(torch.nn.Module):
 
 
 def paths(run: Run, rank: int) -> Numbers:
-    """What a bf16 layer takes by the separate path, which is taken, with factors in float32 and in bf16, and by the
-    effective weight: whether a fused form would pay."""
+    """What a bf16 layer takes by the separate path, as it does, with factors in float32 and in bf16, and by the
+    effective weight: whether a fused form would pay. Beside them a frozen layer and LoRA's arithmetic."""
+
+    def frozen(x: torch.Tensor, weight: torch.Tensor, bias: None, pairs: Any) -> torch.Tensor:
+        return linear(x, weight) + 0 * pairs[0][1].sum()
+
+    def lora(x: torch.Tensor, weight: torch.Tensor, bias: None, pairs: Any) -> torch.Tensor:
+        ((a, b, factor),) = pairs
+        return (linear(x, weight) + linear(linear(x.to(a.dtype), a), b) * factor).to(x.dtype)
+
     kinds = {
-        "frozen": (lambda x, weight, bias, pairs: torch.nn.functional.linear(x, weight) + 0 * pairs[0][1].sum()),
+        "frozen": frozen,
+        "lora": lora,
         "separate": separate_linear,
         "effective": effective_linear,
     }
@@ -557,7 +569,7 @@ def paths(run: Run, rank: int) -> Numbers:
             f"{name}_{str(dtype).removeprefix('torch.')}": OneLayer(path, width, rank, dtype).to(run.device)
             for name, path in kinds.items()
             for dtype in (torch.float32, torch.bfloat16)
-            if dtype == torch.bfloat16 or name == "separate"
+            if dtype == torch.bfloat16 or name in ("lora", "separate")
         }
         variants = {name: Variant(each, torch.optim.SGD(each.parameters(), lr=0.0)) for name, each in layers.items()}
         take_rounds(variants, rows, 3 if run.small else 30)
@@ -640,8 +652,8 @@ def do(job: Any, seconds: float) -> dict[str, Any]:
 
 
 def free(device: torch.device) -> None:
-    gc.collect()
     if device.type == "cuda":
+        gc.collect()  # models and their drivers point at each other
         torch.cuda.empty_cache()
 
 
@@ -665,6 +677,8 @@ def main(argv: Optional[list[str]] = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("results/gpu"), help="folder of the records (%(default)s)")
     parser.add_argument("--resume", action="store_true", help="leave records as they are that are there")
     args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda must find a GPU, and torch sees none. Without one: --device cpu --small")
     end = time.monotonic() + 60 * args.minutes
     # What hangs in a library is not interrupted otherwise.
     faulthandler.dump_traceback_later(60 * args.minutes + 15, exit=True, file=sys.__stderr__)
@@ -678,7 +692,6 @@ def main(argv: Optional[list[str]] = None) -> int:
             continue
         record = {"name": name, **do(job, end - time.monotonic()), **common, "date": run_record.now()}
         run_record.write_json(path, record)
-        free(run.device)
         verdict = {True: "passed", False: "FAILED", None: "skipped"}[record["passed"]]
         print(f"{verdict} {name} {record.get('error', record.get('skipped', ''))}"[:300], flush=True)
         failed += [name] if record["passed"] is False else []
@@ -686,6 +699,7 @@ def main(argv: Optional[list[str]] = None) -> int:
             left = (end - time.monotonic()) / 60
             words = [*argv, "--resume", "--minutes", f"{left:.3f}"]
             os.execv(sys.executable, [sys.executable, "-m", "scripts.bench.gpu", *words])
+        free(run.device)
     faulthandler.cancel_dump_traceback_later()
     print(f"{len(failed)} failed: {', '.join(failed)}" if failed else "none failed", f"-> {args.out}", flush=True)
     return int(bool(failed))

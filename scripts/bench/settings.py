@@ -227,12 +227,13 @@ def random_rows(setting: Setting, config: Any, device: torch.device, seed: int) 
     """One batch of random tokens without padding; labels are the tokens themselves, or one of two classes."""
     generator = torch.Generator().manual_seed(seed)
     shape = (setting.batch, setting.tokens)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    rows = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-        "labels": tokens.clone()
-        if setting.task_type != "SEQ_CLS"
-        else torch.randint(2, shape[:1], generator=generator),
-    }
+    with torch.device("cpu"):  # the generator's, whatever the default is
+        tokens = torch.randint(config.vocab_size, shape, generator=generator)
+        rows = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "labels": tokens.clone()
+            if setting.task_type != "SEQ_CLS"
+            else torch.randint(2, shape[:1], generator=generator),
+        }
     return {name: value.to(device) for name, value in rows.items()}
