@@ -180,7 +180,6 @@ class Training:
         self.call = self.model if compile_with is None else torch.compile(self.model, **compile_with)
         self.done = 0
         self.tuner: Any = self.model.base_model
-        self.has_phases = hasattr(self.tuner, "set_schedule") and len(self.config.phase_names) > 1
         if hasattr(self.tuner, "set_schedule"):
             self.tuner.set_schedule(total_steps=STEPS, optimizer=self.optimizer)
 
@@ -303,7 +302,7 @@ def fp16_scaler(run: Run, kind: str, method: str) -> Numbers:
     losses += training.losses()
     check_finite(losses)
     check_state(training.optimizer, training.model)
-    return {"losses": losses, "scale": training.scaler.get_scale(), "scores": len(scores)}
+    return {"losses": losses, "scale": training.scaler.get_scale()}
 
 
 def fused_adamw(run: Run, kind: str, method: str) -> Numbers:
@@ -706,4 +705,5 @@ def main(argv: Optional[list[str]] = None) -> int:
 
 
 if __name__ == "__main__":
+    gc.freeze()  # what is imported is not looked through again after each check
     sys.exit(main())
