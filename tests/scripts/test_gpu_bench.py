@@ -43,7 +43,7 @@ def command(out: Path, *words: str) -> dict[str, dict[str, Any]]:
 def test_rehearsal(run, tmp_path):
     """Each check leaves a record: passed, or it needs a GPU."""
     methods = ["lora", "learner_folded", "nas_structured"]
-    only = [part for part in gpu.PARTS if part not in ("compiled", "fsdp2")]
+    only = [part for part in gpu.PARTS if part != "compiled"]
     records = command(tmp_path, "--only", *only, "--methods", *methods)
     assert list(gpu.jobs(run, only, methods)) == sorted(records, key=list(gpu.jobs(run)).index)
     for name, record in records.items():
@@ -75,6 +75,12 @@ def test_compiled(run, method):
 def test_fsdp2(run, method):
     """Sharded over one process."""
     assert "difference" in gpu.fsdp2(run, "encoder", method)
+
+
+@pytest.mark.parametrize("method", ["learner_folded", "far", "nas_structured"])
+def test_fsdp2_refused(run, method):
+    """What changes shapes at a boundary is refused before the first step."""
+    assert "which FSDP can't follow" in gpu.fsdp2(run, "encoder", method)["refused"]
 
 
 def test_fsdp2_refusal(run, monkeypatch):
