@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any, ClassVar, Optional
+from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
 from peft import PeftModel
@@ -46,8 +46,10 @@ from .registry import tuner_of
 from .structure.modules import walk
 from .structure.targets import TargetChoice
 from .structure.weights import base_of
-from .weighted_sum import Combined, add_combined
 from .wrapping import original_model, put_back_empty, take_out
+
+if TYPE_CHECKING:
+    from .weighted_sum import Combined
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -450,6 +452,8 @@ class PhasedModel(TargetChoice):
             ValueError: see above, and other arguments that can't be right.
             NotImplementedError: the sum of such adapters is no adapter of their kind.
         """
+        from .weighted_sum import add_combined  # few ask for it, and each import delays all
+
         add_combined(self, adapters, weights, adapter_name, combination_type, svd_rank)
 
     def _config_of_sum(self, configs: list[Any], found: Combined) -> tuple[PhasedConfig, Combined]:

@@ -41,6 +41,16 @@ class Combined:
         """All modules that have something."""
         return {*self.low_rank, *self.dense, *self.biases, *self.norms}
 
+    def acting(self) -> Combined:
+        """The same without what is zero: ranks, and biases as a whole."""
+        low_rank = {name: without_idle(pair) for name, pair in self.low_rank.items()}
+        return Combined(
+            {name: pair for name, pair in low_rank.items() if pair.rank},
+            self.dense,
+            {name: bias for name, bias in self.biases.items() if bool(bias.any())},
+            self.norms,
+        )
+
 
 def check_combination(
     known: Mapping[str, Any],
@@ -135,17 +145,6 @@ def _put(target: dict[str, Tensor], name: str, terms: list[Tensor]) -> None:
     whole = sum_of(None, terms)
     if whole is not None:
         target[name] = whole
-
-
-def acting(found: Combined) -> Combined:
-    """The same without what is zero: ranks, and biases as a whole."""
-    low_rank = {name: without_idle(pair) for name, pair in found.low_rank.items()}
-    return Combined(
-        {name: pair for name, pair in low_rank.items() if pair.rank},
-        found.dense,
-        {name: bias for name, bias in found.biases.items() if bool(bias.any())},
-        found.norms,
-    )
 
 
 def add_combined(

@@ -94,7 +94,7 @@ def test_pickled_member(python):
 
 def test_quick_import():
     """Importing needs no Trainer, and is quick. On top of `import peft` the plugin loads its own few modules: at most
-    2 % of what PEFT itself takes."""
+    2.5 % of what PEFT itself takes (2 % before it counted costs and checked files)."""
     code = """
         import sys, time
         start = time.process_time(); import peft; between = time.process_time()
@@ -109,9 +109,9 @@ def test_quick_import():
         done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         ratio = min(ratio, float(done.stdout))
-        if ratio < 0.02:
+        if ratio < 0.025:
             break
-    assert ratio < 0.02, f"importing peft_learners took {ratio:.1%} of the time of importing peft {peft.__version__}"
+    assert ratio < 0.025, f"importing peft_learners took {ratio:.1%} of the time of importing peft {peft.__version__}"
 
 
 def test_lazy_callback(python):

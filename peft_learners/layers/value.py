@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..phases.optimizer import resize
@@ -14,7 +13,8 @@ from ..phases.optimizer import resize
 
 def is_sharded(parameter: Tensor) -> bool:
     """Whether FSDP holds a part of the parameter in each process."""
-    return isinstance(parameter, DTensor) or hasattr(parameter, "_fsdp_flattened")
+    # A DTensor has placements; its module takes long to import.
+    return hasattr(parameter, "placements") or hasattr(parameter, "_fsdp_flattened")
 
 
 class Value(nn.Module):

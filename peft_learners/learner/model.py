@@ -7,7 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -23,10 +23,12 @@ from ..structure.modules import block_indices, is_linear, is_norm, linear_names,
 from ..structure.targets import is_named, matches, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
-from ..weighted_sum import Combined
 from .config import ATTENTION, DENSE_PART, EVERY, FEED_FORWARD, LEARNING, PRIMING, LearnerConfig
 from .fold import fold, folding_layers, record_ranks
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
+
+if TYPE_CHECKING:
+    from ..weighted_sum import Combined
 
 
 def _last(names: Iterable[str]) -> list[str]:

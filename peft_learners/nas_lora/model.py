@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, Optional
+from typing import TYPE_CHECKING, Any, Optional
 
 import torch
 from peft.utils.error import NoMatchingPeftModuleError
@@ -22,7 +22,6 @@ from ..structure.modules import bias_names, bias_of, block_linear_names, is_line
 from ..structure.targets import matches
 from ..structure.weights import sizes
 from ..tuner import OUTLINE, PhasedModel
-from ..weighted_sum import Combined, acting
 from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
 from .config import CONTAINERS, RETRAINING, NASLoRAConfig
@@ -37,6 +36,9 @@ from .files import (
 )
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
+
+if TYPE_CHECKING:
+    from ..weighted_sum import Combined
 
 
 class NASLoRAModel(PhasedModel):
@@ -219,7 +221,7 @@ class NASLoRAModel(PhasedModel):
                 "needs granularity='structured'. Use the adapters together (model.base_model.set_adapter([...]) adds "
                 "them up), or export each to LoRA (peft_learners.export) and combine there."
             )
-        found = acting(found)
+        found = found.acting()
         if not found.names:
             raise ValueError("add_weighted_adapter: the sum is zero (nothing is kept, or all weights are 0).")
         # The architecture that keeps exactly what the sum has, of a search space of its largest rank.
