@@ -1,0 +1,186 @@
+"""Tables of results/fold: primed Learners that fold beside their peers, on MiniLM and on a decoder."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from scripts.docs.pages import Lines, markdown
+from scripts.docs.runs import task_label
+from scripts.docs.scores import NOTHING, rate_text
+from scripts.glue import run_record
+from scripts.sweep import store
+
+Row = Mapping[str, Any]
+LABELS = {
+    "lora": "LoRA",
+    "unprimed": "Learner, no priming",
+    "keep": "primed Learner, keeps",
+    "fold": "primed Learner, folds",
+    "rewarm": "folds, 20 steps of warm-up after",
+    "priming": "primed Learner in its priming",
+}
+LORA = "lora"
+MB = 1e6
+
+
+class Fold:
+    """The committed rows.
+
+    Attributes:
+        minilm: runs of scripts.glue.fold.
+        decoder: runs of scripts.decoder.run.
+        costs: its bytes and times of a step.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.minilm = [{**row, **_named(row)} for row in run_record.read_lines(folder / "minilm.jsonl")]
+        self.decoder = run_record.read_lines(folder / "decoder.jsonl")
+        self.costs = run_record.read_lines(folder / "decoder-costs.jsonl")
+
+    def scores(self) -> Lines:
+        """Scores on MiniLM, each variant at the better of its rates by the held-out rows, and what else it takes."""
+        lines, sentences = [], []
+        for (task, rank), rows in _groups((r for r in self.minilm if r["seed"] == 0), "task", "rank"):
+            best = _best(rows, _held_out)
+            where = f"{task_label(task)}, r = {rank}"
+            for place, (variant, row) in enumerate(best.items()):
+                dev = [store.score(entry, task, "eval_") or 0.0 for entry in row["epochs"]]
+                others = [r for r in rows if r["variant"] == variant and r is not row]
+                lines.append(
+                    {
+                        "": "" if place else where,
+                        "method": LABELS[variant],
+                        "rate": rate_text(row["lr"]),
+                        "dev after each epoch": ", ".join(f"{value:.1f}" for value in dev),
+                        "held out": f"{_held_out(row):.1f}",
+                        "held out, other rate": ", ".join(
+                            f"{_held_out(r):.1f} ({rate_text(r['lr'])})" for r in others
+                        ),
+                        "energy kept, least / median": _energy(row),
+                        "file, MB": f"{row['adapter_bytes'] / MB:.1f}",
+                        "optimizer, MB": _by_phase(row["optimizer_bytes"]),
+                    }
+                )
+            sentences.append(_beside_lora(where, best, lambda row: store.score(row["final"], row["task"], "eval_")))
+        return (
+            [*markdown(pd.DataFrame(lines)), "", *_joined("Dev at the end of training", sentences)]
+            if lines
+            else NOTHING
+        )
+
+    def rewarm(self) -> Lines:
+        """Folding with and without a warm-up after the boundary, by setting and seed."""
+        asked = {(r["task"], r["rank"], r["lr"], r["seed"]) for r in self.minilm if r["variant"] == "rewarm"}
+        lines = [
+            {
+                "": f"{task_label(row['task'])}, r = {row['rank']}, {rate_text(row['lr'])}, seed {row['seed']}",
+                "method": LABELS[row["variant"]],
+                "dev after each epoch": ", ".join(
+                    f"{store.score(entry, row['task'], 'eval_') or 0.0:.1f}" for entry in row["epochs"]
+                ),
+                "held out": f"{_held_out(row):.1f}",
+            }
+            for key in sorted(asked)
+            for row in self.minilm
+            if (row["task"], row["rank"], row["lr"], row["seed"]) == key and row["variant"] in ("fold", "rewarm")
+        ]
+        return markdown(pd.DataFrame(lines)) if lines else NOTHING
+
+    def losses(self) -> Lines:
+        """Losses of the decoder, each variant at the better of its rates by the held-out rows."""
+        best = _best(self.decoder, lambda row: -row["held_out"][-1]["loss"])
+        lines = []
+        for variant, row in best.items():
+            train = row["train_loss"]
+            ends = [entry["step"] for entry in row["held_out"]]
+            parts = [statistics.fmean(train[a:b]) for a, b in zip([0, *ends], ends, strict=False)]
+            others = [r for r in self.decoder if r["variant"] == variant and r is not row]
+            lines.append(
+                {
+                    "method": LABELS[variant],
+                    "rate": rate_text(row["lr"]),
+                    f"train loss, mean to step {', '.join(map(str, ends))}": ", ".join(f"{v:.3f}" for v in parts),
+                    "held out": ", ".join(f"{entry['loss']:.3f}" for entry in row["held_out"]),
+                    "all right": ", ".join(f"{100 * entry['exact_match']:.0f} %" for entry in row["held_out"]),
+                    "held out at the end, other rate": ", ".join(
+                        f"{r['held_out'][-1]['loss']:.3f} ({rate_text(r['lr'])})" for r in others
+                    ),
+                    "energy kept, least / median": _energy(row),
+                    "file, MB": f"{row['file_bytes'] / MB:.1f}",
+                    "optimizer, MB": _by_phase(row["optimizer_bytes"]),
+                }
+            )
+        if not lines:
+            return NOTHING
+        sentence = _beside_lora("held-out loss", best, lambda row: row["held_out"][-1]["loss"], ".3f", sign=-1)
+        return [*markdown(pd.DataFrame(lines)), "", *_joined("At the end", [sentence])]
+
+    def steps(self) -> Lines:
+        """Bytes and seconds of a step of the decoder, by variant and phase."""
+        names = {"stored": "saved for backward", "gradients": "gradients", "optimizer": "optimizer", "total": "all"}
+        lines = [
+            {
+                "": LABELS[row["name"]],
+                "time to LoRA's": "{median:.2f} ({q1:.2f} to {q3:.2f})".format(**row["ratios_to_lora"]["step"]),
+                "trained": f"{row['trained_parameters']:,}",
+                **{f"{name}, MB": f"{row['bytes'][kind] / MB:.0f}" for kind, name in names.items()},
+            }
+            for row in self.costs
+        ]
+        return markdown(pd.DataFrame(lines)) if lines else NOTHING
+
+
+def _named(row: Row) -> dict[str, Any]:
+    """Task, rank, variant, rate and seed of a run, from its name."""
+    task, rank, variant, rest = row["run"].split("-", 3)
+    rate, seed = rest.removeprefix("lr").rsplit("-seed", 1)
+    return {"task": task, "rank": int(rank[1:]), "variant": variant, "lr": float(rate), "seed": int(seed)}
+
+
+def _groups(rows: Iterable[Row], *keys: str) -> list[tuple[tuple, list[Row]]]:
+    found: dict[tuple, list[Row]] = {}
+    for row in rows:
+        found.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return sorted(found.items(), key=lambda group: [str(part) for part in group[0]])
+
+
+def _best(rows: Iterable[Row], score: Any) -> dict[str, Row]:
+    """By variant, in the order of the labels, the run with the best score."""
+    found = {name: [row for row in rows if row["variant"] == name] for name in LABELS}
+    return {name: max(own, key=score) for name, own in found.items() if own and name != "rewarm"}
+
+
+def _held_out(row: Row) -> float:
+    value = store.score(row["holdout"], row["task"])
+    return float("-inf") if value is None else value
+
+
+def _energy(row: Row) -> str:
+    shares = [100 * share for share in row.get("kept_energy", {}).values()]
+    return f"{min(shares):.1f} % / {statistics.median(shares):.1f} %" if shares else ""
+
+
+def _by_phase(values: Mapping[str, int]) -> str:
+    return " → ".join(f"{value / MB:.0f}" for value in values.values())
+
+
+def _beside_lora(where: str, best: Mapping[str, Row], value: Any, form: str = ".1f", sign: int = 1) -> str:
+    """What each variant has over LoRA, both at their better rates. sign: -1 where less is better."""
+    if LORA not in best:
+        return f"{where}: no run of LoRA yet."
+    reference, texts = value(best[LORA]), []
+    for name, row in best.items():
+        if name != LORA:
+            difference = value(row) - reference
+            verdict = "better than" if sign * difference > 0 else "**not better than**"
+            texts.append(f"{LABELS[name]}, {difference:+{form}}, is {verdict} LoRA")
+    return f"{where}: {'; '.join(texts)}."
+
+
+def _joined(head: str, sentences: Iterable[str]) -> Lines:
+    return [f"{head}, each method at the better of its rates:", "", *(f"- {sentence}" for sentence in sentences)]
