@@ -83,6 +83,11 @@ def is_positive_int(value: object) -> bool:
     return is_whole(value, 1)
 
 
+def is_share(value: object) -> bool:
+    """A float above 0 and below 1."""
+    return isinstance(value, float) and 0 < value < 1
+
+
 def is_names(value: object) -> bool:
     """Several names, in any order."""
     return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
@@ -190,7 +195,8 @@ class PhasedConfig(PeftConfig):
 
         Injection and training write into an adapter's config. PEFT keeps the user's own object there, which he may
         well use for the next model too: the earlier adapter then keeps a copy with what it has learned about itself,
-        and this object goes back to what the user had given.
+        and this object goes back to what the user had given. On the same model, once a phase is over, it is a clone
+        that is asked for (`model.add_adapter("ref", model.peft_config["default"])`): the object stays as it is.
         """
         owner = self.__dict__.get("_owner")
         if owner is not None:
@@ -199,11 +205,21 @@ class PhasedConfig(PeftConfig):
             if configs.get(name) is self and (model is not root or name != adapter):
                 configs[name] = copy.deepcopy(self)
                 configs[name]._owner = owner
+            if model is root and name != adapter and self.completed_phases:
+                self._owner = (weakref.ref(root), adapter)
+                return
             for name, (given, written) in self.__dict__.get("_written", {}).items():
                 if getattr(self, name) == written:
                     setattr(self, name, copy.deepcopy(given))
         self._owner = (weakref.ref(root), adapter)
         self._written: dict[str, tuple[Any, Any]] = {}
+
+    def is_clone_of(self, other: PeftConfig) -> bool:
+        """Whether it says the same as the config of an adapter of which a phase is over."""
+        if type(other) is not type(self) or other is self or not self.completed_phases:
+            return False
+        mine, theirs = self.to_dict(), other.to_dict()
+        return all(mine[key] == theirs[key] for key in mine if key != "inference_mode")
 
     def write(self, name: str, value: Any) -> None:
         """Set a field from inside the package, remembering what the user had given."""
@@ -268,6 +284,10 @@ class PhasedConfig(PeftConfig):
 
     def fixed_in_training(self) -> dict[str, Any]:
         """Fields that decide what the stored values mean: a resumed run may not change them."""
+        return {}
+
+    def learned(self) -> dict[str, Any]:
+        """Fields that training writes and that neither the adapter's file nor the schedule tells."""
         return {}
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -11,19 +12,19 @@ import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint import Shapes, refuse_foreign, refuse_shapes
+from .checkpoint import Shapes, refuse_foreign, refuse_other_form, refuse_shapes
 from .config import PhasedConfig
 from .layers.base import (
     BASE_ADAPTER,
     DeltaLayer,
     check_adapter_name,
     check_mergeable,
-    keeping_flags,
     tuner_layers,
 )
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
+from .registry import tuner_of
 from .structure.targets import TargetChoice
 from .weighted_sum import Combined, add_combined
 
@@ -31,6 +32,22 @@ from .weighted_sum import Combined, add_combined
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
+
+
+def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
+    """Called before a state dict is loaded into a model with adapters, by whatever tool."""
+    if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
+        return  # FSDP1 has the shapes of shards
+    own = root.state_dict()
+    for adapter, config in getattr(root, "peft_config", {}).items():
+        tuner = tuner_of(config) if isinstance(config, PhasedConfig) else None
+        if tuner is not None:
+            keys = [key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter)]
+            given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
+            keys = [key for key in own if tuner._is_own(key, adapter) and key not in tuner._empty_keys(root, adapter)]
+            expected = {key: tuple(own[key].shape) for key in keys}
+            if given:
+                refuse_other_form(expected, given, adapter, strict)
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -157,6 +174,8 @@ class PhasedModel(TargetChoice):
     @classmethod
     def make_whole(cls, root: nn.Module, adapter: str, config: Any) -> None:
         """Let every parameter exist that ever trains, so that an optimizer has the groups of a run's beginning."""
+        for layer in tuner_layers(root):
+            layer.make_whole(adapter)
 
     @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: Any, optimizer: torch.optim.Optimizer | None) -> None:
@@ -178,8 +197,15 @@ class PhasedModel(TargetChoice):
         assert isinstance(config, PhasedConfig)
         check_adapter_name(adapter_name)
         config.claim(model, adapter_name)
+        if _check_state not in [getattr(h, "hook", None) for h in model._load_state_dict_pre_hooks.values()]:
+            model.register_load_state_dict_pre_hook(_check_state)
+        sources = [name for name, other in self.peft_config.items() if config.is_clone_of(other)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
+        PhaseDriver.of(model)  # it notices when the model is copied
+        for layer in tuner_layers(model) if sources else ():
+            if layer.has_adapter(sources[0]) and layer.has_adapter(adapter_name):
+                layer.copy_frozen(sources[0], adapter_name)
 
     def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
         """A tuner layer, still without adapters, to stand in for a module of the model."""
@@ -221,8 +247,10 @@ class PhasedModel(TargetChoice):
         setattr(parent, child_name, new_module)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        with keeping_flags(tuner_layers(self.model), adapter_name):
-            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+        if autocast_adapter_dtype:  # PEFT's casts parameters alone
+            for layer in tuner_layers(self.model):
+                layer.cast_frozen(adapter_name)
 
     # -- mixed batches ----------------------------------------------------------------------------------------------
 
@@ -349,6 +377,9 @@ class PhasedModel(TargetChoice):
         with self._merging(adapter_names):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         PhaseDriver.forget(model)
+        hooks = model._load_state_dict_pre_hooks
+        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state]:
+            del hooks[key]
         return model
 
     @classmethod
@@ -363,11 +394,13 @@ class PhasedModel(TargetChoice):
             unwanted_adapter_names=unwanted_adapter_names,
         )
         # PEFT leaves out each key that has another adapter's name in it, even as that of a module, or none at all.
-        others, own = tuple(f".{name}." for name in unwanted_adapter_names), f".{adapter_name}"
-        values = {key: value for key, value in values.items() if key.endswith(own)}
+        others = tuple(f".{name}." for name in unwanted_adapter_names)
+        values = {key: value for key, value in values.items() if cls._is_own(key, adapter_name)}
         for key, value in model.state_dict().items():
-            if f".{cls.prefix}" in key and key.endswith(own) and any(name in key for name in others):
+            if cls._is_own(key, adapter_name) and any(name in key for name in others):
                 values.setdefault(key, value)
+        empty = cls._empty_keys(model, adapter_name)
+        values = {key: value for key, value in values.items() if key not in empty}
         driver = PhaseDriver.find(model)
         warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):
@@ -386,6 +419,9 @@ class PhasedModel(TargetChoice):
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
+            if driver is None or not driver.prepared:
+                for layer in tuner_layers(model):
+                    layer.drop_empty(adapter_name)
         remapped = super()._remap_adapter_state_dict_for_load(
             model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
         )
@@ -403,12 +439,25 @@ class PhasedModel(TargetChoice):
     @classmethod
     def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
         """What a file of this adapter, as it is now, holds."""
-        ending = f".{adapter}"  # the adapter may be called as some module is
+        empty = cls._empty_keys(root, adapter)
         return {
-            key.removesuffix(ending): tuple(value.shape)
+            cls._remove_adapter_name_from_key(key, adapter): tuple(value.shape)
             for key, value in root.state_dict().items()
-            if f".{cls.prefix}" in key and key.endswith(ending)
+            if cls._is_own(key, adapter) and key not in empty
         }
+
+    @staticmethod
+    def _empty_keys(root: nn.Module, adapter: str) -> set[str]:
+        """Keys of parameters that are there for an optimizer alone, which is yet to be made."""
+        layers = [(name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer)]
+        return {f"{name}.{key}" for name, layer in layers for key in layer.empty_keys(adapter)}
+
+    @classmethod
+    def _is_own(cls, key: str, adapter: str) -> bool:
+        """Whether a key of a state dict is an adapter's: `<path>.<prefix><part>.<adapter>` and what follows. The
+        adapter may be called as some module is."""
+        pieces = itertools.pairwise(key.rsplit(".", 3))
+        return any(part.startswith(cls.prefix) and name == adapter for part, name in pieces)
 
     @classmethod
     def _shapes_in_form_of(

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..layers.base import DeltaLayer
+from ..layers.base import TEST_STD, DeltaLayer
 from ..layers.linear import call_base
 from ..layers.module import DeltaNorm
 from ..structure.weights import sizes
@@ -51,17 +51,14 @@ class BottleneckLinear(BottleneckLayer):
     Source: arXiv 1902.00751, section 2.1; arXiv 2110.04366, section 3.3.
     """
 
-    # The names of biases' containers hold what Trainer exempts from weight decay.
-    adapter_layer_names = ("bottleneck_down", "bottleneck_down_bias", "bottleneck_up", "bottleneck_up_bias")
+    adapter_layer_names = ("bottleneck_down", "bottleneck_up")
     other_param_names = ("bottleneck_activation", "bottleneck_dropout", "bottleneck_mode", "bottleneck_scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         self.in_features, self.out_features = sizes(base_layer)
-        self.bottleneck_down = nn.ParameterDict({})
-        self.bottleneck_down_bias = nn.ParameterDict({})
-        self.bottleneck_up = nn.ParameterDict({})
-        self.bottleneck_up_bias = nn.ParameterDict({})
+        self.bottleneck_down = nn.ModuleDict()
+        self.bottleneck_up = nn.ModuleDict()
         self.bottleneck_activation = nn.ModuleDict({})
         self.bottleneck_dropout = nn.ModuleDict({})
         self.bottleneck_mode: dict[str, str] = {}
@@ -81,10 +78,14 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_scaling[adapter] = float(config.scaling)
         self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
         self.bottleneck_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        self.add_parameter("bottleneck_down", adapter, config, width, features, kaiming=True)
-        self.add_parameter("bottleneck_down_bias", adapter, config, width)
-        self.add_parameter("bottleneck_up", adapter, config, self.out_features, width)
-        self.add_parameter("bottleneck_up_bias", adapter, config, self.out_features)
+        down = self.bottleneck_down[adapter] = nn.Linear(features, width)
+        up = self.bottleneck_up[adapter] = nn.Linear(width, self.out_features)
+        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
+        for parameter in (down.bias, up.weight, up.bias):
+            nn.init.zeros_(parameter)
+        if not config.init_weights:
+            for parameter in (*down.parameters(), *up.parameters()):
+                nn.init.normal_(parameter, std=TEST_STD)
 
     def is_parallel(self, adapter: str) -> bool:
         """Whether the adapter is here, and gets the feed-forward network's input."""
@@ -141,10 +142,10 @@ class BottleneckLinear(BottleneckLayer):
     def _plus(self, out: Tensor, adapter: str, z: Tensor | None) -> Tensor:
         """`out + scaling * A(z)`; in the wider of both types."""
         assert z is not None
-        down = self.bottleneck_down[adapter]
-        hidden = F.linear(self._cast_input_dtype(z, down.dtype), down, self.bottleneck_down_bias[adapter])
+        down: Any = self.bottleneck_down[adapter]
+        hidden = down(self._cast_input_dtype(z, down.weight.dtype))
         hidden = self.bottleneck_dropout[adapter](self.bottleneck_activation[adapter](hidden))
-        update = F.linear(hidden, self.bottleneck_up[adapter], self.bottleneck_up_bias[adapter])
+        update = self.bottleneck_up[adapter](hidden)
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 
 

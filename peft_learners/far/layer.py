@@ -18,7 +18,6 @@ from ..layers.module import DeltaModule
 from ..ops.cut import cut_linear, others_of, uncut
 from ..ops.norm import call_with
 from ..ops.terms import Dense
-from ..phases.optimizer import resize
 from ..structure.weights import base_of, readable_weight
 from .config import PARTS, FARConfig
 from .plan import Nodes, Target
@@ -49,9 +48,9 @@ class FARLayer(DeltaLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
-        self.far_delta = nn.ParameterDict({})
-        self.far_layernorm_delta = nn.ParameterDict({})
-        self.far_bias_delta = nn.ParameterDict({})
+        self.far_delta = nn.ModuleDict()
+        self.far_layernorm_delta = nn.ModuleDict()
+        self.far_bias_delta = nn.ModuleDict()
         self.far_kept = BufferDict(persistent=True)
         self.far_rest = BufferDict(persistent=True)
         self.far_bias_rest = BufferDict(persistent=True)
@@ -108,7 +107,7 @@ class FARLayer(DeltaLayer):
         return self.holder(part, adapter)._own_full_delta(part, adapter)
 
     def _own_full_delta(self, part: str, adapter: str) -> Tensor:
-        value: Tensor = getattr(self, part)[adapter]
+        value = self.value(part, adapter)
         parts = self._node_parts(adapter) if self.is_cut(adapter) else {}
         if part not in parts:
             return value
@@ -223,23 +222,22 @@ class FARLayer(DeltaLayer):
             discard: whether the others' deltas are dropped.
             optimizer: whose state for the parameters shrinks with them.
         """
-        device = self.far_delta[adapter].device
+        device = self.value("far_delta", adapter).device
         other = others_of(kept.cpu(), self._length(adapter)).to(device)
         kept = kept.to(device)
         for part, (rest, axis) in self._node_parts(adapter).items():
-            parameter = getattr(self, part)[adapter]
-            value = parameter.detach()
+            value = self.value(part, adapter).detach()
             if not discard:
                 getattr(self, rest)[adapter] = value.index_select(axis, other)
-            resize(parameter, value.index_select(axis, kept), optimizer, _selector(axis, kept))
+            self.leaf(part, adapter).set(value.index_select(axis, kept), optimizer, _selector(axis, kept))
         self.far_kept[adapter] = kept
 
     def undo_cut(self, adapter: str, optimizer: Optimizer | None = None) -> None:
         """The opposite of `cut`: all rows and columns train again, from where they are."""
         for part in self._node_parts(adapter):
-            parameter, full = getattr(self, part)[adapter], self._own_full_delta(part, adapter).detach()
-            if full.shape != parameter.shape:
-                resize(parameter, full, optimizer)
+            full = self._own_full_delta(part, adapter).detach()
+            if full.shape != self.value(part, adapter).shape:
+                self.leaf(part, adapter).set(full, optimizer)
         for buffers in (self.far_kept, self.far_rest, self.far_bias_rest):
             if adapter in buffers:
                 del buffers[adapter]
@@ -308,9 +306,9 @@ class FARLinear(FARLayer, DeltaLinear):
         holder = self.holder("far_delta", adapter)
         axis = holder.far_nodes[adapter].axis
         rest = holder.far_rest[adapter] if adapter in holder.far_rest else None
-        bias_values = self.far_bias_delta[adapter] if adapter in self.far_bias_delta else None
+        bias_values = self.value("far_bias_delta", adapter) if adapter in self.far_bias_delta else None
         bias_rest = self.far_bias_rest[adapter] if adapter in self.far_bias_rest else None
-        values, kept = holder.far_delta[adapter], holder.far_kept[adapter]
+        values, kept = holder.value("far_delta", adapter), holder.far_kept[adapter]
         return cut_linear(x, weight, bias, values, rest, bias_values, bias_rest, kept, axis)
 
 

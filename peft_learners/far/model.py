@@ -231,7 +231,7 @@ class FARModel(PhasedModel):
         for layer in cls._cuttable(root, adapter):
             units.setdefault(layer.far_nodes[adapter].unit, []).append(layer)
         moved = {
-            unit: [(layer.far_delta[adapter].detach(), layer.far_nodes[adapter]) for layer in members]
+            unit: [(layer.value("far_delta", adapter).detach(), layer.far_nodes[adapter]) for layer in members]
             for unit, members in units.items()
         }
         selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
@@ -267,8 +267,10 @@ class FARModel(PhasedModel):
 
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str, config: FARConfig) -> bool:
-        values = [v for part in ("far_delta", "far_rest") for v in values_of(root, adapter, part).values()]
-        return config.init_weights and any(bool(value.any()) for value in values)
+        layers = [layer for layer in tuner_layers(root) if isinstance(layer, FARLayer)]
+        values = [layer.far_rest[adapter] for layer in layers if adapter in layer.far_rest]
+        values += values_of(root, adapter, "far_delta").values()
+        return config.init_weights and any(bool(value.any()) for value in values if not value.is_meta)
 
     # -- loading ----------------------------------------------------------------------------------------------------
 
@@ -284,7 +286,7 @@ class FARModel(PhasedModel):
                     for part in ("far_kept", "far_rest", "far_bias_rest"):
                         shapes.pop(f"{name}.{part}", None)
                     in_form = layer.shapes(adapter, config, cut)
-                    shapes.update({f"{name}.{part}": shape for part, shape in in_form.items()})
+                    shapes.update({f"{name}.{layer.file_key(part)}": shape for part, shape in in_form.items()})
         return shapes
 
     @classmethod

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, Optional
 
@@ -21,6 +21,7 @@ from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..structure.weights import is_offloaded, is_plain_float, stored_as
+from .value import Value
 
 BASE_ADAPTER = "__base__"
 #: Standard deviation of every delta under `init_weights=False`.
@@ -77,15 +78,6 @@ def refuse_merged(layers: Iterable[DeltaLayer]) -> None:
         raise ValueError("The model's weights have adapters merged into them: call `model.unmerge_adapter()` first.")
 
 
-@contextmanager
-def keeping_flags(layers: Iterable[DeltaLayer], adapter: str) -> Iterator[None]:
-    """PEFT casts and moves an adapter by making new parameters, which all require gradients: put the flags back."""
-    flags = [(layer, part, value.requires_grad) for layer in layers for part, value in layer.parts_of(adapter)]
-    yield
-    for layer, part, flag in flags:
-        getattr(layer, part)[adapter].requires_grad_(flag)
-
-
 def tuner_layers(root: nn.Module) -> Iterator[DeltaLayer]:
     """All tuner layers of this package in a model."""
     return (module for module in root.modules() if isinstance(module, DeltaLayer))
@@ -103,27 +95,28 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
 def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, Tensor]:
     """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
     layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
-    found = {name: getattr(layer, part)[adapter] for name, layer in layers if adapter in getattr(layer, part, ())}
-    return {name: value for name, value in found.items() if not value.is_meta}
+    found = {name: layer.value(part, adapter) for name, layer in layers if layer.has_part(part, adapter)}
+    return {name: value for name, value in found.items() if not value.is_meta and value.numel()}
 
 
 class DeltaLayer(nn.Module, BaseTunerLayer):
     """A module plus the deltas of its adapters.
 
-    A subclass names its containers in `adapter_layer_names` (each a `ParameterDict` keyed by adapter; these are the
-    *parts* that phases freeze), and defines `forward_with` and `get_deltas`.
+    A subclass names its containers in `adapter_layer_names` (each a `ModuleDict` keyed by adapter; those of a `Value`
+    are the *parts* that phases freeze), and defines `forward_with` and `get_deltas`.
     """
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.merged_adapters = []
-        self.frozen_peft_weight_names = {}
         self._disable_adapters = False
         #: Read by PEFT's `_cast_input_dtype`, and switched by its `disable_input_dtype_casting`.
         self.cast_input_dtype_enabled = True
         #: Set by the tuner while the model computes a batch whose rows have different adapters.
         self.in_mixed_batch = False
+        #: By part and adapter: values of which nothing is left, whose parameters an optimizer may hold.
+        self._gone: dict[tuple[str, str], Value] = {}
 
     # -- for the subclass -------------------------------------------------------------------------------------------
 
@@ -154,14 +147,23 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
 
     def parts_of(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(name of the container, parameter)` of what the adapter has here."""
+        """`(name of the container, parameter)` of what the adapter has here and what may train."""
         for part in self.adapter_layer_names:
             if adapter in getattr(self, part):
-                yield part, getattr(self, part)[adapter]
+                for parameter in getattr(self, part)[adapter].parameters():
+                    yield part, parameter
 
-    def is_pruned_away(self, adapter: str, part: str) -> bool:
-        """Whether a part of the adapter is but an empty parameter that an optimizer may still hold."""
-        return False
+    def has_part(self, part: str, adapter: str) -> bool:
+        """Whether a container has anything of an adapter."""
+        return part in self.adapter_layer_names and adapter in getattr(self, part)
+
+    def value(self, part: str, adapter: str) -> Tensor:
+        """The tensor of an adapter in a container, differentiable while it trains."""
+        return getattr(self, part)[adapter]()
+
+    def leaf(self, part: str, adapter: str) -> Value:
+        """The module that holds the tensor of an adapter in a container."""
+        return getattr(self, part)[adapter]
 
     def add_parameter(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
         """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
@@ -172,7 +174,17 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             nn.init.zeros_(value)
         if not config.init_weights:
             nn.init.normal_(value, std=TEST_STD)
-        getattr(self, part)[adapter] = nn.Parameter(value)
+        self.put(part, adapter, value)
+
+    def file_key(self, part: str) -> str:
+        """What the tensor in a container is called in a file, after the layer's name."""
+        if part not in self.adapter_layer_names:
+            return part
+        return f"{part}.bias" if "bias" in part else f"{part}.weight"
+
+    def put(self, part: str, adapter: str, value: Tensor) -> None:
+        """Put a new parameter into a container. One of a bias is called so: Trainer exempts it from weight decay."""
+        getattr(self, part)[adapter] = Value(value, self.file_key(part).rpartition(".")[2])
 
     def is_active(self, adapter: str) -> bool:
         """Whether the adapter changes what this layer computes."""
@@ -331,34 +343,80 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     # -- freezing ---------------------------------------------------------------------------------------------------
 
-    def set_frozen_parts(self, adapter: str, parts: tuple[str, ...]) -> list[nn.Parameter]:
-        """Declare which parts of an adapter stay frozen, whatever is switched, disabled or added later.
+    def freeze_parts(self, adapter: str, parts: Collection[str]) -> list[nn.Parameter]:
+        """Let some parts of an adapter contribute without training: they become buffers, whatever is switched later.
 
-        Where the adapter is active and trained, the flags follow at once: newly frozen parts stop training (and their
-        gradients are freed), and parts that are no longer frozen train again.
+        The others train where the adapter is active and trained.
+
+        Args:
+            parts: names of containers.
 
         Returns:
             The parameters that stopped training.
         """
-        if not self.has_adapter(adapter):
-            return []
-        before = set(self.frozen_peft_weight_names.get(adapter, ()))
-        if parts:
-            self.frozen_peft_weight_names[adapter] = parts
-        else:
-            self.frozen_peft_weight_names.pop(adapter, None)
         stopped = []
-        for name, parameter in self.parts_of(adapter):
-            if (name in parts) == (name in before):
+        for part in self.adapter_layer_names:
+            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
+            if not isinstance(held, Value):
                 continue
-            if name in parts:
-                if parameter.requires_grad:
-                    stopped.append(parameter)
-                parameter.requires_grad_(False)
-                parameter.grad = None
-            elif adapter in self.active_adapters and not self.disable_adapters:
-                parameter.requires_grad_(True)
+            if part in parts and not held.is_frozen:
+                if held.parameter.requires_grad:
+                    stopped.append(held.parameter)
+                held.freeze()
+            elif part not in parts and held.is_frozen:
+                held.unfreeze()
+                held.parameter.requires_grad_(adapter in self.active_adapters and not self.disable_adapters)
         return stopped
+
+    def empty_keys(self, adapter: str) -> list[str]:
+        """Keys, in a state dict, of parameters of which nothing is left."""
+        held = [(part, getattr(self, part)) for part in self.adapter_layer_names]
+        leaves = [(part, own[adapter]) for part, own in held if adapter in own]
+        return [f"{part}.{adapter}.{leaf.name}" for part, leaf in leaves if isinstance(leaf, Value) and leaf.is_empty]
+
+    def drop_empty(self, adapter: str) -> list[nn.Parameter]:
+        """Let go of parameters of which nothing is left; gives those that an optimizer may have state of."""
+        stopped: list[nn.Parameter] = []
+        for part in self.adapter_layer_names:
+            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
+            if isinstance(held, Value) and held.is_empty:
+                held.parameter.requires_grad_(False)
+                stopped.append(held.parameter)
+                self._gone[part, adapter] = held
+                del getattr(self, part)[adapter]
+        return stopped
+
+    def cast_frozen(self, adapter: str) -> None:
+        """Bring frozen values of half precision to float32, as PEFT does with parameters."""
+        for part in self.adapter_layer_names:
+            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
+            if isinstance(held, Value) and held.is_frozen and held().dtype.itemsize < 4:
+                setattr(held, held.name, held().float())
+
+    def copy_frozen(self, source: str, adapter: str) -> None:
+        """Give an adapter of the same config what another one holds beside its parameters: frozen values, indices.
+
+        Whoever clones an adapter by its named parameters gets all of it thus.
+        """
+        for name in self.other_param_names:
+            own = getattr(self, name)
+            if isinstance(own, BufferDict) and source in own:
+                own[adapter] = own[source].clone()
+        for part in self.adapter_layer_names:
+            held = getattr(self, part)
+            if source in held and adapter in held and held[source].is_frozen:
+                held[adapter].set(held[source]())
+
+    def make_whole(self, adapter: str) -> None:
+        """Put back, empty, the parameters of which nothing is left, for an optimizer that is yet to be made."""
+        for part, name in [key for key in self._gone if key[1] == adapter]:
+            held = getattr(self, part)[name] = self._gone.pop((part, name))
+            held.parameter.requires_grad_(adapter in self.active_adapters and not self.disable_adapters)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        for key in [key for key in self._gone if key[1] == adapter_name]:
+            del self._gone[key]
+        super().delete_adapter(adapter_name)
 
     def _get_base_layer_device_and_dtype(self, base_layer: Any) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
@@ -373,13 +431,18 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Optional[torch.device] = None) -> None:
         # Under low_cpu_mem_usage buffers have no data yet, which PEFT expects of parameters only.
-        others = [getattr(self, name) for name in self.other_param_names]
-        buffers = [b for b in others if isinstance(b, BufferDict) and adapter_name in b]
-        without_data = [(b, b.pop(adapter_name)) for b in buffers if b[adapter_name].is_meta]
-        with keeping_flags([self], adapter_name):
-            super()._move_adapter_to_device_of_base_layer(adapter_name, device)
-        for buffer, value in without_data:
-            buffer[adapter_name] = value
+        held = [getattr(self, name) for name in (*self.adapter_layer_names, *self.other_param_names)]
+        held = [own for own in held if isinstance(own, (BufferDict, nn.ModuleDict)) and adapter_name in own]
+        without_data = [(own, own[adapter_name]) for own in held if _has_no_data(own[adapter_name])]
+        for own, _ in without_data:
+            del own[adapter_name]
+        super()._move_adapter_to_device_of_base_layer(adapter_name, device)
+        for own, value in without_data:
+            own[adapter_name] = value
+
+
+def _has_no_data(value: Tensor | nn.Module) -> bool:
+    return value.is_meta if isinstance(value, Tensor) else any(buffer.is_meta for buffer in value.buffers())
 
 
 def cannot_merge_into(base: nn.Module) -> str:
@@ -416,7 +479,7 @@ def check_adapter_name(name: str) -> None:
     Raises:
         ValueError: it has a dot, or is the name of one of their methods.
     """
-    if hasattr(nn.ParameterDict, name) or "." in name:
+    if hasattr(nn.ModuleDict(), name) or hasattr(BufferDict, name) or "." in name:
         better = name.replace(".", "_") if "." in name else f"{name}_1"
         raise ValueError(
             "adapter_name must have no dot, nor be the name of a method of torch's containers, which hold adapters by "

@@ -72,7 +72,7 @@ class DeltaNorm(DeltaModule):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         for part in self.adapter_layer_names:
-            setattr(self, part, nn.ParameterDict({}))
+            setattr(self, part, nn.ModuleDict())
 
     def update_layer(self, adapter: str, config: Any) -> None:
         """Create the parameters of a new adapter."""
@@ -81,5 +81,5 @@ class DeltaNorm(DeltaModule):
                 self.add_parameter(self.containers[name], adapter, config, self.out_features)
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
-        values = {name: getattr(self, self.containers[name]) for name in ("weight", "bias")}
-        return {name: container[adapter] for name, container in values.items() if adapter in container}
+        parts = [(name, self.containers[name]) for name in ("weight", "bias")]
+        return {name: self.value(part, adapter) for name, part in parts if adapter in getattr(self, part)}

@@ -15,8 +15,10 @@ from ..config import (
     is_names_or_regex,
     is_number,
     is_positive_int,
+    is_share,
     is_whole,
     names_unknown_fields,
+    one_of,
     option,
 )
 from ..phases.schedule import Schedule, epochs_to_steps, lay_out
@@ -81,6 +83,26 @@ class LearnerConfig(PhasedConfig):
         "structure.",
         Check(is_names_or_regex, "None, a regex or names"),
     )
+    after_priming: str = option(
+        "keep",
+        "What becomes of the dense deltas when priming is over. 'keep': they stay, frozen. 'fold': the whole update "
+        "of each primed layer becomes the nearest product of rank fold_rank (a truncated SVD), which trains on, and "
+        "the dense delta goes: from then on the adapter is a plain LoRA, with biases and norms.",
+        one_of(("keep", "fold"), "after_priming='fold'"),
+    )
+    fold_rank: Optional[Union[int, float]] = option(
+        None,
+        "With after_priming='fold': the rank of folded layers (None: theirs, r); or a share of each update's energy "
+        "in (0, 1), e.g. 0.95, by the smallest ranks that keep it and no more parameters in all than with r.",
+        Check(
+            lambda v: v is None or is_positive_int(v) or is_share(v),
+            "None, a rank of at least 1 or a share in (0, 1)",
+            "fold_rank=0.95",
+        ),
+    )
+    kept_energy: Optional[dict[str, float]] = option(
+        None, "Share of each folded update's energy that was kept, by layer. Written by training; not for the user."
+    )
     rank_pattern: dict[str, int] = option(
         dict,
         "Ranks that differ from r: {module name or regex: rank}.",
@@ -113,8 +135,17 @@ class LearnerConfig(PhasedConfig):
         """Whether this adapter has a priming phase (complete or not)."""
         return self.priming_steps > 0 if self.priming_steps is not None else self.priming_epochs > 0
 
+    @property
+    def is_folded(self) -> bool:
+        """Whether its dense deltas were folded into the factors."""
+        return self.primes and self.after_priming == "fold" and PRIMING in self.completed_phases
+
     def fixed_in_training(self) -> dict[str, Any]:
-        return {"scaling": float(self.scaling), "priming_lr_scale": float(self.priming_lr_scale)}
+        scales = {"scaling": float(self.scaling), "priming_lr_scale": float(self.priming_lr_scale)}
+        return {**scales, "after_priming": self.after_priming}
+
+    def learned(self) -> dict[str, Any]:
+        return {"kept_energy": self.kept_energy}
 
     @property
     def phases_complete(self) -> bool:
@@ -149,4 +180,6 @@ class LearnerConfig(PhasedConfig):
     def trained_by_phase(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Optional[int]]:
         count = sum(math.prod(shape) for shape in shapes.values())
         dense = sum(math.prod(shape) for key, shape in shapes.items() if f".{DENSE_PART}" in key)
+        if self.is_folded:
+            return {PRIMING: None, LEARNING: count}
         return {phase: count if phase == PRIMING else count - dense for phase in self.phase_names}

@@ -7,9 +7,12 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from ..checkpoint import Shapes
 from ..layers.base import tuner_layers, values_of
+from ..phases.driver import Entry, Training, injected_model
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
 from ..structure.modules import is_linear, is_norm, linear_names, walk
@@ -17,7 +20,8 @@ from ..structure.targets import is_named, matches, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
-from .config import DENSE_PART, PRIMING, LearnerConfig
+from .config import DENSE_PART, LEARNING, PRIMING, LearnerConfig
+from .fold import fold, folding_layers, record_ranks
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
 
 
@@ -116,6 +120,8 @@ class LearnerModel(PhasedModel):
             layer.update_layer(adapter, config, name, primed=name in self._primed)
         else:
             layer.update_layer(adapter, config)
+        if PRIMING in config.completed_phases:
+            layer.freeze_parts(adapter, (DENSE_PART,))
 
     # -- weighted sums ----------------------------------------------------------------------------------------------
 
@@ -139,6 +145,9 @@ class LearnerModel(PhasedModel):
             priming_epochs=1 if found.dense else 0,
             priming_steps=None,
             priming_lr_scale=1.0,
+            after_priming="keep",
+            fold_rank=None,
+            kept_energy=None,
             completed_phases=[PRIMING] if found.dense else [],
             phase_first_steps=None,
         )
@@ -154,9 +163,32 @@ class LearnerModel(PhasedModel):
         }
         for part, values in parts.items():
             for name, value in values.items():
-                getattr(self.model.get_submodule(name), part)[adapter].data = value.detach().clone()
+                layer: Any = self.model.get_submodule(name)
+                layer.leaf(part, adapter).set(value.clone())
 
     # -- phases -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def enter_phase(
+        cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase, entry: Entry, training: Training
+    ) -> None:
+        """Fold the dense deltas into the factors where priming is over, if the adapter is to go on without them."""
+        if phase.name != LEARNING or config.after_priming != "fold" or not folding_layers(root, adapter):
+            return
+        if entry == "resumed":
+            raise ScheduleError(
+                f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
+                "folded, but it has not. Load the checkpoint's adapter before."
+            )
+        fold(root, adapter, config, training)
+
+    @classmethod
+    def restart(cls, root: nn.Module, adapter: str, config: LearnerConfig, optimizer: Optimizer | None) -> None:
+        """Primed layers that were folded get a dense delta again, of zeros; their factors stay as they are."""
+        for layer in tuner_layers(root):
+            if isinstance(layer, LearnerLinear) and layer.learner_primed.get(adapter):
+                layer.take_form(adapter, layer.learner_r[adapter], True, optimizer)
+        config.write("kept_energy", None)
 
     @classmethod
     def check_phases(cls, root: nn.Module, adapter: str, config: LearnerConfig, schedule: Schedule) -> None:
@@ -166,7 +198,7 @@ class LearnerModel(PhasedModel):
             ScheduleError: the schedule has a priming phase, and no layer of the adapter a dense delta.
         """
         primes = PRIMING in schedule.first_steps
-        if primes and not any(adapter in getattr(layer, DENSE_PART, ()) for layer in tuner_layers(root)):
+        if primes and not any(getattr(layer, "learner_primed", {}).get(adapter) for layer in tuner_layers(root)):
             raise ScheduleError(
                 f"The adapter {adapter!r} is to be primed (priming_epochs={config.priming_epochs}), but none of its "
                 "layers belongs to an attention, so that there is nothing to prime. Name the layers, "
@@ -188,4 +220,53 @@ class LearnerModel(PhasedModel):
 
     @classmethod
     def has_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig) -> bool:
-        return config.init_weights and any(bool(v.any()) for v in values_of(root, adapter, DENSE_PART).values())
+        moved = values_of(root, adapter, "learner_P2" if config.is_folded else DENSE_PART)
+        return config.init_weights and any(bool(value.any()) for value in moved.values())
+
+    # -- loading ----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def _forms_in(
+        cls, root: nn.Module, adapter: str, config: LearnerConfig, state_dict: dict[str, Tensor]
+    ) -> dict[str, tuple[int, bool]]:
+        """`{primed layer: (rank, whether it has a dense delta)}` in a file, for an adapter that is to be folded."""
+        found = {}
+        for name, layer in root.named_modules() if config.after_priming == "fold" else ():
+            if isinstance(layer, LearnerLinear) and layer.learner_primed.get(adapter):
+                p1 = state_dict.get(f"{name}.{layer.file_key('learner_P1')}")
+                rank = len(p1) if p1 is not None and p1.dim() == 2 and len(p1) else layer.learner_r[adapter]
+                found[name] = rank, f"{name}.{layer.file_key(DENSE_PART)}" in state_dict
+        return found
+
+    @classmethod
+    def _shapes_in_form_of(
+        cls, root: nn.Module, adapter: str, config: LearnerConfig, state_dict: dict[str, Tensor]
+    ) -> Shapes:
+        shapes = super()._shapes_in_form_of(root, adapter, config, state_dict)
+        forms = cls._forms_in(root, adapter, config, state_dict)
+        folded = not any(dense for _, dense in forms.values())
+        for name, (rank, _) in forms.items():
+            layer: Any = root.get_submodule(name)
+            shapes[f"{name}.{layer.file_key('learner_P1')}"] = (rank, layer.in_features)
+            shapes[f"{name}.{layer.file_key('learner_P2')}"] = (layer.out_features, rank)
+            shapes.pop(f"{name}.{layer.file_key(DENSE_PART)}", None)
+            if not folded:
+                shapes[f"{name}.{layer.file_key(DENSE_PART)}"] = (layer.out_features, layer.in_features)
+        return shapes
+
+    @classmethod
+    def _fit_to_file(
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: LearnerConfig,
+        state_dict: dict[str, Tensor],
+        optimizer: Optimizer | None,
+    ) -> None:
+        forms = cls._forms_in(root, adapter, config, state_dict)
+        for name, (rank, dense) in forms.items():
+            layer: Any = root.get_submodule(name)
+            layer.take_form(adapter, rank, dense, optimizer)
+        folded = not any(dense for _, dense in forms.values())
+        config.write("completed_phases", [PRIMING] if folded else [])
+        record_ranks(injected_model(root), adapter, config)

@@ -25,7 +25,7 @@ def shapes_in_form_of(layers: Layers, adapter: str, state_dict: Mapping[str, Ten
     for name, layer in layers.items():
         space = layer.nas_lora_space[adapter]
         for part in space.shapes:
-            key = f"{name}.{CONTAINERS[part]}"
+            key = f"{name}.{layer.file_key(CONTAINERS[part])}"
             positions = state_dict.get(f"{name}.nas_lora_{space.index_of(part)}{_POSITIONS}")
             if not pruned:
                 shapes[key] = space.shapes[part]

@@ -15,7 +15,6 @@ from ..layers.base import TEST_STD, DeltaLayer
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops.terms import Entries, Factor, Pair
-from ..phases.optimizer import resize
 from ..structure.weights import for_float64
 from .config import CONTAINERS, NASLoRAConfig
 from .rewind import generator_of
@@ -109,7 +108,7 @@ class NASLoRALayer(DeltaLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         for container in CONTAINERS.values():
-            setattr(self, container, nn.ParameterDict({}))
+            setattr(self, container, nn.ModuleDict())
         for part in CONTAINERS:
             setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
         self.nas_lora_space: dict[str, Space] = {}
@@ -125,9 +124,13 @@ class NASLoRALayer(DeltaLayer):
     def is_active(self, adapter: str) -> bool:
         return self.nas_lora_active.get(adapter, False)
 
-    def values(self, part: str) -> nn.ParameterDict:
-        """The container of a part's values, by adapter."""
-        return getattr(self, CONTAINERS[part])
+    def has_values(self, part: str, adapter: str) -> bool:
+        """Whether there is anything of a part, be it empty."""
+        return adapter in getattr(self, CONTAINERS[part])
+
+    def values(self, part: str, adapter: str) -> Tensor:
+        """A part's values, differentiable."""
+        return self.value(CONTAINERS[part], adapter)
 
     def positions(self, part: str) -> BufferDict:
         """The container of the positions of a part's kept units, by adapter."""
@@ -147,14 +150,14 @@ class NASLoRALayer(DeltaLayer):
         self.nas_lora_space[adapter] = space
         if config.architecture is None:
             for part in space.shapes:
-                self.values(part)[adapter] = nn.Parameter(space.initial(part))
+                self.put(CONTAINERS[part], adapter, space.initial(part))
             self.nas_lora_active[adapter] = True
         else:
             self.set_kept(adapter, self._given_positions(space, config))
         if not config.init_weights:
             for part in space.shapes:
-                if adapter in self.values(part):
-                    nn.init.normal_(self.values(part)[adapter], std=TEST_STD)
+                if self.has_values(part, adapter):
+                    nn.init.normal_(self.values(part, adapter), std=TEST_STD)
 
     def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
         m, n = int(self.out_features), int(self.in_features)  # type: ignore[arg-type]
@@ -171,7 +174,7 @@ class NASLoRALayer(DeltaLayer):
         if dtype not in (torch.bfloat16, torch.float16) or self.is_pruned(adapter):
             return
         for part in space.shapes:
-            value = self.values(part)[adapter].data
+            value = self.values(part, adapter).data
             if value.dtype == torch.float32 and not value.is_meta:
                 exact = space.initial(part).to(value.device)
                 if torch.equal(value, exact.to(dtype).to(value.dtype)):
@@ -210,8 +213,8 @@ class NASLoRALayer(DeltaLayer):
     ) -> None:
         """Keep the units at `positions`, at their initial values.
 
-        Parameters are resized in place. Those of which nothing is left stay, empty, because an optimizer may hold
-        them; new ones are made where something is kept.
+        Parameters are resized in place. Those of which nothing is left are empty until `drop_empty`; new ones are
+        made where something is kept.
 
         Args:
             positions: of the kept units, for each indexed part of which any are; None: all parts in full.
@@ -221,8 +224,9 @@ class NASLoRALayer(DeltaLayer):
         space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
         nothing = torch.empty(0, dtype=torch.int32)
+        super().make_whole(adapter)
         for part in space.shapes:
-            values, held = self.values(part), self.positions(part)
+            held = self.positions(part)
             own = None if positions is None else positions.get(space.index_of(part), nothing)
             if own is not None and len(own) and int(own.min()) == UNKNOWN:
                 value = torch.zeros(space.shape(part, len(own)))
@@ -231,12 +235,12 @@ class NASLoRALayer(DeltaLayer):
                 value = value if own is None else space.at(value, part, own.long().cpu())
             if adapter in held:
                 del held[adapter]
-            if adapter in values:
-                device = values[adapter].device
-                resize(values[adapter], value.to(device, values[adapter].dtype), optimizer)
+            device = self._device()
+            if self.has_values(part, adapter):
+                leaf, device = self.leaf(CONTAINERS[part], adapter), self.values(part, adapter).device
+                leaf.set(value, optimizer) if value.numel() else leaf.clear(optimizer)
             elif value.numel():
-                device = self._device()
-                values[adapter] = nn.Parameter(value.to(device))
+                self.put(CONTAINERS[part], adapter, value.to(device))
             if own is not None and len(own) and part in space.indexed():
                 held[adapter] = own.to(device, torch.int32)
 
@@ -245,14 +249,11 @@ class NASLoRALayer(DeltaLayer):
         return device if device is not None else torch.device("cpu")
 
     def make_whole(self, adapter: str) -> None:
-        """Let there be an (empty) parameter for each part of which nothing is kept."""
-        for part in self.nas_lora_space[adapter].shapes:
-            if adapter not in self.values(part):
-                self.values(part)[adapter] = nn.Parameter(torch.empty(0, device=self._device()))
-
-    def is_pruned_away(self, adapter: str, part: str) -> bool:
-        values = getattr(self, part)
-        return adapter in values and values[adapter].numel() == 0
+        super().make_whole(adapter)
+        for part in self.nas_lora_space[adapter].shapes if self.has_adapter(adapter) else ():
+            if not self.has_values(part, adapter):  # of an adapter that was loaded pruned
+                self.put(CONTAINERS[part], adapter, torch.empty(0, device=self._device()))
+                self.leaf(CONTAINERS[part], adapter).is_empty = True
 
     def is_pruned(self, adapter: str) -> bool:
         """Whether the adapter is in the form of kept units here."""
@@ -263,7 +264,7 @@ class NASLoRALayer(DeltaLayer):
 
     def kept(self, adapter: str, part: str) -> int:
         """Number of parameters of a part that are there now."""
-        return self.values(part)[adapter].numel() if adapter in self.values(part) else 0
+        return self.values(part, adapter).numel() if self.has_values(part, adapter) else 0
 
     def units(self, adapter: str, part: str) -> int:
         """Number of units of a part that are there now."""
@@ -291,12 +292,19 @@ class NASLoRALayer(DeltaLayer):
         space = self.nas_lora_space[adapter]
         return {part: [self.kept(adapter, part), space.size(part)] for part in space.shapes}
 
+    def copy_frozen(self, source: str, adapter: str) -> None:
+        """The units that another adapter keeps, at their initial values."""
+        if self.is_pruned(source):
+            self.set_kept(adapter, self.kept_positions(source))
+            self.drop_empty(adapter)
+
     # -- scores -----------------------------------------------------------------------------------------------------
 
     def scored(self, adapter: str) -> list[tuple[str, nn.Parameter]]:
         """The parameters that are scored: all of the kept ones, or, structured, without V."""
         space = self.nas_lora_space[adapter]
-        return [(part, self.values(part)[adapter]) for part in space.indexed() if self.units(adapter, part)]
+        parts = [part for part in space.indexed() if self.units(adapter, part)]
+        return [(part, self.leaf(CONTAINERS[part], adapter).parameter) for part in parts]
 
     def unit_scores(self, adapter: str, part: str, scores: Tensor) -> Tensor:
         """Scores of a part's units from those of its entries: themselves, or sums over a column of U or a bias."""
@@ -310,13 +318,13 @@ class NASLoRALayer(DeltaLayer):
 
     def bias_delta(self, adapter: str) -> Tensor | None:
         """db in full, differentiable; None if nothing of it is there."""
-        values, positions = self.values("bias"), self.positions("bias")
+        positions = self.positions("bias")
         if not self.kept(adapter, "bias"):
             return None
-        space = self.nas_lora_space[adapter]
+        space, values = self.nas_lora_space[adapter], self.values("bias", adapter)
         if space.structured or adapter not in positions:
-            return values[adapter]
-        return values[adapter].new_zeros(space.size("bias")).index_add(0, positions[adapter], values[adapter])
+            return values
+        return values.new_zeros(space.size("bias")).index_add(0, positions[adapter], values)
 
     def __repr__(self) -> str:
         return "nas_lora." + super().__repr__()
@@ -351,20 +359,21 @@ class NASLoRALinear(NASLoRALayer, DeltaLinear):
         # Entries of one factor whose partners are all pruned have no effect, but stay in the graph, as DDP expects.
         shapes = self.nas_lora_space[adapter].shapes
         if a is None:
-            a = self.values("U")[adapter].new_zeros(shapes["V"][::-1])
+            a = self.values("U", adapter).new_zeros(shapes["V"][::-1])
         if b is None:
-            b = self.values("V")[adapter].new_zeros(shapes["U"][::-1]).t()
+            b = self.values("V", adapter).new_zeros(shapes["U"][::-1]).t()
         return a, b, 1.0
 
     def _factor(self, part: str, adapter: str) -> Factor | None:
         """A = V^T, or B = U: entries where it is of such."""
-        values, space = self.values(part), self.nas_lora_space[adapter]
+        space = self.nas_lora_space[adapter]
         if not self.kept(adapter, part):
             return None
+        values = self.values(part, adapter)
         if space.structured or adapter not in self.positions(part):
-            return values[adapter].t() if part == "V" else values[adapter]
+            return values.t() if part == "V" else values
         features, rank = space.shapes[part]
-        return Entries(values[adapter], self.positions(part)[adapter], rank, features, turned=part == "U")
+        return Entries(values, self.positions(part)[adapter], rank, features, turned=part == "U")
 
 
 class NASLoRABias(NASLoRALayer, DeltaModule):

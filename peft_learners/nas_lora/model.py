@@ -23,7 +23,7 @@ from ..tuner import PhasedModel
 from ..weighted_sum import Combined, acting
 from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
-from .config import RETRAINING, NASLoRAConfig
+from .config import CONTAINERS, RETRAINING, NASLoRAConfig
 from .files import check_positions, is_pruned_file, scores_of, shapes_in_form_of, take_scores, without_scores
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
@@ -216,7 +216,8 @@ class NASLoRAModel(PhasedModel):
         for part, own in values.items():
             for name, value in own.items():
                 layer: Any = self.model.get_submodule(name)
-                layer.values(part)[adapter].data = value.detach().clone(memory_format=torch.contiguous_format)
+                leaf = layer.leaf(CONTAINERS[part], adapter)
+                leaf.set(value.clone(memory_format=torch.contiguous_format))
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -323,18 +324,13 @@ class NASLoRAModel(PhasedModel):
             layer.set_kept(adapter, None if positions is None else positions.get(name, {}), optimizer)
 
     @classmethod
-    def make_whole(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> None:
-        for layer in layers_of(root, adapter).values():
-            layer.make_whole(adapter)
-
-    @classmethod
     def has_trained(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> bool:
         if config.architecture is not None or not config.init_weights:
             return config.architecture is not None
         for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
-                value = layer.values(part)[adapter].detach()
+                value = layer.values(part, adapter).detach()
                 if not value.is_meta and not torch.equal(value, space.initial(part).to(value)):
                     return True
         return False
@@ -345,8 +341,7 @@ class NASLoRAModel(PhasedModel):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        whole = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        values = {key: value for key, value in whole.items() if value.numel()}
+        values = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         scores = scores_of(layers_of(model, adapter_name), adapter_name)
         return {**values, **{f"{key}.{adapter_name}": value for key, value in scores.items()}}
 
@@ -358,10 +353,6 @@ class NASLoRAModel(PhasedModel):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
         take_scores(layers_of(model, adapter_name), adapter_name, state_dict, keep=not config.inference_mode)
         return remapped
-
-    @classmethod
-    def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
-        return {key: shape for key, shape in super()._own_shapes(root, adapter).items() if 0 not in shape}
 
     @classmethod
     def _shapes_in_form_of(

@@ -20,19 +20,28 @@ from .schedule import ScheduleError
 class PhaseCallback(TrainerCallback, ExportableState):
     """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
 
-    There is nothing to configure. At a boundary, between two optimizer steps, what the next phase does not train
-    freezes, its gradients and optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The
-    boundaries are kept in Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
+    At a boundary, between two optimizer steps, what the next phase does not train freezes, its gradients and
+    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The boundaries are kept in
+    Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
+
+    Args:
+        stop_at_boundary: end the run right at each boundary, with a checkpoint of the adapter as the next phase finds
+            it. The same run, resumed from there (`trainer.train(resume_from_checkpoint=True)`), trains what is left,
+            up to the next boundary or the end. For tools that keep copies, shapes or lists of parameters, and can't
+            bear that those change in the middle of a run.
 
     Raises (when training begins):
         ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
-        ValueError: the model holds no adapter of this package.
+        ValueError: the model holds no adapter of this package, or `stop_at_boundary` with `load_best_model_at_end`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, stop_at_boundary: bool = False) -> None:
+        self.stop_at_boundary = stop_at_boundary
         #: By adapter: the first steps of its phases, and the fields of its config that a resumed run may not change.
         self.first_steps: dict[str, dict[str, int]] = {}
         self.fixed: dict[str, dict[str, Any]] = {}
+        #: By adapter: what its config has learned that the adapter's file does not tell.
+        self.learned: dict[str, dict[str, Any]] = {}
         self._driver: PhaseDriver | None = None
         self._batch_size: int | None = None
         self._fresh: list[str] = []
@@ -40,7 +49,10 @@ class PhaseCallback(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What Trainer keeps of this callback in its checkpoints, as `ExportableState` asks for it."""
-        return {"args": {}, "attributes": {"first_steps": self.first_steps, "fixed": self.fixed}}
+        if self._driver is not None:
+            self.learned.update({name: config.learned() for name, config in self._driver.configs().items()})
+        attributes = {"first_steps": self.first_steps, "fixed": self.fixed, "learned": self.learned}
+        return {"args": {"stop_at_boundary": self.stop_at_boundary}, "attributes": attributes}
 
     def on_init_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -66,10 +78,18 @@ class PhaseCallback(TrainerCallback, ExportableState):
                 "PhaseCallback found no adapter of peft_learners that is active and trained. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or make it active with model.set_adapter(...)."
             )
+        if self.stop_at_boundary and args.load_best_model_at_end:
+            raise ValueError(
+                "PhaseCallback(stop_at_boundary=True) ends the run at a boundary with the adapter as it is there, but "
+                "load_best_model_at_end=True would put an earlier one in its place. Leave one of the two out."
+            )
         # Read here, since Trainer restores callbacks only with `restore_callback_states_from_checkpoint`.
         name = type(self).__name__
         recorded = state.stateful_callbacks.get(name, {}).get("attributes", {}) if state.global_step > 0 else {}
         self._check_same(configs, recorded.get("fixed", {}))
+        for adapter, learned in recorded.get("learned", {}).items():
+            for field, value in learned.items() if adapter in configs else ():
+                configs[adapter].write(field, value)
         starts = driver.start(
             total_steps=state.max_steps,
             steps_per_epoch=_steps_per_epoch(args, kwargs.get("train_dataloader")),
@@ -96,6 +116,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
         if any(start.begins_anew for start in starts):
             self._forget_best(state)
         self._record(self._driver, state, starts)
+        if starts and self.stop_at_boundary and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -25,7 +25,7 @@ from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
-from .optimizer import Observer, before_each_step, is_deepspeeds, raw_optimizer
+from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")
@@ -90,6 +90,8 @@ def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
         for name in layer.other_param_names:
             values = getattr(layer, name)
             yield from values.values() if isinstance(values, BufferDict) else ()
+        for part in layer.adapter_layer_names:
+            yield from getattr(layer, part).buffers()
 
 
 def trained_parameters(root: nn.Module) -> int:
@@ -112,10 +114,15 @@ class PhaseDriver:
         self._ddp: list[DistributedDataParallel] = []
         #: Whether a training is under way (started, and neither finished nor at its last step).
         self.running = False
+        #: Whether an optimizer is yet to be made that holds all that ever trains.
+        self.prepared = False
         self._ends_by_itself = True
         #: Whether anybody has said, since the start, that a step is finished.
         self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
+        self._groups: GroupState | None = None
+        #: Models that were copied from this one.
+        self._copies: list[weakref.ref[nn.Module]] = []
 
     @classmethod
     def of(cls, model: nn.Module) -> PhaseDriver:
@@ -137,6 +144,9 @@ class PhaseDriver:
         root.__dict__.pop(_ATTRIBUTE, None)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
+        root = self._root()
+        made = memo.get(id(root)) if root is not None else None
+        self._copies += [weakref.ref(made)] if isinstance(made, nn.Module) else []
         return None  # a copied model starts without a driver
 
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
@@ -227,8 +237,11 @@ class PhaseDriver:
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
+        self.prepared = False
         self.schedules, self.total_steps, self._phase, self._marks = schedules, total_steps, {}, []
         self._optimizer = weakref.ref(raw) if raw is not None else None
+        anew = any(phase.begins_anew for schedule in schedules.values() for phase in schedule.phases)
+        self._groups = GroupState(raw, resumed=global_step > 0) if raw is not None and anew else None
         self._ddp = ddp_modules(self.root, wrappers)
         self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
         for name, schedule in schedules.items():
@@ -259,6 +272,7 @@ class PhaseDriver:
 
     def prepare(self) -> None:
         """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
+        self.prepared = True
         for name, config in self.configs().items():
             tuner_of(config).make_whole(self.root, name, config)
             self.freeze_for(name, None)
@@ -285,15 +299,12 @@ class PhaseDriver:
             self.freeze_for(name, None)
 
     def freeze_for(self, adapter: str, phase: Phase | None) -> list[nn.Parameter]:
-        """Freeze what `phase` does not train of an adapter (None: nothing). Returns what stopped training by it."""
+        """Freeze what `phase` does not train of an adapter, and let go of what is empty (None: neither). Returns what
+        stopped training by it."""
         stopped: list[nn.Parameter] = []
         for layer in tuner_layers(self.root):
-            frozen = tuple(
-                part
-                for part in layer.adapter_layer_names
-                if phase is not None and (part in phase.freezes or layer.is_pruned_away(adapter, part))
-            )
-            stopped += layer.set_frozen_parts(adapter, frozen)
+            stopped += layer.freeze_parts(adapter, phase.freezes if phase is not None else ())
+            stopped += layer.drop_empty(adapter) if phase is not None else []
         return stopped
 
     def _warn_if_only_said_to_be_complete(self, tuner: Any, name: str, config: PhasedConfig) -> None:
@@ -360,6 +371,18 @@ class PhaseDriver:
                 raise ScheduleError(message)
             warnings.warn(message, stacklevel=4)
 
+    def _warn_of_copies(self, starts: list[PhaseStart]) -> None:
+        """An average of weights (an EMA) that was copied from the model still has the parameters of the last phase."""
+        if any(made() is not None for made in self._copies):
+            warnings.warn(
+                f"The adapter {starts[0].adapter!r} enters the phase {starts[0].phase!r}, in which its parameters are "
+                "others, and a copy of the model is alive. If that is an average of weights (AveragedModel, an EMA), "
+                "make it anew now, from the model, or train phase by phase: PhaseCallback(stop_at_boundary=True). A "
+                "frozen reference model may stay.",
+                stacklevel=4,
+            )
+            self._copies = []
+
     def _check_wrappers(self, wrappers: Sequence[nn.Module]) -> None:
         count = processes() or 1
         if count > 1 and not any(holds(wrapper, self.root) for wrapper in wrappers):
@@ -409,6 +432,8 @@ class PhaseDriver:
             stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
                 stopped += adapter_parameters(root, name)
+                if optimizer is not None and self._groups is not None:
+                    self._groups.reset(optimizer)
             self._phase[name] = phase
             self._observe(name, tuner.observer(root, name, config, phase) if self.running else None)
             if len(schedule.phases) > 1:
@@ -434,6 +459,8 @@ class PhaseDriver:
                     "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
                     *(start.adapter, start.phase, global_step, start.trained_before, start.trained_after),
                 )
+        if entry == "crossed":
+            self._warn_of_copies(starts)
         return starts
 
 

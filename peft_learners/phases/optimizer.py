@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +73,50 @@ def _carried(
         else:
             carried[key] = value
     return carried
+
+
+#: What schedulers and users set in a group, and no optimizer by itself.
+_SET_FROM_OUTSIDE = {"params", "lr", "initial_lr", "weight_decay", "betas", "momentum", "eps"}
+
+
+class GroupState:
+    """What optimizers keep in their groups (steps, estimates of the rate: Prodigy, schedule-free ones), as a training
+    finds it.
+
+    Args:
+        optimizer: at the start of a training.
+        resumed: whether it has made steps already.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, resumed: bool) -> None:
+        self._resumed = resumed
+        self._first = [
+            {key: copy.deepcopy(value) for key, value in group.items() if key not in _SET_FROM_OUTSIDE}
+            for group in optimizer.param_groups
+        ]
+
+    def reset(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let groups forget what the optimizer has written into them, as a new one would have them. Switches stay."""
+        state: dict[Any, Any] = optimizer.state
+        for entry in [entry for entry in state if not isinstance(entry, torch.Tensor)]:
+            del state[entry]
+        for group, first in zip(optimizer.param_groups, self._first, strict=False):
+            for key in [key for key in group if key not in _SET_FROM_OUTSIDE and not isinstance(group[key], bool)]:
+                default = optimizer.defaults.get(key)
+                if key in first and _same(group[key], first[key]) and not (self._resumed and default is not None):
+                    continue
+                if key in optimizer.defaults:
+                    group[key] = copy.deepcopy(default)
+                elif key in first and not self._resumed:
+                    group[key] = copy.deepcopy(first[key])
+                else:
+                    del group[key]
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return torch.equal(one, other)
+    return type(one) is type(other) and one == other
 
 
 def before_each_step(optimizer: torch.optim.Optimizer, observer: Observer) -> RemovableHandle:

@@ -68,7 +68,7 @@ def freeze_ffns(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Modul
     learner: Any = get_peft_model(copy.deepcopy(model).to("meta"), LearnerConfig(r=1, priming_steps=1))
     trained, attention = set(), False
     for name, _ in learner.base_model.model.named_parameters():
-        layer, _, part = name.removesuffix(".default").rpartition(".")
+        layer, _, part = name.partition(".default.")[0].rpartition(".")
         attention |= part == "learner_dense_delta"
         if part in LEARNER_PARTS:
             trained.add(f"{layer}.{LEARNER_PARTS[part]}")

@@ -23,7 +23,7 @@ import matplotlib.pyplot as plt
 
 #: `{layer: (indices of the kept nodes, ascending; number of nodes)}`, in the order of the model.
 Kept = dict[str, tuple[list[int], int]]
-_KEPT, _DELTA, _REST = ".far_kept", ".far_delta", ".far_rest"
+_KEPT, _DELTA, _REST = ".far_kept", ".far_delta.weight", ".far_rest"
 _PEFT_PREFIX = "base_model.model."
 
 

@@ -63,11 +63,14 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
 def updates(layer: Any, tuner: str) -> tuple[Tensor, Tensor, Tensor]:
     """`(A, B, db)` of a layer in float64, read from its parameters: the update is `B A`."""
     if tuner.startswith("learner"):
-        a, b = layer.learner_P1["default"], layer.learner_P2["default"] * 2.0  # the scaling in tests/support/tuners.py
-        bias = layer.learner_bias_delta["default"]
+        a, b = (
+            layer.learner_P1["default"].weight,
+            layer.learner_P2["default"].weight * 2.0,
+        )  # the scaling in tests/support/tuners.py
+        bias = layer.learner_bias_delta["default"].bias
     else:
-        a, b = layer.nas_lora_V["default"].t(), layer.nas_lora_U["default"]
-        bias = layer.nas_lora_bias_delta["default"]
+        a, b = layer.nas_lora_V["default"].weight.t(), layer.nas_lora_U["default"].weight
+        bias = layer.nas_lora_bias_delta["default"].bias
     return a.detach().double(), b.detach().double(), bias.detach().double()
 
 
@@ -118,12 +121,12 @@ def test_quantised_gradients(kind, tuner):
     found = {"dx": x.grad}
     if tuner.startswith("learner"):
         expected |= {"dA": (g64 @ b).t() @ rows, "dB": factor * g64.t() @ (rows @ a.t())}
-        found |= {"dA": layer.learner_P1["default"].grad, "dB": layer.learner_P2["default"].grad}
-        found["dbias"] = layer.learner_bias_delta["default"].grad
+        found |= {"dA": layer.learner_P1["default"].weight.grad, "dB": layer.learner_P2["default"].weight.grad}
+        found["dbias"] = layer.learner_bias_delta["default"].bias.grad
     else:
         expected |= {"dA": rows.t() @ (g64 @ b), "dB": g64.t() @ (rows @ a.t())}
-        found |= {"dA": layer.nas_lora_V["default"].grad, "dB": layer.nas_lora_U["default"].grad}
-        found["dbias"] = layer.nas_lora_bias_delta["default"].grad
+        found |= {"dA": layer.nas_lora_V["default"].weight.grad, "dB": layer.nas_lora_U["default"].weight.grad}
+        found["dbias"] = layer.nas_lora_bias_delta["default"].bias.grad
     assert through_base.abs().max() > 0.01
     for name, value in expected.items():
         torch.testing.assert_close(found[name].double(), value, rtol=1e-4, atol=1e-4, msg=name)
@@ -338,7 +341,7 @@ def test_init_dtype(kind):
     layer = layer_of(model)
     space = layer.nas_lora_space["default"]
     assert {p.dtype for n, p in model.named_parameters() if ".nas_lora_" in n} == {torch.float32}
-    assert torch.equal(layer.nas_lora_U["default"], space.initial("U"))
+    assert torch.equal(layer.nas_lora_U["default"].weight, space.initial("U"))
     assert not model.base_model.has_trained(model.base_model.model, "default", model.peft_config["default"])
 
 

@@ -247,7 +247,7 @@ def test_channel_norm_bias(config):
     model = get_peft_model(base, config).train()
     model(input_values=torch.randn(2, 400), labels=torch.tensor([0, 1])).loss.backward()
     layer = model.base_model.model.wav2vec2.feature_extractor.conv_layers[0].layer_norm
-    assert layer.nas_lora_bias_delta["default"].grad.any()
+    assert layer.nas_lora_bias_delta["default"].bias.grad.any()
 
 
 @pytest.mark.parametrize("tuner", [LearnerConfig, FARConfig, NASLoRAConfig, BottleneckConfig])

@@ -161,7 +161,7 @@ def test_svd_rank():
     model.add_adapter("two", learner_of(r=4, target_modules=["o_proj"], train_norms=False))
     model.add_weighted_adapter(["one", "two"], list(WEIGHTS), "sum", "svd", 2)
     attention = model.base_model.model.model.layers[0].self_attn
-    assert len(attention.q_proj.learner_P1["sum"]) == len(attention.o_proj.learner_P1["sum"]) == 2
+    assert len(attention.q_proj.learner_P1["sum"].weight) == len(attention.o_proj.learner_P1["sum"].weight) == 2
 
 
 def test_missing_parts():

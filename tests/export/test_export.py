@@ -61,12 +61,14 @@ def test_factors(tmp_path: Path):
     run.model.save_pretrained(tmp_path / "own")
     save_as_lora(tmp_path / "lora", run.model)
     own, lora = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "lora" / FILE)
-    layers = [name.removesuffix(".learner_P1") for name in own if name.endswith(".learner_P1")]
+    layers = [name.removesuffix(".learner_P1.weight") for name in own if name.endswith(".learner_P1.weight")]
     assert len(layers) == zoo.ZOO["bert"].linears
     for name in layers:
-        assert torch.equal(lora[f"{name}.lora_A.weight"], own[f"{name}.learner_P1"])
-        assert torch.equal(lora[f"{name}.lora_B.weight"], 2 * own[f"{name}.learner_P2"])  # scaling=2 in tuners.py
-        assert torch.equal(lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta"])
+        assert torch.equal(lora[f"{name}.lora_A.weight"], own[f"{name}.learner_P1.weight"])
+        assert torch.equal(
+            lora[f"{name}.lora_B.weight"], 2 * own[f"{name}.learner_P2.weight"]
+        )  # scaling=2 in tuners.py
+        assert torch.equal(lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta.bias"])
 
 
 def test_pruned_entries(tmp_path: Path):
@@ -83,7 +85,7 @@ def test_pruned_entries(tmp_path: Path):
         for part, value in full.items():
             for position, entry in zip(
                 own.get(f"{name}.nas_lora_{part}_positions", torch.empty(0)).tolist(),
-                own.get(f"{name}.nas_lora_{part}", torch.empty(0)).tolist(),
+                own.get(f"{name}.nas_lora_{part}.weight", torch.empty(0)).tolist(),
                 strict=True,
             ):
                 value[position // value.shape[1], position % value.shape[1]] = entry
@@ -94,7 +96,7 @@ def test_pruned_entries(tmp_path: Path):
 
 def delta_by_hand(own: dict[str, torch.Tensor], name: str) -> np.ndarray:
     """`P2 P1 + 0.5 theta` in float64 (scaling 1, priming_lr_scale=0.5 in tuners.py)."""
-    part = {key: own[f"{name}.learner_{key}"].double().numpy() for key in ("P1", "P2", "dense_delta")}
+    part = {key: own[f"{name}.learner_{key}.weight"].double().numpy() for key in ("P1", "P2", "dense_delta")}
     return part["P2"] @ part["P1"] + 0.5 * part["dense_delta"]
 
 

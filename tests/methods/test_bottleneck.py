@@ -21,10 +21,10 @@ from peft_learners import BottleneckConfig
 def norm(layer: Any, x: Tensor) -> Tensor:
     """LayerNorm with the base's weight and bias plus the deltas."""
     base = layer.base_layer
-    weight = base.weight + layer.bottleneck_layernorm_delta["default"]
+    weight = base.weight + layer.bottleneck_layernorm_delta["default"].weight
     centred = x - x.mean(-1, keepdim=True)
     scaled = centred / (centred.square().mean(-1, keepdim=True) + base.eps).sqrt()
-    return scaled * weight + base.bias + layer.bottleneck_bias_delta["default"]
+    return scaled * weight + base.bias + layer.bottleneck_bias_delta["default"].bias
 
 
 def bert_block(block: Any, x: Tensor, mode: str, scaling: float) -> Tensor:
@@ -154,14 +154,14 @@ def test_dropout():
     model = adapted("llama", dropout=0.5, train_norms=False)
     layer = model.base_model.model.model.layers[0].mlp.down_proj
     with torch.no_grad():
-        layer.bottleneck_up["default"].fill_(0.0)
-        layer.bottleneck_up["default"][:5] = torch.eye(5)  # hidden unit i alone makes output i
+        layer.bottleneck_up["default"].weight.fill_(0.0)
+        layer.bottleneck_up["default"].weight[:5] = torch.eye(5)  # hidden unit i alone makes output i
     x = torch.randn(50, 16, dtype=torch.float64)
     y, kept = torch.zeros(50, 16, dtype=torch.float64), adapter(layer, x, torch.relu)
     assert torch.equal(layer._plus(y, "default", x), 4 * kept)
     model.train()
     torch.manual_seed(0)
-    bias = layer.bottleneck_up_bias["default"]
+    bias = layer.bottleneck_up["default"].bias
     ratio = ((layer._plus(y, "default", x) / 4 - bias) / (kept - bias))[:, :5][(kept - bias)[:, :5] > 0]
     assert ratio.isclose(torch.tensor(2.0).double()).logical_or(ratio == 0).all()  # kept units count 1 / (1 - 0.5)
     assert 0.3 < float((ratio == 0).double().mean()) < 0.7

@@ -54,7 +54,7 @@ def test_output_projections(arch):
 def test_adapter_count(arch, mode, count):
     """There are as many adapters as attentions and networks."""
     model = adapted(arch, mode)
-    assert len([n for n, _ in model.named_parameters() if n.endswith("bottleneck_up.default")]) == count
+    assert len([n for n, _ in model.named_parameters() if n.endswith("bottleneck_up.default.weight")]) == count
 
 
 def test_narrowed_places():

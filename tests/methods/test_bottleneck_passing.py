@@ -176,7 +176,7 @@ def test_mixed_batch():
     model = adapted("llama", "sequential")
     model.add_adapter("beside", BottleneckConfig(mode="parallel", bottleneck_dim=3, task_type="CAUSAL_LM"))
     mlp = model.double().base_model.model.model.layers[0].mlp
-    torch.nn.init.normal_(mlp.down_proj.bottleneck_up["beside"])
+    torch.nn.init.normal_(mlp.down_proj.bottleneck_up["beside"].weight)
     taken = []
     mlp.register_forward_hook(lambda _, args, out: taken.append((args[0], out)))
     inputs = zoo.inputs_of("llama", model)

@@ -95,15 +95,18 @@ def test_config_reused():
     assert first.peft_config["default"].priming_modules == ["k_lin", "out_lin", "q_lin", "v_lin"]
 
 
-def test_config_shared():
-    """One config object serves two adapters of one model."""
+@pytest.mark.parametrize("over", [False, True])
+def test_config_shared(over):
+    """One config object serves two adapters of one model; once a phase of the first is over, the second is a clone."""
     config = LearnerConfig(r=2, priming_epochs=1)
     model = get_peft_model(zoo.build("distilbert"), config)
     model.base_model.set_schedule(4, 2)
-    model.base_model.update_and_allocate(2)
+    model.base_model.update_and_allocate(2 if over else 1)
     model.add_adapter("second", config)
-    assert model.peft_config["default"].completed_phases == ["priming"]
-    assert model.peft_config["second"].completed_phases == []
+    assert model.peft_config["default"] is not model.peft_config["second"]
+    assert [own.completed_phases for own in model.peft_config.values()] == 2 * [["priming"] if over else []]
+    first_steps = [own.phase_first_steps for own in model.peft_config.values()]
+    assert first_steps == [{"priming": 0, "learning": 2}, {"priming": 0, "learning": 2} if over else None]
 
 
 # -- told at injection ------------------------------------------------------------------------------------------------
@@ -196,7 +199,7 @@ def test_priming_not_floating():
     model = learner(base, priming_epochs=0)
     assert torch.equal(model(x), expected)
     model(x).sum().backward()
-    assert model.base_model.model.attention.q.learner_P2["default"].grad.any()
+    assert model.base_model.model.attention.q.learner_P2["default"].weight.grad.any()
     with pytest.raises(ValueError, match="stores torch.int8 values"):
         model.merge_adapter()
 
@@ -217,11 +220,14 @@ def test_rank_pattern():
     names = [n for n, _ in model.named_parameters()]
     assert not [n for n in names if "learner_bias_delta" in n or "learner_layernorm_delta" in n]
     ffn = model.base_model.model.distilbert.transformer.layer[0].ffn
-    assert ffn.lin1.learner_P1["default"].shape == (5, 16) and ffn.lin2.learner_P1["default"].shape == (2, 32)
+    assert ffn.lin1.learner_P1["default"].weight.shape == (5, 16) and ffn.lin2.learner_P1["default"].weight.shape == (
+        2,
+        32,
+    )
     x = torch.randn(4, 16)
     with torch.no_grad():
-        ffn.lin1.learner_P2["default"].normal_()
-    low = x @ ffn.lin1.learner_P1["default"].t() @ ffn.lin1.learner_P2["default"].t()
+        ffn.lin1.learner_P2["default"].weight.normal_()
+    low = x @ ffn.lin1.learner_P1["default"].weight.t() @ ffn.lin1.learner_P2["default"].weight.t()
     model.eval()
     torch.testing.assert_close(ffn.lin1(x), ffn.lin1.base_layer(x) + 3.0 * low)
     model.train()
@@ -250,7 +256,7 @@ def test_head_beside_backbone():
     assert all(name.startswith("encoder.layers.") for name in model.base_model.targeted_module_names)
 
 
-@pytest.mark.parametrize(("name", "better"), [("copy", "copy_1"), ("update", "update_1"), ("v1.2", "v1_2")])
+@pytest.mark.parametrize(("name", "better"), [("items", "items_1"), ("update", "update_1"), ("v1.2", "v1_2")])
 def test_adapter_names(name, better):
     """Adapter names that torch's containers can't hold are refused."""
     with pytest.raises(ValueError, match=f"got '{name}'. Take another: '{better}'"):

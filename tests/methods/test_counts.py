@@ -89,7 +89,7 @@ def test_far_10_pretrained():
     model = get_peft_model(DistilBertForSequenceClassification(DistilBertConfig()), FARConfig(priming_steps=1))
     model.base_model.set_schedule(total_steps=3, optimizer=sgd(model))
     for layer in model.base_model.model.distilbert.transformer.layer:
-        torch.nn.init.normal_(layer.ffn.lin1.far_delta["default"])
+        torch.nn.init.normal_(layer.ffn.lin1.far_delta["default"].weight)
     model.base_model.update_and_allocate(1)
     assert model.get_nb_trainable_parameters()[0] == 41_456_180
 

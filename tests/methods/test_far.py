@@ -68,7 +68,7 @@ def moved_by_hand(granularity: str) -> nn.Module:
     for module in model.modules():
         for container in ("far_delta", "far_bias_delta"):
             if hasattr(module, container) and "default" in getattr(module, container):
-                getattr(module, container)["default"].data.zero_()
+                module.value(container, "default").data.zero_()
     return model
 
 
@@ -87,18 +87,18 @@ def test_most_moved_kept():
     model = moved_by_hand("hidden_unit")
     lin1, lin2 = ffn(model, 0)
     # Sums of absolute changes per unit: row of lin1 plus column of lin2. 0.125 * 32 = 4 are kept.
-    lin1.far_delta["default"].data[3, :] = -1.0  # 16 * 1 = 16
-    lin2.far_delta["default"].data[:, 9] = 2.0  # 16 * 2 = 32
-    lin1.far_delta["default"].data[20, 0] = 5.0  # 5 + 16 * 0.75 = 17
-    lin2.far_delta["default"].data[:, 20] = 0.75
-    lin2.far_delta["default"].data[0, 31] = -15.0  # 15
-    lin1.far_delta["default"].data[7, 5] = 14.0  # 14: the fifth
-    lin1.far_bias_delta["default"].data[11] = 100.0  # a bias does not count
+    lin1.far_delta["default"].weight.data[3, :] = -1.0  # 16 * 1 = 16
+    lin2.far_delta["default"].weight.data[:, 9] = 2.0  # 16 * 2 = 32
+    lin1.far_delta["default"].weight.data[20, 0] = 5.0  # 5 + 16 * 0.75 = 17
+    lin2.far_delta["default"].weight.data[:, 20] = 0.75
+    lin2.far_delta["default"].weight.data[0, 31] = -15.0  # 15
+    lin1.far_delta["default"].weight.data[7, 5] = 14.0  # 14: the fifth
+    lin1.far_bias_delta["default"].bias.data[11] = 100.0  # a bias does not count
     reconfigure(model)
     for layer in (lin1, lin2):
         assert layer.far_kept["default"].tolist() == [3, 9, 20, 31]
-    assert lin1.far_delta["default"].shape == (4, 16) and lin2.far_delta["default"].shape == (16, 4)
-    assert lin1.far_delta["default"][2, 0] == 5.75 - 0.75 and lin2.far_delta["default"][0, 2] == 0.75
+    assert lin1.far_delta["default"].weight.shape == (4, 16) and lin2.far_delta["default"].weight.shape == (16, 4)
+    assert lin1.far_delta["default"].weight[2, 0] == 5.75 - 0.75 and lin2.far_delta["default"].weight[0, 2] == 0.75
     # What is not kept keeps what it learned: unit 7 is the row 7 - 1 (3 is kept below it) of the rest.
     assert lin1.far_rest["default"][6, 5] == 14.0 and lin1.far_bias_rest["default"][11 - 2] == 100.0
 
@@ -108,9 +108,9 @@ def test_l2():
     model = moved_by_hand("hidden_unit")
     lin1, lin2 = ffn(model, 0)
     model.peft_config["default"].selection = "l2"
-    lin1.far_delta["default"].data[3, :] = 1.0  # l1 16, l2 4
+    lin1.far_delta["default"].weight.data[3, :] = 1.0  # l1 16, l2 4
     for unit in (1, 2, 5, 30):
-        lin1.far_delta["default"].data[unit, 0] = 6.0  # l1 6, l2 6
+        lin1.far_delta["default"].weight.data[unit, 0] = 6.0  # l1 6, l2 6
     reconfigure(model)
     assert lin2.far_kept["default"].tolist() == [1, 2, 5, 30]
 
@@ -119,19 +119,19 @@ def test_output_nodes():
     """Output nodes are ranked in each linear layer by itself."""
     model = moved_by_hand("output_node")
     lin1, lin2 = ffn(model, 1)
-    lin1.far_delta["default"].data[[4, 8, 15, 16], 0] = 1.0
-    lin2.far_delta["default"].data[[3, 12], 0] = 1.0  # 0.125 * 16 = 2
+    lin1.far_delta["default"].weight.data[[4, 8, 15, 16], 0] = 1.0
+    lin2.far_delta["default"].weight.data[[3, 12], 0] = 1.0  # 0.125 * 16 = 2
     reconfigure(model)
     assert lin1.far_kept["default"].tolist() == [4, 8, 15, 16]
     assert lin2.far_kept["default"].tolist() == [3, 12]
-    assert lin2.far_delta["default"].shape == (2, 32) and lin2.far_bias_delta["default"].shape == (2,)
+    assert lin2.far_delta["default"].weight.shape == (2, 32) and lin2.far_bias_delta["default"].bias.shape == (2,)
 
 
 def test_ties():
     """Of nodes that moved equally far, the lower index is kept."""
     model = moved_by_hand("hidden_unit")
     lin1, _ = ffn(model, 0)
-    lin1.far_delta["default"].data[[2, 31], 0] = 1.0  # two moved, the other two places are a tie at 0
+    lin1.far_delta["default"].weight.data[[2, 31], 0] = 1.0  # two moved, the other two places are a tie at 0
     reconfigure(model)
     assert lin1.far_kept["default"].tolist() == [0, 1, 2, 31]
 
@@ -140,9 +140,9 @@ def test_gated_units():
     """Gated units have a row in gate and up, and a column in down."""
     model = far(zoo.build("llama"), retention_ratio=1 / 32)
     mlp = model.base_model.model.model.layers[0].mlp
-    mlp.gate_proj.far_delta["default"].data[5, 0] = 1.0
-    mlp.up_proj.far_delta["default"].data[5, 0] = 1.0
-    mlp.down_proj.far_delta["default"].data[0, 6] = 1.5
+    mlp.gate_proj.far_delta["default"].weight.data[5, 0] = 1.0
+    mlp.up_proj.far_delta["default"].weight.data[5, 0] = 1.0
+    mlp.down_proj.far_delta["default"].weight.data[0, 6] = 1.5
     reconfigure(model)
     for name in ("gate_proj", "up_proj", "down_proj"):
         assert getattr(mlp, name).far_kept["default"].tolist() == [5], name
@@ -197,11 +197,11 @@ def test_frozen_entries(arch, granularity, discard, ratio):
         gradient = dense.get_parameter(f"{name}.weight").grad
         gradient = gradient.t() if arch == "gpt2" else gradient
         expected = gradient.index_select(nodes.axis, kept)
-        torch.testing.assert_close(layer.far_delta["default"].grad, expected, rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(layer.far_delta["default"].weight.grad, expected, rtol=1e-9, atol=1e-12)
         if "default" in layer.far_bias_delta:
             expected = dense.get_parameter(f"{name}.bias").grad
             expected = expected[kept] if nodes.axis == 0 else expected
-            torch.testing.assert_close(layer.far_bias_delta["default"].grad, expected, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(layer.far_bias_delta["default"].bias.grad, expected, rtol=1e-9, atol=1e-12)
         compared += 1
     assert compared == {"distilbert": 4, "gpt2": 4, "llama": 6}[arch]
     optimizer.step()
@@ -239,7 +239,8 @@ def test_loss_still_around():
         optimizer.zero_grad()
         model.base_model.update_and_allocate(step)
     lin1, lin2 = ffn(model, 0)
-    for parameter in (lin1.far_delta["default"], lin2.far_delta["default"], lin1.far_bias_delta["default"]):
+    values = [lin1.far_delta["default"], lin2.far_delta["default"], lin1.far_bias_delta["default"]]
+    for parameter in (value.parameter for value in values):
         assert optimizer.state[parameter]["exp_avg"].shape == parameter.shape
         assert parameter in {p for group in optimizer.param_groups for p in group["params"]}
 
@@ -253,12 +254,12 @@ def test_optimizer_state_kept():
     model.base_model.update_and_allocate(0)
     steps(model, inputs, optimizer, 2)
     lin1, lin2 = ffn(model, 0)
-    before = [optimizer.state[layer.far_delta["default"]]["exp_avg_sq"].clone() for layer in (lin1, lin2)]
+    before = [optimizer.state[layer.far_delta["default"].weight]["exp_avg_sq"].clone() for layer in (lin1, lin2)]
     model.base_model.update_and_allocate(2)
     kept = lin1.far_kept["default"]
-    after = [optimizer.state[layer.far_delta["default"]]["exp_avg_sq"] for layer in (lin1, lin2)]
+    after = [optimizer.state[layer.far_delta["default"].weight]["exp_avg_sq"] for layer in (lin1, lin2)]
     assert torch.equal(after[0], before[0][kept]) and torch.equal(after[1], before[1][:, kept])
-    assert optimizer.state[lin1.far_delta["default"]]["step"] == 2
+    assert optimizer.state[lin1.far_delta["default"].weight]["step"] == 2
 
 
 def test_factored_optimizer():
@@ -272,7 +273,7 @@ def test_factored_optimizer():
     for step in range(1, 5):
         steps(model, inputs, optimizer, 1)
         model.base_model.update_and_allocate(step)
-    delta = ffn(model, 0)[0].far_delta["default"]
+    delta = ffn(model, 0)[0].far_delta["default"].weight
     assert delta.shape == (8, 16) and optimizer.state[delta]["exp_avg_sq_row"].shape == (8,)
     assert optimizer.state[delta]["step"] == 2  # steps 3 and 4
 
@@ -354,9 +355,9 @@ def test_named_pairs():
     with pytest.raises(ValueError, match="found no feed-forward pair in the Net"):
         far(Net())
     model = far(Net(), ffn_modules=[["fc_in", "fc_out"]], retention_ratio=0.5)
-    model.base_model.model.fc_in.far_delta["default"].data[0, 0] = 1.0
+    model.base_model.model.fc_in.far_delta["default"].weight.data[0, 0] = 1.0
     reconfigure(model)
-    assert model.base_model.model.fc_out.far_delta["default"].shape == (4, 6)
+    assert model.base_model.model.fc_out.far_delta["default"].weight.shape == (4, 6)
     with pytest.raises(ValueError, match=r"got \['fc_in', 'fc_up'\], which matches nothing.*fc_in, fc_out"):
         far(Net(), ffn_modules=[["fc_in", "fc_up"]])
 

@@ -118,7 +118,8 @@ def test_resume_any_round(saved_at, tmp_path: Path):
     loaded = nas("bert", **config)
     loaded.load_adapter(tmp_path, "default", is_trainable=True)
     from_file = PeftModel.from_pretrained(zoo.build("bert"), tmp_path, is_trainable=True)
-    from_file.base_model.prepare_optimizer()
+    for again in (loaded, from_file):
+        again.base_model.prepare_optimizer()
     for own in (loaded.base_model.model, from_file.base_model.model):  # the same first head, as a seed would give it
         own.classifier.original_module.load_state_dict(whole.base_model.model.classifier.original_module.state_dict())
     for again in (loaded, from_file):

@@ -197,7 +197,7 @@ def gradients(init: str, m: int, n: int, samples: int) -> tuple[float, float]:
         dw = torch.randn(m, n, generator=torch.Generator().manual_seed(seed))
         (model(torch.eye(n)) * dw.t()).sum().backward()  # y = W'^T, so that dW' is dw
         for i, container in enumerate((layer.nas_lora_U, layer.nas_lora_V)):
-            squares[i] += container["default"].grad.square().mean().item() / samples
+            squares[i] += container["default"].weight.grad.square().mean().item() / samples
     return squares[0], squares[1]
 
 

@@ -293,7 +293,9 @@ def test_weight_decay(tmp_path: Path):
     names = {p: n for n, p in run.model.named_parameters()}
     for group in run.optimizer.param_groups:
         own = {names[p].split(".nas_lora_")[1] for p in group["params"] if ".nas_lora_" in names[p]}
-        assert own == ({"U.default", "V.default"} if group["weight_decay"] > 0 else {"bias_delta.default"})
+        assert own == (
+            {"U.default.weight", "V.default.weight"} if group["weight_decay"] > 0 else {"bias_delta.default.bias"}
+        )
 
 
 @pytest.mark.parametrize("granularity", ["structured", "unstructured"])

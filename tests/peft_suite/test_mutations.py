@@ -120,20 +120,17 @@ MUTANTS = [
         "x",
         PEFTS + "test_forward_bfloat16[FAR both]",
     ),
-    *(
-        Mutant(
-            f"{tuner} freezes by requires_grad alone",
-            "layers/base.py",
-            "self.frozen_peft_weight_names[adapter] = parts",
-            "pass",
-            CONTRACT + f"test_stays_frozen[{case}]",
-        )
-        for tuner, case in (("Learner", "learner-distilbert"), ("NAS-LoRA", "nas-structured-distilbert"))
+    Mutant(
+        "Learner freezes by requires_grad alone",
+        "layers/value.py",
+        "self.register_buffer(self.name, parameter.detach())",
+        "self.register_parameter(self.name, parameter)",
+        CONTRACT + "test_stays_frozen[learner-distilbert]",
     ),
     Mutant(
         "Learner loads a primed adapter unfrozen",
-        "learner/layer.py",
-        "self.frozen_peft_weight_names[adapter] = (DENSE_PART,)",
+        "learner/model.py",
+        "layer.freeze_parts(adapter, (DENSE_PART,))",
         "pass",
         CONTRACT + "test_reload_trainable[learner-distilbert]",
     ),

@@ -77,14 +77,14 @@ def test_frozen_deltas_kept(tmp_path: Path):
     class Capture(TrainerCallback):
         def on_step_end(self, args, state, control, model=None, **kwargs):
             if state.global_step == 2:
-                at_boundary.update({n: p.detach().clone() for n, p in model.named_parameters() if "dense" in n})
+                at_boundary.update({n: v.clone() for n, v in model.state_dict().items() if "dense_delta" in n})
 
     model = learner()
     trainer(model, arguments(tmp_path, weight_decay=0.5), callbacks=[PhaseCallback(), Capture()]).train()
     assert len(at_boundary) == 8
-    for name, p in model.named_parameters():
+    for name, value in model.state_dict().items():
         if name in at_boundary:
-            assert torch.equal(p, at_boundary[name]) and p.any()
+            assert torch.equal(value, at_boundary[name]) and value.any()
 
 
 def test_weight_decay(tmp_path: Path):
@@ -331,10 +331,11 @@ def test_checkpoint_boundaries(tmp_path: Path):
     run.train()
     expected = {
         "first_steps": {"default": {"priming": 0, "learning": 2}},
-        "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 1.0}},
+        "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 1.0, "after_priming": "keep"}},
+        "learned": {"default": {"kept_energy": None}},
     }
     for name in ("checkpoint-3", "checkpoint-6"):
-        assert kept_in(tmp_path / name) == {"args": {}, "attributes": expected}
+        assert kept_in(tmp_path / name) == {"args": {"stop_at_boundary": False}, "attributes": expected}
     assert all(set(log) & {"loss", "phase_first_step", "train_runtime"} for log in run.state.log_history)
 
 
@@ -460,8 +461,8 @@ def test_priming_lr_scale(tmp_path: Path):
     run.train()
     assert len(run.optimizer.param_groups) == 2  # Trainer's own: with and without decay
     layer = model.base_model.model.distilbert.transformer.layer[0].attention.v_lin
-    before = model.base_model.model.distilbert.transformer.layer[0].attention.v_lin.learner_P2["default"]
-    dense = layer.get_delta_weight("default") - before @ layer.learner_P1["default"]
+    before = model.base_model.model.distilbert.transformer.layer[0].attention.v_lin.learner_P2["default"].weight
+    dense = layer.get_delta_weight("default") - before @ layer.learner_P1["default"].weight
     moved = dense.abs()
     assert moved.max() <= scale * lr * (1 + 1e-3)
     assert moved.median() > 0.9 * scale * lr

@@ -127,8 +127,9 @@ def test_active_adapters():
     assert model.peft_config["other"].completed_phases == []
     before = adapter_values(model)
     model.set_adapter("other")
-    assert all(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.other" in n)
-    assert not any(p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta.default" in n)
+    dense = {n: p.requires_grad for n, p in model.named_parameters() if "learner_dense_delta" in n}
+    assert len(dense) == 8 and all(flag and ".other." in n for n, flag in dense.items())
+    assert sum("learner_dense_delta.default." in n for n, _ in model.named_buffers()) == 8
     assert all(torch.equal(v, before[n]) for n, v in adapter_values(model).items())
 
 

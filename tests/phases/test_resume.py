@@ -57,6 +57,7 @@ def resume_afresh(out: Path, *options: str) -> int:
 #: By tuner: the phases with their first steps, and the parts whose state the optimizer has let go of at the end.
 TUNERS = {
     "learner": ({"priming": 0, "learning": 5}, "learner_dense_delta"),
+    "learner-fold": ({"priming": 0, "learning": 5}, "learner_dense_delta"),
     "far": ({"priming": 0, "reconfigured": 5}, None),
     "far-discard": ({"priming": 0, "reconfigured": 5}, None),
     "nas": ({"search_1": 0, "search_2": 3, "retraining": 6}, None),
@@ -79,7 +80,7 @@ def uninterrupted(run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callabl
 #: In priming, on the boundary, after it, all in mid-epoch. Without the unkept only the boundary differs. NAS-LoRA: in
 #: a search, between two of them, in the second, on its end, in the retraining.
 CASES = [
-    *((tuner, step) for tuner in ("learner", "far") for step in (2, 5, 7)),
+    *((tuner, step) for tuner in ("learner", "learner-fold", "far") for step in (2, 5, 7)),
     ("far-discard", 5),
     *(("nas", step) for step in (2, 3, 4, 6, 7)),
     *(("nas-structured", step) for step in (4, 5)),
@@ -99,6 +100,7 @@ def test_killed(tmp_path: Path, run, resume, uninterrupted, tuner, kill_after):
     assert resume(tmp_path, "--tuner", tuner) == 0
     resumed = torch.load(tmp_path / "final.pt")
     assert expected["starts"] == starts
+    assert resumed["learned"] == expected["learned"]
     for part in ("adapter", "optimizer"):
         assert resumed[part].keys() == expected[part].keys()
         for name, value in expected[part].items():

@@ -25,6 +25,7 @@ CASES = {
     "far-output-node": {"gradient_accumulation_steps": 2},
     "nas": {"gradient_accumulation_steps": 2},
     "nas-structured": {},
+    "fold": {},
     "plain": {},
     "unused": {"ddp_find_unused_parameters": True},
     "accumulation": {"gradient_accumulation_steps": 2},
@@ -40,6 +41,7 @@ MODELS = {
     "far-output-node": partial(far, granularity="output_node"),
     "nas": partial(nas, search_epochs=1, parameter_budget=0.2),
     "nas-structured": partial(nas, search_epochs=1, granularity="structured"),
+    "fold": partial(learner, priming_lr_scale=0.5, after_priming="fold", fold_rank=0.9),
     "bottleneck": bottleneck,
     "bottleneck-checkpointing": bottleneck,
 }

@@ -29,8 +29,13 @@ class Kill(TrainerCallback):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+#: Fields that training writes.
+LEARNED = ("completed_phases", "kept_energy", "rank_pattern", "reconfigured", "architecture", "pruned_rounds")
 MODELS = {
     "learner": partial(learner, dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5),
+    "learner-fold": partial(
+        learner, dropout=0.1, priming_epochs=1.5, priming_lr_scale=0.5, after_priming="fold", fold_rank=0.9
+    ),
     "far": partial(far, dropout=0.1, priming_ratio=0.55, priming_epochs=None),  # 0.55 * 9 = 4.95, rounded to 5
     "nas": partial(nas, dropout=0.1, rounds=2, search_steps=3, parameter_budget=0.2),
     "nas-structured": partial(nas, dropout=0.1, search_steps=5, granularity="structured"),
@@ -62,7 +67,11 @@ def main(words: list[str] | None = None) -> None:
     names = {p: n for n, p in model.named_parameters()}
     state = {f"{names[p]}/{k}": v for p, values in optimizer.state.items() for k, v in values.items()}
     starts = {log["phase"]: log["step"] for log in run.state.log_history if "phase_first_step" in log}
-    torch.save({"adapter": adapter_values(model), "optimizer": state, "starts": starts}, args.out / "final.pt")
+    learned = {name: value for name, value in model.peft_config["default"].to_dict().items() if name in LEARNED}
+    torch.save(
+        {"adapter": adapter_values(model), "optimizer": state, "starts": starts, "learned": learned},
+        args.out / "final.pt",
+    )
 
 
 if __name__ == "__main__":

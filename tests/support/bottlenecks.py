@@ -22,8 +22,8 @@ def adapted(arch: str, mode: str = "parallel", seed: int = 1, **settings: Any) -
 
 def adapter(layer: Any, z: Tensor, f: Callable[[Tensor], Tensor], name: str = "default") -> Tensor:
     """`W_up f(W_down z + b_down) + b_up`, by its formula."""
-    down, up = layer.bottleneck_down[name], layer.bottleneck_up[name]
-    return f(z @ down.T + layer.bottleneck_down_bias[name]) @ up.T + layer.bottleneck_up_bias[name]
+    down, up = layer.bottleneck_down[name].weight, layer.bottleneck_up[name].weight
+    return f(z @ down.T + layer.bottleneck_down[name].bias) @ up.T + layer.bottleneck_up[name].bias
 
 
 def llama_network(mlp: Any, x: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ def searched(model: nn.Module) -> dict[tuple[str, str], nn.Parameter]:
     """`{(module, part): parameter}` of a NAS-LoRA adapter, by names alone."""
     found = {}
     for name, parameter in model.named_parameters():
-        module, _, container = name.removeprefix("base_model.model.").removesuffix(".default").rpartition(".")
+        module, _, container = name.removeprefix("base_model.model.").partition(".default.")[0].rpartition(".")
         if container in PART:
             found[module, PART[container]] = parameter
     return found

@@ -45,12 +45,13 @@ def train(tuner: str, arch: str) -> Trained:
     phases, without, moved = [s.phase for s in starts], [], []
     model.train()
     for step in range(1, EPOCHS * STEPS_PER_EPOCH + 1):
-        before = {n: p.detach().clone() for n, p in model.named_parameters() if not p.requires_grad}
+        trains = {n for n, p in model.named_parameters() if p.requires_grad}
+        before = {n: value.clone() for n, value in model.state_dict().items() if n not in trains}
         model(**inputs).loss.backward()
         without += [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
         optimizer.step()
         optimizer.zero_grad()
-        moved += [n for n, p in model.named_parameters() if n in before and not torch.equal(p, before[n])]
+        moved += [n for n, v in model.state_dict().items() if n in before and not torch.equal(v, before[n])]
         phases += [s.phase for s in model.base_model.update_and_allocate(step)]
     trained = {p for p in model.parameters() if p.requires_grad}
     return Trained(

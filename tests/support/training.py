@@ -131,7 +131,9 @@ def adapter_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def dense_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [p for name, p in model.named_parameters() if ".learner_dense_delta." in name]
+    """Those of the primed layers, which are not the model's any more once they are frozen."""
+    parts = [getattr(module, "learner_dense_delta", {}) for module in model.modules()]
+    return [value.parameter for part in parts for value in part.values()]
 
 
 def sgd(model: torch.nn.Module, lr: float = 1e-2) -> torch.optim.Optimizer:

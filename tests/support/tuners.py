@@ -52,6 +52,10 @@ def _learner_unprimed(**settings: Any) -> LearnerConfig:
     return LearnerConfig(**{"r": 4, "priming_epochs": 0, "scaling": 2.0, **settings})
 
 
+def _learner_fold(**settings: Any) -> LearnerConfig:
+    return _learner(**{"after_priming": "fold", "fold_rank": 3, "scaling": -2.0, **settings})
+
+
 def _far(**settings: Any) -> FARConfig:
     settings.pop("r", None)  # a FAR adapter has no rank
     return FARConfig(**{"retention_ratio": 0.25, "priming_epochs": 1, **settings})
@@ -85,6 +89,7 @@ def _parallel(**settings: Any) -> BottleneckConfig:
 TUNERS: dict[str, Tuner] = {
     "learner": Tuner(_learner, "learner_", ("priming", "learning")),
     "learner-unprimed": Tuner(_learner_unprimed, "learner_", ("learning",)),
+    "learner-fold": Tuner(_learner_fold, "learner_", ("priming", "learning")),
     "far": Tuner(_far, "far_", ("priming", "reconfigured")),
     "far-output-node": Tuner(_far_rows, "far_", ("priming", "reconfigured")),
     "far-discard": Tuner(_far_discard, "far_", ("priming", "reconfigured")),

@@ -1,0 +1,107 @@
+"""One tensor of an adapter, in a module of its own: `<path>.<part>.<adapter>.weight`, as LoRA's are called."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..phases.optimizer import resize
+
+
+class Value(nn.Module):
+    """A tensor that is a parameter while it trains, and a persistent buffer while it only contributes.
+
+    Called, it gives the tensor. A checkpoint of what requires a gradient, and whatever filters parameters by flag or
+    name, thus keeps all that the adapter computes with.
+
+    Args:
+        value: the tensor, of any shape.
+        name: what it is called in a state dict, "weight" or "bias".
+    """
+
+    def __init__(self, value: Tensor, name: str = "weight") -> None:
+        super().__init__()
+        self.name = name
+        #: Whether nothing is left of it. An optimizer that is yet to load its state may need the parameter.
+        self.is_empty = False
+        #: The parameter of a frozen value: optimizers hold it, and it trains again if the value does.
+        self.__dict__["_resting"] = None
+        self.register_parameter(name, nn.Parameter(value))
+
+    def forward(self) -> Tensor:
+        return getattr(self, self.name)
+
+    @property
+    def is_frozen(self) -> bool:
+        """Whether the value is a buffer."""
+        return self.name in self._buffers
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter, at rest while the value is frozen."""
+        resting = self.__dict__["_resting"]
+        return resting if self.is_frozen else getattr(self, self.name)
+
+    def freeze(self) -> nn.Parameter:
+        """Make it a buffer; gives the parameter that trained, whose gradient is freed."""
+        if not self.is_frozen:
+            parameter = getattr(self, self.name)
+            delattr(self, self.name)
+            self.register_buffer(self.name, parameter.detach())
+            parameter.requires_grad_(False)
+            parameter.grad = None
+            self.__dict__["_resting"] = parameter
+        return self.parameter
+
+    def unfreeze(self) -> None:
+        """Make it a parameter again, the same one if there was one; its flag is left to the caller."""
+        if not self.is_frozen:
+            return
+        value, parameter = getattr(self, self.name), self.__dict__["_resting"]
+        delattr(self, self.name)
+        if parameter is None:  # of a copied model
+            parameter = nn.Parameter(value, requires_grad=False)
+        elif parameter.data_ptr() != value.data_ptr() or parameter.shape != value.shape:
+            resize(parameter, value)
+        self.__dict__["_resting"] = None
+        self.register_parameter(self.name, parameter)
+
+    def set(
+        self,
+        value: Tensor,
+        optimizer: Optimizer | None = None,
+        carry: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        """Give it a tensor of another shape, on the device and in the type that it has; see `phases.optimizer.resize`.
+
+        Args:
+            optimizer, carry: as for `resize`.
+        """
+        now = getattr(self, self.name)
+        value = value.detach().to(now.device, now.dtype)
+        if self.is_frozen:
+            setattr(self, self.name, value)
+        else:
+            resize(now, value, optimizer, carry)
+        self.is_empty = False
+
+    def clear(self, optimizer: Optimizer | None = None) -> None:
+        """Leave nothing of it but an empty parameter, without state in the optimizer."""
+        self.unfreeze()
+        now = getattr(self, self.name)
+        resize(now, now.detach().new_empty(0), optimizer)
+        self.is_empty = True
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if not self.is_empty or prefix + self.name in state_dict:  # of an empty one nothing was saved
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_resting": None}  # no optimizer of this model holds a copy's
+
+    def extra_repr(self) -> str:
+        kind = "buffer" if self.is_frozen else "parameter"
+        return f"{self.name}: {kind} {tuple(getattr(self, self.name).shape)}"

@@ -1,0 +1,123 @@
+"""Folding: a primed layer's whole update becomes the nearest product of a rank, and its dense delta goes."""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..ops.low_rank import Factored, nearest
+from ..phases.ddp import broadcast_choice
+from ..phases.driver import Training
+from ..structure.targets import rank_patterns
+from .config import LearnerConfig
+from .layer import LearnerLinear
+
+logger = logging.getLogger("peft_learners")
+#: Share of the energy under which a layer is named in a warning.
+LOW_SHARE = 0.9
+
+
+def folding_layers(root: nn.Module, adapter: str) -> dict[str, LearnerLinear]:
+    """The layers of an adapter that have a dense delta now, by name."""
+    modules = root.named_modules()
+    return {n: m for n, m in modules if isinstance(m, LearnerLinear) and m.dense_delta(adapter) is not None}
+
+
+@torch.no_grad()
+def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Training) -> None:
+    """Put the nearest product of a rank in place of each primed layer's `scaling P2 P1 + priming_lr_scale theta`.
+
+    The product is the truncated SVD of the update (Eckart and Young), its singular values shared evenly between the
+    factors. What the optimizer holds of the factors is dropped, and theta with all that it holds of it. Layer by
+    layer, on all ranks alike. The kept share of each update's energy (the sum of its squared singular values) goes
+    into `config.kept_energy` and, least and median, into the log.
+    """
+    layers = folding_layers(root, adapter)
+    share_or_rank = fold_ranks(layers, adapter, config)
+    kept: dict[str, float] = {}
+    for name, layer in layers.items():
+        update = layer.whole_update(adapter)
+        if not bool(update.any()):  # the model does not use the layer
+            kept[name] = 1.0
+        else:
+            pair = _same_on_all_ranks(nearest(update, share_or_rank[name]), training)
+            kept[name] = 1 - pair.error**2
+            layer.take_factors(adapter, pair, training.optimizer)
+        layer.drop_dense(adapter, training.optimizer)
+    record_ranks(root, adapter, config)
+    config.write("kept_energy", kept)
+    least = min(kept, key=lambda name: kept[name])
+    logger.info(
+        "adapter %r: %d primed layers were folded into their factors; kept energy: least %.4f (%s), median %.4f",
+        *(adapter, len(kept), kept[least], least, statistics.median(kept.values())),
+    )
+    low = sorted((share, name) for name, share in kept.items() if share < LOW_SHARE)
+    if low:
+        named = ", ".join(f"{name} {share:.0%}" for share, name in low[:5])
+        warnings.warn(
+            f"Folding the adapter {adapter!r} kept less than {LOW_SHARE:.0%} of the energy of {len(low)} updates "
+            f"({named}{', ...' if len(low) > 5 else ''}). A higher fold_rank keeps more: LearnerConfig(fold_rank="
+            f"{2 * max(layer.learner_r[adapter] for layer in layers.values())}), or a share, fold_rank=0.95.",
+            stacklevel=2,
+        )
+
+
+def fold_ranks(layers: Mapping[str, LearnerLinear], adapter: str, config: LearnerConfig) -> Mapping[str, int]:
+    """The rank that each layer is folded into.
+
+    A share of the energy asks of each layer the least rank that keeps it. Where that would take more parameters than
+    the layers' own ranks, all keep the largest share that fits instead.
+    """
+    if not isinstance(config.fold_rank, float):
+        return {name: config.fold_rank or layer.learner_r[adapter] for name, layer in layers.items()}
+    sizes = {name: int(layer.in_features + layer.out_features) for name, layer in layers.items()}
+    bound = sum(layer.learner_r[adapter] * sizes[name] for name, layer in layers.items())
+    lost = {name: _lost_by_rank(layer.whole_update(adapter)) for name, layer in layers.items()}
+
+    def ranks(share: float) -> dict[str, int]:
+        """Smallest ranks of at least 1 that lose no more than `1 - share`."""
+        return {name: max(1, int((own > 1 - share).sum())) for name, own in lost.items()}
+
+    def cost(share: float) -> int:
+        return sum(rank * sizes[name] for name, rank in ranks(share).items())
+
+    if cost(config.fold_rank) <= bound:
+        return ranks(config.fold_rank)
+    low, high = 0.0, config.fold_rank
+    for _ in range(50):  # far below the distance of two shares in float64
+        middle = (low + high) / 2
+        low, high = (middle, high) if cost(middle) <= bound else (low, middle)
+    return ranks(low)
+
+
+def _lost_by_rank(update: Tensor) -> Tensor:
+    """`lost[k]`: share of the energy that the first k singular values leave, float64 on the CPU."""
+    energy = torch.linalg.svdvals(update).cpu().double().square()
+    if not float(energy.sum()):
+        return torch.zeros(1, dtype=torch.float64)
+    rest = energy.flip(0).cumsum(0).flip(0)
+    return torch.cat([rest, rest.new_zeros(1)]) / rest[0]
+
+
+def _same_on_all_ranks(pair: Factored, training: Training) -> Factored:
+    """The first rank's pair: all have the same update, but a library may round an SVD by where it runs."""
+    if not training.ddp:
+        return pair
+    rank = int(broadcast_choice({"rank": torch.tensor([pair.rank])}, training.ddp)["rank"])
+    a, b = pair.a[:rank], pair.b[:, :rank]
+    if pair.rank < rank:
+        a, b = pair.a.new_zeros(rank, pair.a.shape[1]), pair.b.new_zeros(len(pair.b), rank)
+    flat = broadcast_choice({"a": a.flatten(), "b": b.flatten()}, training.ddp)
+    error = broadcast_choice({"error": torch.tensor([pair.error], dtype=torch.float32)}, training.ddp)["error"]
+    return Factored(flat["a"].view_as(a), flat["b"].view(b.shape), float(error))
+
+
+def record_ranks(root: nn.Module, adapter: str, config: LearnerConfig) -> None:
+    """Write the ranks of an adapter's layers into its config, from which a file's layers are made."""
+    layers = {n: m for n, m in root.named_modules() if isinstance(m, LearnerLinear) and m.has_adapter(adapter)}
+    config.write("rank_pattern", rank_patterns({n: m.learner_r[adapter] for n, m in layers.items()}, config.r))
