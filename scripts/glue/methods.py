@@ -22,7 +22,7 @@ def learner(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
         priming_epochs=args.priming_epochs,
         priming_lr_scale=args.priming_lr_scale,
         learner_dropout=args.dropout,
-        **({} if args.after_priming == "keep" else {"after_priming": args.after_priming}),
+        after_priming=args.after_priming,
     )
     return get_peft_model(model, config)
 
