@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="of train")
     parser.add_argument("--rates", nargs="+", type=float, default=RATES, help="of train")
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
-    parser.add_argument("--steps", type=int, default=60, help="of train")
+    parser.add_argument("--steps", type=int, default=36, help="of train")
     parser.add_argument("--rounds", type=int, default=10, help="of costs: steps of each variant")
     parser.add_argument("--phases", nargs="+", choices=PHASES, default=list(PHASES), help="of costs; lora is one")
     parser.add_argument("--out", type=Path, default=Path("results/fold"), help="folder")
