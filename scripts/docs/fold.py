@@ -26,6 +26,9 @@ LABELS = {
 }
 LORA = "lora"
 MB = 1e6
+#: Differences of scores, in points, and of losses, that one run each can't tell from none: about a standard error of
+#: CoLA's dev set, and a guess.
+NOISE, NOISE_LOSS = 3, 0.1
 
 
 class Fold:
@@ -66,9 +69,13 @@ class Fold:
                         "optimizer, MB": _by_phase(row["optimizer_bytes"]),
                     }
                 )
-            sentences.append(_beside_lora(where, best, lambda row: store.score(row["final"], row["task"], "eval_")))
+            sentences.append(_beside_lora(where, best, lambda own, lora: _dev(own) - _dev(lora), NOISE, ".1f"))
         return (
-            [*markdown(pd.DataFrame(lines)), "", *_joined("Dev at the end of training", sentences)]
+            [
+                *markdown(pd.DataFrame(lines)),
+                "",
+                *_joined(f"Dev at the end of training, differences up to {NOISE:g} points called level", sentences),
+            ]
             if lines
             else NOTHING
         )
@@ -93,7 +100,7 @@ class Fold:
 
     def losses(self) -> Lines:
         """Losses of the decoder, each variant at the better of its rates by the held-out rows."""
-        best = _best(self.decoder, lambda row: -row["held_out"][-1]["loss"])
+        best = _best(self.decoder, lambda row: -_loss(row))
         lines = []
         for variant, row in best.items():
             train = row["train_loss"]
@@ -117,8 +124,11 @@ class Fold:
             )
         if not lines:
             return NOTHING
-        sentence = _beside_lora("held-out loss", best, lambda row: row["held_out"][-1]["loss"], ".3f", sign=-1)
-        return [*markdown(pd.DataFrame(lines)), "", *_joined("At the end", [sentence])]
+        sentence = _beside_lora(
+            "Held-out loss", best, lambda own, lora: 1 - _loss(own) / _loss(lora), NOISE_LOSS, ".0%"
+        )
+        head = f"How much less than LoRA's at the end, differences up to {NOISE_LOSS:.0%} called level"
+        return [*markdown(pd.DataFrame(lines)), "", *_joined(head, [less])]
 
     def steps(self) -> Lines:
         """Bytes and seconds of a step of the decoder, by variant and phase."""
@@ -160,6 +170,14 @@ def _held_out(row: Row) -> float:
     return float("-inf") if value is None else value
 
 
+def _dev(row: Row) -> float:
+    return store.score(row["final"], row["task"], "eval_") or 0.0
+
+
+def _loss(row: Row) -> float:
+    return row["held_out"][-1]["loss"]
+
+
 def _energy(row: Row) -> str:
     shares = [100 * share for share in row.get("kept_energy", {}).values()]
     return f"{min(shares):.1f} % / {statistics.median(shares):.1f} %" if shares else ""
@@ -169,16 +187,21 @@ def _by_phase(values: Mapping[str, int]) -> str:
     return " → ".join(f"{value / MB:.0f}" for value in values.values())
 
 
-def _beside_lora(where: str, best: Mapping[str, Row], value: Any, form: str = ".1f", sign: int = 1) -> str:
-    """What each variant has over LoRA, both at their better rates. sign: -1 where less is better."""
+def _beside_lora(where: str, best: Mapping[str, Row], gain: Any, level: float, form: str) -> str:
+    """What each variant has over LoRA, both at their better rates.
+
+    Args:
+        gain: of a run over LoRA's run, above 0 where it is better.
+        level: gains and losses up to it are within the noise.
+    """
     if LORA not in best:
         return f"{where}: no run of LoRA yet."
-    reference, texts = value(best[LORA]), []
+    texts = []
     for name, row in best.items():
         if name != LORA:
-            difference = value(row) - reference
-            verdict = "better than" if sign * difference > 0 else "**not better than**"
-            texts.append(f"{LABELS[name]}, {difference:+{form}}, is {verdict} LoRA")
+            found = gain(row, best[LORA])
+            verdict = "**worse than LoRA**" if found < -level else "level with LoRA, **not better**"
+            texts.append(f"{LABELS[name]}: {found:+{form}}, {'better than LoRA' if found > level else verdict}")
     return f"{where}: {'; '.join(texts)}."
 
 

@@ -59,6 +59,7 @@ def test_table_of_the_better_rate(tmp_path: Path):
     rows = [
         _run("lora", "0.0003", 0.1, 0.3),
         _run("lora", "0.001", 0.2, 0.25),
+        _run("unprimed", "0.001", 0.3, 0.29),
         _run("keep", "0.001", 0.3, 0.26),
         _run("fold", "0.001", 0.3, 0.2, kept_energy={"a": 0.9, "b": 0.95, "c": 0.99}),
     ]
@@ -67,5 +68,6 @@ def test_table_of_the_better_rate(tmp_path: Path):
     lora = next(line for line in lines if "LoRA" in line)
     assert "| 1e-3 | 25.0 | 20.0 | 10.0 (3e-4) |" in lora
     assert any("90.0 % / 95.0 %" in line for line in lines)
-    assert "keeps, +1.0, is better than LoRA" in lines[-1] and "folds, -5.0, is **not better than** LoRA" in lines[-1]
+    assert "no priming: +4.0, better than LoRA" in lines[-1] and "folds: -5.0, **worse than LoRA**" in lines[-1]
+    assert "keeps: +1.0, level with LoRA, **not better**" in lines[-1]
     assert Fold(tmp_path).rewarm() == Fold(tmp_path).losses() == ["No finished runs yet."]
