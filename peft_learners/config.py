@@ -7,7 +7,7 @@ import difflib
 import functools
 import math
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Optional, TypeVar, Union
@@ -16,7 +16,11 @@ from peft.config import PeftConfig
 from peft.utils import PeftType
 
 from .phases.schedule import Schedule, ScheduleError, lay_out
+from .structure.patterns import first_fault
 
+#: Largest absolute value of a factor or a number of epochs, and largest whole number.
+LARGEST, LARGEST_WHOLE = 1_000_000, 2**63 - 1
+NOT_ZERO = f"a number other than 0, at most {LARGEST:,} in absolute value"
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 C = TypeVar("C", bound=type)
 
@@ -48,19 +52,31 @@ class Check:
         ok: whether a value is right.
         right: what would be, in words.
         example: a corrected argument, e.g. "r=64".
+        regexes: those that a right value holds.
     """
 
     ok: Callable[[Any], bool]
     right: str
     example: str = ""
+    regexes: Callable[[Any], Iterable[str]] = lambda value: ()
 
     def __call__(self, config: object, name: str) -> None:
         """Raise ValueError with the field, the value it got and what would be right."""
-        value = getattr(config, name)
+        value, kind = getattr(config, name), type(config).__name__
         if not self.ok(value):
-            kind = type(config).__name__
             call = f" For example: {kind}({self.example})." if self.example else ""
-            raise ValueError(f"{kind}: `{name}` must be {self.right}, got {value!r}.{call}")
+            raise ValueError(f"{kind}: `{name}` must be {self.right}, got {shown(value)}.{call}")
+        fault = first_fault(self.regexes(value))
+        if fault:
+            raise ValueError(
+                f"{kind}: `{name}` must hold regexes that match in a bounded time, got {shown(value)}: {fault}."
+            )
+
+
+def shown(value: object) -> str:
+    """A value as an error shows it."""
+    text = repr(value)
+    return text if len(text) <= 300 else f"{text[:300]}..."
 
 
 def option(default: Any, help: str, check: Check | None = None) -> Any:
@@ -70,13 +86,13 @@ def option(default: Any, help: str, check: Check | None = None) -> Any:
 
 
 def is_number(value: object) -> bool:
-    """A finite int or float, and not a bool."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """An int or float of at most `LARGEST`, and not a bool."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= LARGEST
 
 
 def is_whole(value: object, least: int = 0) -> bool:
-    """An int of at least `least`, and not a bool."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+    """An int from `least` to `LARGEST_WHOLE`, and not a bool."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_WHOLE
 
 
 def is_positive_int(value: object) -> bool:
@@ -90,25 +106,45 @@ def is_share(value: object) -> bool:
 
 def is_names(value: object) -> bool:
     """Several names, in any order."""
-    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(name, str) for name in value)
+    return isinstance(value, (list, tuple, set, frozenset)) and all(isinstance(n, str) and n for n in value)
 
 
 def is_names_or_regex(value: object) -> bool:
     return value is None or isinstance(value, str) or is_names(value)
 
 
+def regex_in(value: object) -> list[str]:
+    """The regex that the value of a field is, if it is one, and not names."""
+    return [value] if isinstance(value, str) else []
+
+
+def names_or_regex_in(value: Any) -> list[str]:
+    """The names of a field whose names are read as regexes, too."""
+    return regex_in(value) or list(value or ())
+
+
 def one_of(values: tuple[str, ...], example: str = "") -> Check:
-    return Check(lambda value: value in values, f"one of {values}", example)
+    return Check(lambda value: isinstance(value, str) and value in values, f"one of {values}", example)
 
 
 FLAG = Check(lambda value: isinstance(value, bool), "True or False")
-NAMES = Check(is_names_or_regex, "None, a regex or a list of names")
-SEED = Check(lambda value: is_whole(value) and value < 2**63, "a whole number from 0 to 2**63 - 1")
+NAMES = Check(is_names_or_regex, "None, a regex or a list of names", regexes=regex_in)
+SEED = Check(is_whole, "a whole number from 0 to 2**63 - 1")
+TEXT = Check(lambda value: value is None or isinstance(value, (str, Path)), "None or a text")
 
 
 def _is_blocks(value: object) -> bool:
-    blocks = [value] if isinstance(value, int) else value
-    return isinstance(blocks, (list, tuple)) and all(isinstance(i, int) and i >= 0 for i in blocks)
+    return all(map(is_whole, value)) if isinstance(value, (list, tuple)) else is_whole(value)
+
+
+#: Checks of the fields that PEFT's configs have.
+INHERITED = {
+    "base_model_name_or_path": TEXT,
+    "revision": TEXT,
+    "peft_version": TEXT,
+    "inference_mode": FLAG,
+    "auto_mapping": Check(lambda value: value is None or isinstance(value, dict), "None or a dict"),
+}
 
 
 @dataclass
@@ -132,6 +168,9 @@ class PhasedConfig(PeftConfig):
     about: ClassVar[str] = ""
     #: Which modules are adapted where `target_modules` is None, for the table of fields.
     default_targets: ClassVar[str] = ""
+    #: Fields by which a user chooses what is adapted or primed: while all of them have their defaults, he may not know
+    #: what the adapter costs.
+    narrowing: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "layers_to_transform")
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
@@ -152,10 +191,19 @@ class PhasedConfig(PeftConfig):
         Check(lambda value: value is None or _is_blocks(value), "an index or a list of indices of blocks"),
     )
     layers_pattern: Optional[Union[list[str], str]] = option(
-        None, "Name of the list that holds the blocks (e.g. 'layer'), for layers_to_transform."
+        None,
+        "Name of the list that holds the blocks (e.g. 'layer'), for layers_to_transform.",
+        Check(is_names_or_regex, "None, a name or a list of names", "layers_pattern='layer'", names_or_regex_in),
     )
     modules_to_save: Optional[list[str]] = option(
-        None, "Modules trained whole and saved with the adapter, beside the new head, which is found by itself."
+        None,
+        "Modules trained whole and saved with the adapter, beside the new head, which is found by itself.",
+        Check(
+            lambda value: value is None or is_names(value),
+            "None or a list of names",
+            "modules_to_save=['classifier']",
+            names_or_regex_in,  # PEFT reads names as regexes here
+        ),
     )
     init_weights: bool = option(
         True, "False: random non-zero values (std 0.05) everywhere. For tests; don't train from it.", FLAG
@@ -165,19 +213,35 @@ class PhasedConfig(PeftConfig):
         "'bfloat16' or 'float16': save the adapter's floating-point values in that type (half the file). None: as "
         "they are. Checkpoints written while a schedule runs (PhaseCallback's, or that of set_schedule until its "
         "total_steps or finish_phases()) keep full precision, so that a resumed run is exact.",
-        Check(lambda value: value in (None, *SAVE_DTYPES), f"None or one of {SAVE_DTYPES}"),
+        Check(
+            lambda value: value is None or (isinstance(value, str) and value in SAVE_DTYPES),
+            f"None or one of {SAVE_DTYPES}",
+        ),
     )
-    completed_phases: list[str] = option(list, "Phases that are over. Written by training; not for the user.")
+    completed_phases: list[str] = option(
+        list,
+        "Phases that are over. Written by training; not for the user.",
+        Check(lambda value: isinstance(value, list) and is_names(value), "a list of names of phases"),
+    )
     phase_first_steps: Optional[dict[str, int]] = option(
-        None, "First optimizer step of each phase. Written when training starts; not for the user."
+        None,
+        "First optimizer step of each phase. Written when training starts; not for the user.",
+        Check(
+            lambda value: (
+                value is None or (isinstance(value, dict) and len(value) > 0 and all(map(is_whole, value.values())))
+            ),
+            "None or a dict with a whole number for each phase",
+        ),
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType(self.method.upper())
         for f in fields(self):
-            if "check" in f.metadata:
-                f.metadata["check"](self, f.name)
+            check = f.metadata.get("check", INHERITED.get(f.name))
+            if check is not None:
+                check(self, f.name)
+        self._check_phases()
         for name in ("target_modules", "exclude_modules"):
             if is_names(getattr(self, name)):
                 setattr(self, name, set(getattr(self, name)))
@@ -187,6 +251,17 @@ class PhasedConfig(PeftConfig):
                 raise ValueError(f"`{name}` cannot be used when `target_modules` is a str.")
         if self.layers_pattern is not None and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
+
+    def _check_phases(self) -> None:
+        """Phases that are recorded must be those of the method."""
+        known = self._all_phases()
+        for name in ("completed_phases", "phase_first_steps"):
+            unknown = [phase for phase in getattr(self, name) or () if phase not in known]
+            if unknown:
+                raise ValueError(
+                    f"{type(self).__name__}: `{name}` must name phases of the method, which are {', '.join(known)}, "
+                    f"got {shown(getattr(self, name))}."
+                )
 
     # -- one object, several models ---------------------------------------------------------------------------------
 
@@ -226,6 +301,11 @@ class PhasedConfig(PeftConfig):
         given = self.__dict__.setdefault("_written", {}).get(name, (copy.deepcopy(getattr(self, name)),))[0]
         setattr(self, name, value)
         self._written[name] = (given, copy.deepcopy(value))
+
+    def given(self, name: str) -> Any:
+        """A field as the user gave it, whatever the package has written there since."""
+        written = self.__dict__.get("_written", {})
+        return written[name][0] if name in written else getattr(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
@@ -282,6 +362,10 @@ class PhasedConfig(PeftConfig):
         """Names of all phases, in order."""
         return [phase.name for phase in self.outline().phases]
 
+    def _all_phases(self) -> list[str]:
+        """The same, with those that an adapter may have behind it although its config has none of them now."""
+        return self.phase_names
+
     def fixed_in_training(self) -> dict[str, Any]:
         """Fields that decide what the stored values mean: a resumed run may not change them."""
         return {}
@@ -294,6 +378,22 @@ class PhasedConfig(PeftConfig):
     def phases_complete(self) -> bool:
         """Whether the adapter is in its last phase."""
         return True
+
+    @property
+    def present_phase(self) -> str:
+        """Name of the phase that the adapter is in: the one that training began or goes on with."""
+        ahead = [name for name in self.phase_names if name not in self.completed_phases]
+        return ahead[0] if ahead and not self.phases_complete else self.phase_names[-1]
+
+    # -- what an adapter costs ---------------------------------------------------------------------------------------
+
+    def savings(self) -> dict[str, str]:
+        """What lowers the adapter's parameters or bytes: `{arguments: what they do}`, for a warning."""
+        return {
+            "layers_to_transform=[...]": "fewer blocks",
+            "target_modules or exclude_modules": "fewer modules",
+            **({} if self.save_dtype else {"save_dtype='bfloat16'": "half the file"}),
+        }
 
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 

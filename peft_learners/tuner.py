@@ -3,30 +3,51 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, ClassVar, Optional
 
 import torch
+from peft import PeftModel
+from peft.config import PeftConfig
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from .checkpoint import Shapes, refuse_foreign, refuse_other_form, refuse_shapes
+from .checkpoint import (
+    Indices,
+    Shapes,
+    before_next_load,
+    refuse_foreign,
+    refuse_indices,
+    refuse_missing,
+    refuse_other_form,
+    refuse_shapes,
+    refuse_types,
+    warn_not_finite,
+    without_others,
+)
 from .config import PhasedConfig
+from .costs import FLOAT32, PhaseCost, Values, phase_costs, saved_copies, to_be_saved, warn_of_costs
 from .layers.base import (
     BASE_ADAPTER,
+    OUTLINE,
     DeltaLayer,
     check_adapter_name,
     check_mergeable,
     tuner_layers,
 )
+from .layers.whole import leave_to_tuner, names_in_model
 from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .registry import tuner_of
+from .structure.modules import walk
 from .structure.targets import TargetChoice
+from .structure.weights import base_of
 from .weighted_sum import Combined, add_combined
+from .wrapping import original_model, put_back_empty, take_out
 
 
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
@@ -34,7 +55,7 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
     return args, kwargs
 
 
-def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, metadata: Any, strict: bool, *_: Any) -> None:
+def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Called before a state dict is loaded into a model with adapters, by whatever tool."""
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
         return  # FSDP1 has the shapes of shards
@@ -47,7 +68,7 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, metadata: 
             keys = [key for key in own if tuner._is_own(key, adapter) and key not in tuner._empty_keys(root, adapter)]
             expected = {key: tuple(own[key].shape) for key in keys}
             if given:
-                refuse_other_form(expected, given, adapter, strict)
+                refuse_other_form(expected, given, adapter, tuner.passing_parts)
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -69,7 +90,15 @@ class PhasedModel(TargetChoice):
     merges_shared_weights: ClassVar[bool] = False
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
+    #: Parts that an adapter has in some phases only.
+    passing_parts: ClassVar[tuple[str, ...]] = ()
     _to_merge: list[str] | None = None
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        config = peft_config[adapter_name] if isinstance(peft_config, dict) else peft_config
+        model = original_model(model, type(config).__name__)
+        take_out(model, adapter_name)
+        super().__init__(model, peft_config, adapter_name, **kwargs)
 
     # -- phases -----------------------------------------------------------------------------------------------------
 
@@ -190,6 +219,89 @@ class PhasedModel(TargetChoice):
         """Whether training has moved what an earlier phase trains (to tell a fresh adapter from a trained one)."""
         return False
 
+    # -- what an adapter costs ---------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: Any) -> dict[str, Values]:
+        """What an adapter has in its layers, trained and frozen, in each of its phases, as far as that is known.
+
+        By default what its config counts by the shapes of all its values (`trained_by_phase`), and at most all of them
+        in a phase of which it can't tell.
+
+        Args:
+            layers: by name: those of a model, or outlines of them (`_outline_layer`).
+        """
+        shapes = {
+            f"{name}.{part}.{i}": tuple(value.shape)
+            for name, layer in layers.items()
+            for i, (part, value) in enumerate(layer.parts_of(adapter))
+        }
+        every = sum(map(math.prod, shapes.values()))
+        counts = config.trained_by_phase(shapes)
+        return {
+            phase: Values(every, at_most=True) if own is None else Values(own, every - own)
+            for phase, own in counts.items()
+        }
+
+    def costs_by_phase(self, adapter_name: str | None = None) -> list[PhaseCost]:
+        """What an adapter trains, holds in training and saves in each of its phases.
+
+        Args:
+            adapter_name: None: the first active adapter.
+        """
+        name = self.active_adapters[0] if adapter_name is None else adapter_name
+        layers = {place: layer for place, layer in self.model.named_modules() if isinstance(layer, DeltaLayer)}
+        own = {place: layer for place, layer in layers.items() if layer.has_adapter(name)}
+        values = [value for layer in own.values() for _, value in layer.parts_of(name) if value.numel()]
+        count, held = sum(v.numel() for v in values), sum(v.numel() * v.element_size() for v in values)
+        config: Any = self.peft_config[name]
+        by_phase = self.values_by_phase(own, name, config)
+        return phase_costs(by_phase, config, saved_copies(self.model, name), held / count if count else FLOAT32)
+
+    def print_trainable_parameters(self) -> None:
+        """Print PEFT's line of trained parameters, and one for each phase of each active adapter.
+
+        A phase's line has the parameters that train in it (the head among them), the bytes that training holds for the
+        adapter (of each trained parameter the value, the gradient and AdamW's two moments; of what is frozen the
+        value), and the bytes of the file. "now" marks the phase that the adapter is in.
+        """
+        model: Any = self.model
+        trained, every = PeftModel.get_nb_trainable_parameters(model)
+        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
+        for name in self.active_adapters:
+            config = self.peft_config.get(name)
+            if not isinstance(config, PhasedConfig):
+                continue
+            now = "" if config.inference_mode else config.present_phase
+            for cost in self.costs_by_phase(name):
+                mark = " (now)" if cost.phase == now else ""
+                print(f"{name}, {cost.phase}{mark}: {cost}")
+
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        config = super()._prepare_adapter_config(peft_config, model_config)
+        assert isinstance(config, PhasedConfig)
+        if self._targets and not config.inference_mode:  # nothing is allocated yet
+            values = self.values_by_phase(self._outlines(config), OUTLINE, config)
+            warn_of_costs(config, self.model, phase_costs(values, config, to_be_saved(self.model, config)))
+        return config
+
+    def _outlines(self, config: Any) -> dict[str, DeltaLayer]:
+        """The layers of an adapter that is about to be made, without memory for what it has in them."""
+        layers = {}
+        with torch.device("meta"):
+            for name, module in walk(self.model):
+                if name in self._targets:
+                    layers[name] = self._new_layer(base_of(module), name)
+                    self._outline_layer(layers[name], config, name)
+        return layers
+
+    def _outline_layer(self, layer: Any, config: Any, name: str) -> None:
+        """Put into a layer that serves for counting alone what a new adapter would have there.
+
+        For a tuner whose `_update_layer` does more than make parameters.
+        """
+        self._update_layer(layer, OUTLINE, config, name)
+
     # -- injection --------------------------------------------------------------------------------------------------
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -201,6 +313,8 @@ class PhasedModel(TargetChoice):
             model.register_load_state_dict_pre_hook(_check_state)
         sources = [name for name, other in self.peft_config.items() if config.is_clone_of(other)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        leave_to_tuner(model, adapter_name)
+        put_back_empty(model)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
         PhaseDriver.of(model)  # it notices when the model is copied
         for layer in tuner_layers(model) if sources else ():
@@ -230,6 +344,7 @@ class PhasedModel(TargetChoice):
         if not isinstance(target, self.tuner_layer_cls):
             layer = self._new_layer(target, current_key)
             layer._active_adapter = adapter_name
+        self._check_size(peft_config, current_key, target)  # targets from a state dict were not known before
         self._update_layer(layer, adapter_name, peft_config, current_key)
         layer._move_adapter_to_device_of_base_layer(adapter_name)
         layer.set_adapter(layer.active_adapters, inference_mode=peft_config.inference_mode)
@@ -374,8 +489,11 @@ class PhasedModel(TargetChoice):
         safe_merge: bool = False,
         adapter_names: list[str] | None = None,
     ) -> Any:
+        layers = list(tuner_layers(self.model))
         with self._merging(adapter_names):
             model: Any = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        for layer in layers:
+            layer.let_go()
         PhaseDriver.forget(model)
         hooks = model._load_state_dict_pre_hooks
         for key in [key for key, hook in hooks.items() if getattr(hook, "hook", None) is _check_state]:
@@ -412,10 +530,20 @@ class PhasedModel(TargetChoice):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
+        names = names_in_model(model, adapter_name)
+        given = {names.get(key, key): value for key, value in state_dict.items()}
+        state_dict = cls._without_aside(adapter_name, given)
         expected = cls._shapes_in_form_of(model, adapter_name, config, state_dict)
-        refuse_foreign(expected, cls.prefix, adapter_name, state_dict)
+        refuse_foreign(expected, cls.prefix, adapter_name, state_dict.keys() - set(names.values()))
+        refuse_missing(names, adapter_name, state_dict)
+        state = model.state_dict()
+        whole = {full: state[full] for full in names.values() if full in state}
+        state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
+        cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
-            refuse_shapes(expected, adapter_name, state_dict)  # before the adapter changes its form
+            # before the adapter changes its form
+            shapes = {key: tuple(value.shape) for key, value in whole.items()}
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
@@ -428,13 +556,45 @@ class PhasedModel(TargetChoice):
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
-        def check_shapes(module: nn.Module, values: dict[str, torch.Tensor], *args: Any) -> None:
-            handle.remove()
-            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-            refuse_shapes(shapes, adapter_name, values)
+        def check_shapes(values: dict[str, torch.Tensor]) -> None:
+            refuse_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()}, adapter_name, values)
+            cls._take_aside(model, adapter_name, config, given)
 
-        handle = model.register_load_state_dict_pre_hook(check_shapes)
+        before_next_load(model, check_shapes)
         return remapped
+
+    @classmethod
+    def _check_values(
+        cls,
+        root: nn.Module,
+        adapter: str,
+        config: Any,
+        state_dict: dict[str, torch.Tensor],
+        whole: dict[str, torch.Tensor],
+    ) -> None:
+        """Refuse values in a file that can't be, and name those that are not finite.
+
+        Args:
+            whole: the model's values of the modules that the adapter saves whole.
+        """
+        indices = cls._indices(root, adapter, config)
+        refuse_types(indices.keys(), whole, adapter, state_dict)
+        refuse_indices(indices, adapter, state_dict)
+        warn_not_finite(adapter, state_dict)
+
+    @classmethod
+    def _without_aside(cls, adapter: str, state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The values in a file less those that are no part of the model's state, once these were checked."""
+        return state_dict
+
+    @classmethod
+    def _take_aside(cls, root: nn.Module, adapter: str, config: Any, state_dict: dict[str, torch.Tensor]) -> None:
+        """Take those values from a file; called as soon as nothing can be refused any more."""
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: Any) -> dict[str, Indices]:
+        """What indices the adapter's file may hold, by name."""
+        return {}
 
     @classmethod
     def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:

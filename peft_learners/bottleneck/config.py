@@ -8,7 +8,17 @@ from typing import Any, ClassVar, Literal, Optional
 
 from transformers.activations import ACT2FN
 
-from ..config import FLAG, Check, PhasedConfig, is_number, is_positive_int, names_unknown_fields, one_of, option
+from ..config import (
+    FLAG,
+    NOT_ZERO,
+    Check,
+    PhasedConfig,
+    is_number,
+    is_positive_int,
+    names_unknown_fields,
+    one_of,
+    option,
+)
 
 #: By mode, `bottleneck_dim` and `scaling` where they are not given.
 DEFAULTS = {"sequential": (256, 1.0), "parallel": (512, 4.0)}
@@ -68,7 +78,7 @@ class BottleneckConfig(PhasedConfig):
         None,
         "Factor of the adapters' output. None: 1 in sequential mode, 4 in parallel mode; replaced when the config is "
         "made, so that a later change of `mode` leaves it.",
-        Check(lambda v: v is None or (is_number(v) and v != 0), "None or a number other than 0", "scaling=4.0"),
+        Check(lambda v: v is None or (is_number(v) and v != 0), f"None or {NOT_ZERO}", "scaling=4.0"),
     )
     dropout: float = option(
         0.0,
@@ -86,6 +96,9 @@ class BottleneckConfig(PhasedConfig):
             near = difflib.get_close_matches(str(self.non_linearity), filter(_is_activation, ACT2FN), 1) or ["gelu"]
             right = "the name of an activation without parameters in transformers.activations.ACT2FN"
             Check(_is_activation, right, f"non_linearity={near[0]!r}")(self, "non_linearity")
+
+    def savings(self) -> dict[str, str]:
+        return {"bottleneck_dim": "smaller adapters", **super().savings()}
 
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}

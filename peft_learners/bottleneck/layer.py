@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -59,8 +61,9 @@ class BottleneckLinear(BottleneckLayer):
         self.in_features, self.out_features = sizes(base_layer)
         self.bottleneck_down = nn.ModuleDict()
         self.bottleneck_up = nn.ModuleDict()
-        self.bottleneck_activation = nn.ModuleDict({})
-        self.bottleneck_dropout = nn.ModuleDict({})
+        # No modules: they would be found by the endings of their names, as modules_to_save are.
+        self.bottleneck_activation: dict[str, Callable[[Tensor], Tensor]] = {}
+        self.bottleneck_dropout: dict[str, float] = {}
         self.bottleneck_mode: dict[str, str] = {}
         self.bottleneck_scaling: dict[str, float] = {}
         #: Of the feed-forward network, for parallel adapters.
@@ -77,15 +80,20 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_mode[adapter] = config.mode
         self.bottleneck_scaling[adapter] = float(config.scaling)
         self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
-        self.bottleneck_dropout[adapter] = nn.Dropout(config.dropout) if config.dropout > 0 else nn.Identity()
-        down = self.bottleneck_down[adapter] = nn.Linear(features, width)
-        up = self.bottleneck_up[adapter] = nn.Linear(width, self.out_features)
+        self.bottleneck_dropout[adapter] = float(config.dropout)
+        made: dict[str, Any] = {"dtype": torch.float32, "device": self.drawing_device(adapter)}
+        down = self.bottleneck_down[adapter] = nn.Linear(features, width, **made)
+        up = self.bottleneck_up[adapter] = nn.Linear(width, self.out_features, **made)
         nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
         for parameter in (down.bias, up.weight, up.bias):
             nn.init.zeros_(parameter)
         if not config.init_weights:
             for parameter in (*down.parameters(), *up.parameters()):
                 nn.init.normal_(parameter, std=TEST_STD)
+
+    def let_go(self) -> None:
+        if self.bottleneck_input is not None:
+            self.bottleneck_input.disconnect()
 
     def is_parallel(self, adapter: str) -> bool:
         """Whether the adapter is here, and gets the feed-forward network's input."""
@@ -143,9 +151,8 @@ class BottleneckLinear(BottleneckLayer):
         """`out + scaling * A(z)`; in the wider of both types."""
         assert z is not None
         down: Any = self.bottleneck_down[adapter]
-        hidden = down(self._cast_input_dtype(z, down.weight.dtype))
-        hidden = self.bottleneck_dropout[adapter](self.bottleneck_activation[adapter](hidden))
-        update = self.bottleneck_up[adapter](hidden)
+        hidden = self.bottleneck_activation[adapter](down(self._cast_input_dtype(z, down.weight.dtype)))
+        update = self.bottleneck_up[adapter](F.dropout(hidden, self.bottleneck_dropout[adapter], self.training))
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from ..structure.attention import attention_output_names
 from ..structure.feed_forward import FeedForward, feed_forwards
-from ..structure.modules import common_parent, is_linear, is_norm, linear_names, new_head, walk
+from ..structure.modules import common_parent, is_linear, is_norm, linear_names, new_head, stacked_parameters, walk
 from ..structure.targets import is_all_linear
 from ..structure.weights import base_of, sizes
 from ..tuner import PhasedModel
@@ -63,7 +63,11 @@ class BottleneckModel(PhasedModel):
         if config.mode == "parallel":
             return list(self._pairs)
         attentions = attention_output_names(model, linear_names(model))
-        for found, what in ((attentions, "output projection of an attention"), (self._pairs, "feed-forward network")):
+        fused = bool(stacked_parameters(model))  # experts are named with what other methods leave out, too
+        for found, what in (
+            (attentions, "output projection of an attention"),
+            (self._pairs or fused, "feed-forward network"),
+        ):
             if not found and (attentions or self._pairs):
                 warnings.warn(
                     f"No {what} was found in the {type(model).__name__}, so that no adapter follows one. If it has "
@@ -109,6 +113,9 @@ class BottleneckModel(PhasedModel):
             narrowed["modules_to_save"] = saved
         return f"{beside} is left to adapt with {narrowed}."
 
+    def _hidden_size(self, config: BottleneckConfig, name: str) -> tuple[str, int]:
+        return "bottleneck_dim", config.bottleneck_dim or 0
+
     # -- injection --------------------------------------------------------------------------------------------------
 
     def _new_layer(self, module: nn.Module, name: str) -> BottleneckLayer:
@@ -120,9 +127,15 @@ class BottleneckModel(PhasedModel):
         elif config.mode == "parallel":
             pair = self._pairs[name]
             layer.update_layer(adapter, config, sizes(self.model.get_submodule(pair.first[0]))[0])
-            self._connect(layer, pair)
         else:
             layer.update_layer(adapter, config, layer.out_features)
+
+    def _create_and_replace(self, peft_config: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        super()._create_and_replace(peft_config, adapter_name, *args, **kwargs)
+        name = kwargs["current_key"]
+        layer = self.model.get_submodule(name)
+        if isinstance(layer, BottleneckLinear) and layer.is_parallel(adapter_name):
+            self._connect(layer, self._pairs[name])
 
     def _connect(self, layer: BottleneckLinear, pair: FeedForward) -> None:
         if layer.bottleneck_input is not None:
@@ -146,11 +159,3 @@ class BottleneckModel(PhasedModel):
             "add_weighted_adapter: bottleneck adapters are not linear, so that the weighted sum of their weights is "
             "not the sum of what they do. Use them together: model.base_model.set_adapter([...]) adds them up."
         )
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        layers = [module for module in self.model.modules() if isinstance(module, BottleneckLinear)]
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for layer in layers:
-            if layer.bottleneck_input is not None:
-                layer.bottleneck_input.disconnect()
-        return model

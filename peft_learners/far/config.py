@@ -7,7 +7,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Optional
 
-from ..config import FLAG, SEED, Check, PhasedConfig, is_number, is_whole, names_unknown_fields, one_of, option
+from ..config import (
+    FLAG,
+    LARGEST,
+    SEED,
+    Check,
+    PhasedConfig,
+    is_names,
+    is_number,
+    is_whole,
+    names_unknown_fields,
+    one_of,
+    option,
+)
 from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out, ratio_to_steps
 
 PRIMING, RECONFIGURED = "priming", "reconfigured"
@@ -15,6 +27,8 @@ GRANULARITIES, SELECTIONS = ("hidden_unit", "output_node"), ("l1", "l2", "random
 #: Containers of trained values of a FAR layer; both phases train all of them, only their sizes change. The names of
 #: those of biases and norms hold what Trainer exempts from weight decay.
 PARTS = ("far_delta", "far_layernorm_delta", "far_bias_delta")
+
+_PARTS_LEFT_OUT = {"train_embeddings": "neither embeddings nor LM head", "train_attention": "no attention"}
 
 
 def _is_share(value: Any) -> bool:
@@ -26,7 +40,7 @@ def _is_patterns(value: object) -> bool:
 
 
 def _is_pattern(value: object) -> bool:
-    return isinstance(value, (list, tuple)) and len(value) > 1 and all(isinstance(name, str) for name in value)
+    return isinstance(value, (list, tuple)) and len(value) > 1 and is_names(value)
 
 
 @names_unknown_fields
@@ -48,6 +62,7 @@ class FARConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "far"
+    narrowing: ClassVar[tuple[str, ...]] = (*PhasedConfig.narrowing, "train_embeddings", "train_attention")
     default_targets: ClassVar[str] = "all that has parameters"
     display_name: ClassVar[str] = "FAR"
     about: ClassVar[str] = (
@@ -76,7 +91,9 @@ class FARConfig(PhasedConfig):
         None,
         "Epochs of priming (fractions allowed), in place of priming_ratio.",
         Check(
-            lambda v: v is None or (is_number(v) and v >= 0), "None or a number of at least 0", "priming_epochs=0.5"
+            lambda v: v is None or (is_number(v) and v >= 0),
+            f"None or a number of at least 0, at most {LARGEST:,}",
+            "priming_epochs=0.5",
         ),
     )
     granularity: str = option(
@@ -134,6 +151,13 @@ class FARConfig(PhasedConfig):
             )
         if self.ffn_modules is not None:
             self.ffn_modules = [list(pattern) for pattern in self.ffn_modules]
+
+    def savings(self) -> dict[str, str]:
+        found = {f"{name}=False": what for name, what in _PARTS_LEFT_OUT.items() if getattr(self, name)}
+        if not self.discard_unkept:
+            found["discard_unkept=True"] = "what training holds after priming, and the file"
+        low_rank = {"LearnerConfig(priming_epochs=0)": "low-rank updates in place of whole weights"}
+        return {**found, **super().savings(), **low_rank}
 
     def fixed_in_training(self) -> dict[str, Any]:
         names = ("retention_ratio", "granularity", "selection", "seed", "discard_unkept")

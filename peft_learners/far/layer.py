@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layers.base import DeltaLayer, TransparentLayer, parameter_at
+from ..layers.indices import IndexBuffers
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops.cut import cut_linear, others_of, uncut
@@ -51,7 +52,7 @@ class FARLayer(DeltaLayer):
         self.far_delta = nn.ModuleDict()
         self.far_layernorm_delta = nn.ModuleDict()
         self.far_bias_delta = nn.ModuleDict()
-        self.far_kept = BufferDict(persistent=True)
+        self.far_kept = IndexBuffers(self.length)
         self.far_rest = BufferDict(persistent=True)
         self.far_bias_rest = BufferDict(persistent=True)
         self.far_nodes: dict[str, Nodes] = {}
@@ -88,8 +89,8 @@ class FARLayer(DeltaLayer):
                     "FAR can't give it deltas: leave it out with exclude_modules."
                 )
         if config.reconfigured and self.holds_nodes(adapter):
-            length = self._length(adapter)
-            rows = torch.arange(length) if config.init_weights else torch.randperm(length)
+            length = self.length(adapter)
+            rows = (torch.arange if config.init_weights else torch.randperm)(length, device="cpu")
             self.cut(adapter, rows[: self.kept_rows(adapter, config)].sort().values, config.discard_unkept)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
@@ -113,7 +114,7 @@ class FARLayer(DeltaLayer):
             return value
         rests, axis = getattr(self, parts[part][0]), parts[part][1]
         rest = rests[adapter] if adapter in rests else None
-        return uncut(value, rest, self.far_kept[adapter], self._length(adapter), axis)
+        return uncut(value, rest, self.far_kept[adapter], self.length(adapter), axis)
 
     # Some models read a weight without calling the layer (DeBERTa's relative positions, MobileBERT's LM head,
     # WavLM's attention). They get what the layer computes with.
@@ -188,7 +189,8 @@ class FARLayer(DeltaLayer):
 
     # -- nodes ------------------------------------------------------------------------------------------------------
 
-    def _length(self, adapter: str) -> int:
+    def length(self, adapter: str) -> int:
+        """Number of rows (or columns) that nodes have here."""
         nodes = self.far_nodes[adapter]
         return nodes.width * nodes.copies
 
@@ -223,7 +225,7 @@ class FARLayer(DeltaLayer):
             optimizer: whose state for the parameters shrinks with them.
         """
         device = self.value("far_delta", adapter).device
-        other = others_of(kept.cpu(), self._length(adapter)).to(device)
+        other = others_of(kept.cpu(), self.length(adapter)).to(device)
         kept = kept.to(device)
         for part, (rest, axis) in self._node_parts(adapter).items():
             value = self.value(part, adapter).detach()
@@ -244,7 +246,7 @@ class FARLayer(DeltaLayer):
 
     def shapes(self, adapter: str, config: FARConfig, cut: bool) -> dict[str, tuple[int, ...]]:
         """Shapes of the values of this layer that the cut concerns, before it or after it."""
-        kept, length = self.kept_rows(adapter, config), self._length(adapter)
+        kept, length = self.kept_rows(adapter, config), self.length(adapter)
         shapes: dict[str, tuple[int, ...]] = {"far_kept": (kept,)} if cut else {}
         for part, (rest, axis) in self._node_parts(adapter).items():
             full = self._shape(part, adapter)

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import Shapes
-from ..layers.base import tuner_layers, values_of
+from ..checkpoint import Indices, Shapes
+from ..costs import Values
+from ..layers.base import DeltaLayer, tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Entry, Training
 from ..phases.schedule import Phase, Schedule, ScheduleError
@@ -102,6 +106,9 @@ class FARModel(PhasedModel):
                 f"frozen: {', '.join(self._lost[:5])}{', ...' if len(self._lost) > 5 else ''}.",
                 stacklevel=2,
             )
+
+    def _warn_of_left_out(self, config: Any, model: nn.Module) -> None:
+        """What FAR leaves out, `_warn_of_frozen` names."""
 
     def _is_supported(self, module: nn.Module) -> bool:
         base = base_of(module)
@@ -194,14 +201,46 @@ class FARModel(PhasedModel):
     def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
         return []  # PEFT warns of tied weights; here they share one delta
 
+    # -- what an adapter costs --------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: FARConfig) -> dict[str, Values]:
+        """All that trains in priming, and what is left of it, whose number the config decides."""
+
+        def values(cut: bool) -> Values:
+            count: Counter[str] = Counter()
+            for layer in layers.values():
+                shapes = {part: tuple(value.shape) for part, value in layer.parts_of(adapter)}
+                if layer.holds_nodes(adapter):
+                    shapes.update(layer.shapes(adapter, config, cut))
+                count.update({part: math.prod(shape) for part, shape in shapes.items()})
+            frozen = count["far_rest"] + count["far_bias_rest"]
+            indices = count["far_kept"]
+            return Values(count.total() - frozen - indices, frozen, indices * torch.int64.itemsize)
+
+        return {PRIMING: values(cut=False), RECONFIGURED: values(cut=True)}
+
+    def _outlines(self, config: FARConfig) -> dict[str, DeltaLayer]:
+        uncut = copy.copy(config)
+        uncut.reconfigured = False  # there is nothing to cut
+        self._owners = {}
+        layers = super()._outlines(uncut)
+        self._owners = {}
+        return layers
+
     # -- phases -----------------------------------------------------------------------------------------------------
 
     @staticmethod
-    def _cuttable(root: nn.Module, adapter: str) -> Iterator[FARLayer]:
-        """Layers that hold weights of FFN nodes."""
-        for layer in tuner_layers(root):
+    def _named_cuttable(root: nn.Module, adapter: str) -> Iterator[tuple[str, FARLayer]]:
+        """Layers that hold weights of FFN nodes, with their names."""
+        for name, layer in root.named_modules():
             if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
-                yield layer
+                yield name, layer
+
+    @classmethod
+    def _cuttable(cls, root: nn.Module, adapter: str) -> Iterator[FARLayer]:
+        """The same, without."""
+        return (layer for _, layer in cls._named_cuttable(root, adapter))
 
     @classmethod
     def check_phases(cls, root: nn.Module, adapter: str, config: FARConfig, schedule: Schedule) -> None:
@@ -237,8 +276,7 @@ class FARModel(PhasedModel):
         selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
         for unit, members in units.items():
             for layer in members:
-                nodes = layer.far_nodes[adapter]
-                rows = torch.cat([selections[unit] + copy * nodes.width for copy in range(nodes.copies)])
+                rows = layer.far_nodes[adapter].rows(selections[unit])
                 layer.cut(adapter, rows, config.discard_unkept, training.optimizer)
         config.write("reconfigured", True)
 
@@ -255,13 +293,14 @@ class FARModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase) -> None:
-        """Name layers whose weights did not move while others did."""
-        moved = {name: bool(delta.any()) for name, delta in values_of(root, adapter, "far_delta").items()}
-        idle = [name for name, any_moved in moved.items() if not any_moved]
-        if idle and any(moved.values()) and config.init_weights:
+        """Name modules whose weights did not move while others did, save those that someone froze."""
+        deltas = values_of(root, adapter, "far_delta").items()
+        idle = [name for name, delta in deltas if delta.requires_grad and not delta.any()]
+        if idle and config.init_weights and any(bool(delta.any()) for _, delta in deltas):
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}): the "
-                "model does not seem to use them in this task. Leave them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} modules of the adapter {adapter!r} (first: {idle[0]}), "
+                "while others moved: they had no gradient. The model may have skipped them in each step so far (layer-"
+                "drop). If this task never uses them, leave them out with exclude_modules.",
                 stacklevel=2,
             )
 
@@ -281,13 +320,35 @@ class FARModel(PhasedModel):
         shapes = super()._shapes_in_form_of(root, adapter, config, state_dict)
         cut = any(key.endswith(".far_kept") for key in state_dict)
         if cut != config.reconfigured:
-            for name, layer in root.named_modules():
-                if isinstance(layer, FARLayer) and layer.holds_nodes(adapter):
-                    for part in ("far_kept", "far_rest", "far_bias_rest"):
-                        shapes.pop(f"{name}.{part}", None)
-                    in_form = layer.shapes(adapter, config, cut)
-                    shapes.update({f"{name}.{layer.file_key(part)}": shape for part, shape in in_form.items()})
+            for name, layer in cls._named_cuttable(root, adapter):
+                for part in ("far_kept", "far_rest", "far_bias_rest"):
+                    shapes.pop(f"{name}.{part}", None)
+                in_form = layer.shapes(adapter, config, cut)
+                shapes.update({f"{name}.{layer.file_key(part)}": shape for part, shape in in_form.items()})
         return shapes
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: FARConfig) -> dict[str, Indices]:
+        layers = cls._named_cuttable(root, adapter)
+        return {f"{n}.far_kept": Indices(n, "kept rows or columns", layer.length(adapter)) for n, layer in layers}
+
+    @classmethod
+    def _check_values(
+        cls, root: nn.Module, adapter: str, config: FARConfig, state_dict: dict[str, Tensor], whole: dict[str, Tensor]
+    ) -> None:
+        super()._check_values(root, adapter, config, state_dict, whole)
+        chosen: dict[str, tuple[str, Tensor]] = {}
+        for name, layer in cls._named_cuttable(root, adapter):
+            kept, nodes = state_dict.get(f"{name}.far_kept"), layer.far_nodes[adapter]
+            if kept is None or kept.is_meta or kept.dim() != 1:  # told by its shape
+                continue
+            kept = kept.to("cpu", torch.int64)
+            first, selection = chosen.setdefault(nodes.unit, (name, kept[: len(kept) // nodes.copies]))
+            if not torch.equal(nodes.rows(selection), kept):
+                raise ValueError(
+                    f"The checkpoint does not fit the adapter {adapter!r}: {name} must keep the nodes that {first} "
+                    f"keeps, got {kept.tolist()[:8]} and {selection.tolist()[:8]}. Nothing was loaded."
+                )
 
     @classmethod
     def _fit_to_file(
@@ -302,7 +363,8 @@ class FARModel(PhasedModel):
             cls.restart(root, adapter, config, optimizer)
             return
         for layer in cls._cuttable(root, adapter):
-            layer.cut(adapter, torch.arange(layer.kept_rows(adapter, config)), config.discard_unkept, optimizer)
+            rows = torch.arange(layer.kept_rows(adapter, config), device="cpu")
+            layer.cut(adapter, rows, config.discard_unkept, optimizer)
         config.write("reconfigured", True)
 
 

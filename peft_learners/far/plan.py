@@ -36,6 +36,10 @@ class Nodes:
     width: int
     copies: int = 1
 
+    def rows(self, selection: torch.Tensor) -> torch.Tensor:
+        """Rows (or columns) of the weight that belong to selected nodes."""
+        return torch.cat([selection + copy * self.width for copy in range(self.copies)])
+
 
 @dataclass(frozen=True)
 class Target:

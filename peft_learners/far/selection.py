@@ -25,7 +25,7 @@ def select_nodes(
     Raises:
         ScheduleError: no delta has moved.
     """
-    generator = torch.Generator().manual_seed(config.seed)
+    generator = torch.Generator("cpu").manual_seed(config.seed)
     selections, any_moved = {}, config.selection == "random" or not config.init_weights
     for unit, members in moved.items():
         width = members[0][1].width
@@ -80,4 +80,4 @@ def highest(scores: Tensor, count: int) -> Tensor:
 
 def drawn(nodes: int, count: int, generator: torch.Generator) -> Tensor:
     """`count` of `nodes` indices, each set equally likely, in ascending order: (count,) int64 on the CPU."""
-    return torch.randperm(nodes, generator=generator)[:count].sort().values
+    return torch.randperm(nodes, generator=generator, device="cpu")[:count].sort().values

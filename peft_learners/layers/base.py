@@ -24,6 +24,8 @@ from ..structure.weights import is_offloaded, is_plain_float, stored_as
 from .value import Value
 
 BASE_ADAPTER = "__base__"
+#: Name of the adapter in layers that are made to be counted.
+OUTLINE = "__outline__"
 #: Standard deviation of every delta under `init_weights=False`.
 TEST_STD = 0.05
 
@@ -87,7 +89,7 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
     """All parameters of one adapter, the modules that it saves whole (the head) among them."""
     for module in root.modules():
         if isinstance(module, DeltaLayer):
-            yield from (parameter for _, parameter in module.parts_of(adapter))
+            yield from (value for _, value in module.parts_of(adapter) if isinstance(value, nn.Parameter))
         elif isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             yield from module.modules_to_save[adapter].parameters()
 
@@ -146,12 +148,12 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """Whether the adapter has deltas in this layer."""
         return any(adapter in getattr(self, name) for name in self.adapter_layer_names)
 
-    def parts_of(self, adapter: str) -> Iterator[tuple[str, nn.Parameter]]:
-        """`(name of the container, parameter)` of what the adapter has here and what may train."""
+    def parts_of(self, adapter: str) -> Iterator[tuple[str, Tensor]]:
+        """`(name of the container, parameter, or buffer where it is frozen)` of what the adapter has here."""
         for part in self.adapter_layer_names:
             if adapter in getattr(self, part):
-                for parameter in getattr(self, part)[adapter].parameters():
-                    yield part, parameter
+                held = getattr(self, part)[adapter]
+                yield from ((part, value) for value in itertools.chain(held.parameters(), held.buffers()))
 
     def has_part(self, part: str, adapter: str) -> bool:
         """Whether a container has anything of an adapter."""
@@ -167,7 +169,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def add_parameter(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
         """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
-        value = torch.empty(*shape)
+        value = torch.empty(*shape, dtype=torch.float32, device=self.drawing_device(adapter))
         if kaiming:
             nn.init.kaiming_uniform_(value, a=math.sqrt(5))
         elif config.init_weights:
@@ -175,6 +177,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         if not config.init_weights:
             nn.init.normal_(value, std=TEST_STD)
         self.put(part, adapter, value)
+
+    def drawing_device(self, adapter: str) -> str | None:
+        """Where an adapter's first values are drawn: on the CPU, whatever torch's default is, from where PEFT moves
+        them to the base layer; nowhere for a layer that serves for counting alone."""
+        if adapter == OUTLINE:
+            return "meta"
+        return None if any(p.is_meta for p in self.base_layer.parameters()) else "cpu"
 
     def file_key(self, part: str) -> str:
         """What the tensor in a container is called in a file, after the layer's name."""
@@ -185,6 +194,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def put(self, part: str, adapter: str, value: Tensor) -> None:
         """Put a new parameter into a container. One of a bias is called so: Trainer exempts it from weight decay."""
         getattr(self, part)[adapter] = Value(value, self.file_key(part).rpartition(".")[2])
+
+    def let_go(self) -> None:
+        """The layer is about to give its place back to its base: undo what was put outside of it."""
 
     def is_active(self, adapter: str) -> bool:
         """Whether the adapter changes what this layer computes."""

@@ -161,7 +161,10 @@ class DeltaLinear(DeltaLayer):
             weight, bias = float_weight(self.base_layer), self.bias_delta(adapter)
             if weight is not None:
                 return torch.zeros_like(weight)
-            return torch.zeros(self.out_features, self.in_features, device=bias.device if bias is not None else None)
+            device = (
+                bias.device if bias is not None else self._get_base_layer_device_and_dtype(self.get_base_layer())[0]
+            )
+            return torch.zeros(self.out_features, self.in_features, dtype=torch.float32, device=device)
         dtype, delta = (low_rank[0][0] if low_rank else dense[0][0]).dtype, None
         for a, b, factor in low_rank:
             # On a CPU, half-precision matrix products are slow or missing.

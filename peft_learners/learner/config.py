@@ -7,12 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
 
+from peft.utils.other import get_pattern_key
+
 from ..config import (
     FLAG,
+    LARGEST,
+    NOT_ZERO,
     Check,
     PhasedConfig,
     is_names,
-    is_names_or_regex,
     is_number,
     is_positive_int,
     is_share,
@@ -26,6 +29,13 @@ from ..phases.schedule import Schedule, epochs_to_steps, lay_out
 PRIMING, LEARNING = "priming", "learning"
 #: The container of the primed dense deltas.
 DENSE_PART = "learner_dense_delta"
+#: What `priming_modules` may say in one word.
+ATTENTION, FEED_FORWARD, EVERY = "attention", "ffn", "all"
+
+
+def _is_choice(value: object) -> bool:
+    blocks = isinstance(value, (list, tuple, set, frozenset)) and all(map(is_whole, value))
+    return bool(value) and (isinstance(value, str) or is_names(value) or blocks)
 
 
 @names_unknown_fields
@@ -44,6 +54,7 @@ class LearnerConfig(PhasedConfig):
     """
 
     method: ClassVar[str] = "learner"
+    narrowing: ClassVar[tuple[str, ...]] = (*PhasedConfig.narrowing, "priming_modules")
     default_targets: ClassVar[str] = (
         "every linear layer of the backbone (a pooler only if the model has a head that uses it) and, with "
         "train_norms, the norms of its blocks in any case"
@@ -62,9 +73,13 @@ class LearnerConfig(PhasedConfig):
     )
     priming_epochs: float = option(
         2,
-        "Epochs (fractions allowed) during which the attention's dense deltas train too. 0: no priming, which is LoRA "
-        "with a scaling of 1, plus biases and norms.",
-        Check(lambda v: is_number(v) and v >= 0, "a number of at least 0 (0: no priming)", "priming_epochs=2"),
+        "Epochs (fractions allowed) during which the dense deltas of priming_modules train too. 0: no priming, which "
+        "is LoRA with a scaling of 1, plus biases and norms.",
+        Check(
+            lambda v: is_number(v) and v >= 0,
+            f"a number of at least 0 (0: no priming), at most {LARGEST:,}",
+            "priming_epochs=2",
+        ),
     )
     priming_steps: Optional[int] = option(
         None,
@@ -75,13 +90,19 @@ class LearnerConfig(PhasedConfig):
         1.0,
         "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
         "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups.",
-        Check(lambda v: is_number(v) and v > 0, "a number above 0", "priming_lr_scale=0.1"),
+        Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
-    priming_modules: Optional[Union[list[str], str]] = option(
-        None,
-        "Names (or a regex) of the linear layers to prime, among the targets. None: the attention's, found by "
-        "structure.",
-        Check(is_names_or_regex, "None, a regex or names"),
+    priming_modules: Union[list[int], list[str], str] = option(
+        ATTENTION,
+        "Which linear layers are primed, among the targets: 'attention' (the paper's), 'ffn' (those of the "
+        "feed-forward pairs) or 'all'; a list of indices of blocks, whose attention is primed; a list of names; or a "
+        "regex. What the words and indices stand for is found by structure, and saved by name.",
+        Check(
+            _is_choice,
+            "'attention', 'ffn', 'all', a list of blocks' indices, a list of names, or a regex (none: "
+            "priming_epochs=0)",
+            "priming_modules='attention'",
+        ),
     )
     after_priming: str = option(
         "keep",
@@ -101,15 +122,21 @@ class LearnerConfig(PhasedConfig):
         ),
     )
     kept_energy: Optional[dict[str, float]] = option(
-        None, "Share of each folded update's energy that was kept, by layer. Written by training; not for the user."
+        None,
+        "Share of each folded update's energy that was kept, by layer. Written by training; not for the user.",
+        Check(
+            lambda v: v is None or (isinstance(v, dict) and all(is_number(x) and 0 <= x <= 1 for x in v.values())),
+            "None or a dict with a share from 0 to 1 for each layer",
+        ),
     )
     rank_pattern: dict[str, int] = option(
         dict,
         "Ranks that differ from r: {module name or regex: rank}.",
         Check(
-            lambda v: isinstance(v, dict) and all(map(is_positive_int, v.values())),
+            lambda v: isinstance(v, dict) and is_names(list(v)) and all(map(is_positive_int, v.values())),
             "a dict of ranks of at least 1",
             "rank_pattern={'q_lin': 8}",
+            regexes=list,
         ),
     )
     learner_dropout: float = option(
@@ -120,15 +147,20 @@ class LearnerConfig(PhasedConfig):
     scaling: float = option(
         1.0,
         "Factor of P2 P1; the paper's is 1.",
-        Check(lambda v: is_number(v) and v != 0, "a number other than 0", "scaling=1.0"),
+        Check(lambda v: is_number(v) and v != 0, NOT_ZERO, "scaling=1.0"),
     )
     train_biases: bool = option(True, "Train a delta on the bias of each adapted linear.", FLAG)
     train_norms: bool = option(True, "Train deltas on the norms inside the blocks.", FLAG)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if is_names(self.priming_modules):
-            self.priming_modules = sorted(self.priming_modules or ())
+        if not isinstance(self.priming_modules, str):
+            self.priming_modules = sorted({*self.priming_modules})
+
+    def rank_of(self, name: str) -> tuple[str, int]:
+        """The field that gives a module its rank, and the rank."""
+        key = get_pattern_key(list(self.rank_pattern), name)
+        return ("rank_pattern", self.rank_pattern[key]) if key in self.rank_pattern else ("r", self.r)
 
     @property
     def primes(self) -> bool:
@@ -139,6 +171,15 @@ class LearnerConfig(PhasedConfig):
     def is_folded(self) -> bool:
         """Whether its dense deltas were folded into the factors."""
         return self.primes and self.after_priming == "fold" and PRIMING in self.completed_phases
+
+    def savings(self) -> dict[str, str]:
+        if not self.primes or self.phases_complete:
+            return super().savings()
+        found = {"priming_modules=[...]": "indices of the blocks whose attention is to be primed, or names of layers"}
+        if self.after_priming == "keep":
+            found["after_priming='fold'"] = "what training holds after priming, and the file"
+        found["priming_epochs=0"] = "no priming"
+        return {**found, **{field: what for field, what in super().savings().items() if "save_dtype" in field}}
 
     def fixed_in_training(self) -> dict[str, Any]:
         scales = {"scaling": float(self.scaling), "priming_lr_scale": float(self.priming_lr_scale)}
@@ -171,6 +212,9 @@ class LearnerConfig(PhasedConfig):
 
     def outline(self) -> Schedule:
         return self._phases(int(self.primes))
+
+    def _all_phases(self) -> list[str]:
+        return [PRIMING, LEARNING]
 
     @staticmethod
     def _phases(priming: int, total_steps: int | None = None, advice: str = "") -> Schedule:

@@ -38,15 +38,19 @@ def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Trainin
     into `config.kept_energy` and, least and median, into the log.
     """
     layers = folding_layers(root, adapter)
-    share_or_rank = fold_ranks(layers, adapter, config)
+    ranks = fold_ranks(layers, adapter, config)
     kept: dict[str, float] = {}
     for name, layer in layers.items():
         update = layer.whole_update(adapter)
-        if not bool(update.any()):  # the model does not use the layer
-            kept[name] = 1.0
+        if update.is_meta:  # shapes alone
+            rank = min(ranks[name], *update.shape)
+            pair = Factored(update.new_empty(rank, update.shape[1]), update.new_empty(update.shape[0], rank))
+        elif not bool(update.any()):  # the model does not use the layer
+            pair = None
         else:
-            pair = _same_on_all_ranks(nearest(update, share_or_rank[name]), training)
-            kept[name] = 1 - pair.error**2
+            pair = _same_on_all_ranks(nearest(update, ranks[name]), training)
+        kept[name] = 1 - pair.error**2 if pair is not None else 1.0
+        if pair is not None:
             layer.take_factors(adapter, pair, training.optimizer)
         layer.drop_dense(adapter, training.optimizer)
     record_ranks(root, adapter, config)

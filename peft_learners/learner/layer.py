@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -46,7 +45,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_P1 = nn.ModuleDict()
         self.learner_P2 = nn.ModuleDict()
         self.learner_dense_delta = nn.ModuleDict()
-        self.learner_dropout = nn.ModuleDict({})
+        self.learner_dropout: dict[str, float] = {}
         self.learner_r: dict[str, int] = {}
         self.learner_scaling: dict[str, float] = {}
         self.learner_lr_scale: dict[str, float] = {}
@@ -60,12 +59,11 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
             name: the layer's name in the model, for `rank_pattern`.
             primed: whether this layer gets a dense delta, which a folded one no longer has.
         """
-        rank = config.rank_pattern.get(get_pattern_key(list(config.rank_pattern), name), config.r)
+        _, rank = config.rank_of(name)
         self.learner_r[adapter] = rank
         self.learner_scaling[adapter] = float(config.scaling)
         self.learner_lr_scale[adapter] = float(config.priming_lr_scale)
-        dropout = nn.Dropout(config.learner_dropout) if config.learner_dropout > 0 else nn.Identity()
-        self.learner_dropout[adapter] = dropout
+        self.learner_dropout[adapter] = float(config.learner_dropout)
         self.add_parameter("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
         self.add_parameter("learner_P2", adapter, config, self.out_features, rank)
         if config.train_biases and getattr(self.get_base_layer(), "bias", None) is not None:
@@ -94,8 +92,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         return self.value("learner_bias_delta", adapter) if adapter in self.learner_bias_delta else None
 
     def dropout(self, adapter: str) -> float:
-        dropout = self.learner_dropout[adapter]
-        return dropout.p if self.training and isinstance(dropout, nn.Dropout) else 0.0
+        return self.learner_dropout[adapter] if self.training else 0.0
 
     # -- folding ----------------------------------------------------------------------------------------------------
 

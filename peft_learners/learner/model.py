@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -11,18 +13,25 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..checkpoint import Shapes
+from ..costs import Values
 from ..layers.base import tuner_layers, values_of
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.attention import attention_names
-from ..structure.modules import is_linear, is_norm, linear_names, walk
+from ..structure.feed_forward import feed_forwards
+from ..structure.modules import block_indices, is_linear, is_norm, linear_names, walk
 from ..structure.targets import is_named, matches, rank_patterns
 from ..structure.weights import float_weight, stored_as
 from ..tuner import PhasedModel
 from ..weighted_sum import Combined
-from .config import DENSE_PART, LEARNING, PRIMING, LearnerConfig
+from .config import ATTENTION, DENSE_PART, EVERY, FEED_FORWARD, LEARNING, PRIMING, LearnerConfig
 from .fold import fold, folding_layers, record_ranks
 from .layer import LearnerLayer, LearnerLinear, LearnerNorm
+
+
+def _last(names: Iterable[str]) -> list[str]:
+    """The last parts of these names."""
+    return sorted({name.rpartition(".")[2] for name in names})
 
 
 class LearnerModel(PhasedModel):
@@ -42,6 +51,7 @@ class LearnerModel(PhasedModel):
 
     prefix = "learner_"
     tuner_layer_cls = LearnerLayer
+    passing_parts = (DENSE_PART,)
     supported = (
         "Learners support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
         "weight vector."
@@ -67,25 +77,59 @@ class LearnerModel(PhasedModel):
     def _resolve_priming(self, config: LearnerConfig, model: nn.Module, targets: set[str]) -> set[str]:
         modules = {name: module for name, module in walk(model) if name in targets}
         linears = [name for name, module in modules.items() if is_linear(module)]
-        asked = config.priming_modules
-        if asked is None:
-            primed = set(attention_names(model, linears))
-            config.write("priming_modules", self._minimal_names(primed) or None)
+        asked: Any = config.priming_modules
+        if asked in (ATTENTION, FEED_FORWARD, EVERY) or isinstance(asked[0], int):
+            primed = self._found_to_prime(asked, model, linears)
+            if primed:
+                config.write("priming_modules", self._minimal_names(primed))
         else:
-            primed = {name for name in linears if matches(name, asked)}
-            if isinstance(asked, str):
-                lost = [] if primed else [asked]
-            else:
-                lost = [name for name in asked if not any(is_named(linear, name) for linear in linears)]
-            if lost:
-                last = sorted({linear.rpartition(".")[2] for linear in linears})
-                raise ValueError(
-                    f"LearnerConfig: `priming_modules` must name linear layers among the targets, got {lost[0]!r}, "
-                    f"which matches none of the {len(linears)} targeted linear layers (named {', '.join(last)})."
-                )
+            primed = self._named_to_prime(asked, linears)
         packed = sorted(name for name in primed if float_weight(modules[name]) is None)
         if packed:
             raise ValueError(self._cannot_prime(config, modules, primed, packed))
+        return primed
+
+    def _found_to_prime(self, asked: str | list[int], model: nn.Module, linears: list[str]) -> set[str]:
+        """Those of `linears` that a word stands for, or the attention of some blocks."""
+        if asked == EVERY:
+            return set(linears)
+        attention = attention_names(model, linears)
+        if asked == ATTENTION:
+            return set(attention)
+        if asked == FEED_FORWARD:
+            paired = {name for pair in feed_forwards(model) for name in pair.names}
+            if not paired & set(linears):
+                outside = [name for name in linears if name not in attention] or linears
+                raise ValueError(
+                    "LearnerConfig: `priming_modules` can't be 'ffn': no feed-forward pair (linear layers d -> h and "
+                    f"h -> d with an activation between) was found among the targets in the {type(model).__name__}. "
+                    f"Name the layers: LearnerConfig(priming_modules={_last(outside)})."
+                )
+            return paired & set(linears)
+        blocks = block_indices(model, attention)
+        known = sorted(set(blocks.values()))
+        lost = [index for index in asked if index not in known]
+        if lost:
+            there = f"from {known[0]} to {known[-1]}" if known else "none"
+            raise ValueError(
+                "LearnerConfig: `priming_modules` must hold indices of blocks that have an attention among the "
+                f"targets (there are: {there}), got {lost[0]}. Linear layers can be named instead: "
+                f"LearnerConfig(priming_modules={_last(linears)})."
+            )
+        return {name for name, index in blocks.items() if index in asked}
+
+    def _named_to_prime(self, asked: str | list[str], linears: list[str]) -> set[str]:
+        """Those of `linears` that the user names."""
+        primed = {name for name in linears if matches(name, asked)}
+        if isinstance(asked, str):
+            lost = [] if primed else [asked]
+        else:
+            lost = [name for name in asked if not any(is_named(linear, name) for linear in linears)]
+        if lost:
+            raise ValueError(
+                f"LearnerConfig: `priming_modules` must name linear layers among the targets, got {lost[0]!r}, "
+                f"which matches none of the {len(linears)} targeted linear layers (named {', '.join(_last(linears))})."
+            )
         return primed
 
     def _cannot_prime(
@@ -109,6 +153,9 @@ class LearnerModel(PhasedModel):
                 f"{reason}Prime float layers only, LearnerConfig(priming_modules={names}), or none: priming_epochs=0."
             )
         return f"{reason}Do without priming: LearnerConfig(priming_epochs=0)."
+
+    def _hidden_size(self, config: LearnerConfig, name: str) -> tuple[str, int]:
+        return config.rank_of(name)
 
     # -- injection --------------------------------------------------------------------------------------------------
 
@@ -141,7 +188,7 @@ class LearnerModel(PhasedModel):
             layers_pattern=None,
             train_biases=any(name in found.low_rank for name in found.biases),
             train_norms=False,  # those that have deltas are named
-            priming_modules=self._minimal_names(set(found.dense)) or None,
+            priming_modules=self._minimal_names(set(found.dense)) or ATTENTION,
             priming_epochs=1 if found.dense else 0,
             priming_steps=None,
             priming_lr_scale=1.0,
@@ -167,6 +214,26 @@ class LearnerModel(PhasedModel):
                 layer.leaf(part, adapter).set(value.clone())
 
     # -- phases -----------------------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: LearnerConfig) -> dict[str, Values]:
+        """With the dense deltas that train in priming and, later, are frozen or gone; at the ranks of each phase."""
+        first = last = dense = 0
+        for layer in layers.values():
+            count = sum(value.numel() for part, value in layer.parts_of(adapter) if part != DENSE_PART)
+            first, last = first + count, last + count
+            if isinstance(layer, LearnerLinear) and layer.learner_primed[adapter]:
+                sizes = (layer.in_features, layer.out_features)
+                dense += math.prod(sizes)
+                rank = layer.learner_r[adapter]
+                if config.after_priming == "fold" and not isinstance(config.fold_rank, float):
+                    last += (min(config.fold_rank or rank, *sizes) - rank) * sum(sizes)
+        if not config.primes:
+            return {LEARNING: Values(last)}
+        if config.after_priming == "keep":
+            return {PRIMING: Values(first + dense), LEARNING: Values(last, dense)}
+        unknown = isinstance(config.fold_rank, float) and not config.is_folded
+        return {PRIMING: Values(first + dense, at_most=config.is_folded), LEARNING: Values(last, at_most=unknown)}
 
     @classmethod
     def enter_phase(
@@ -207,14 +274,16 @@ class LearnerModel(PhasedModel):
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: LearnerConfig, phase: Phase) -> None:
-        """Name primed layers that did not move while others did: their weights are read without calling them."""
-        idle = [name for name, theta in values_of(root, adapter, DENSE_PART).items() if not theta.any()]
+        """Name primed layers that did not move while others did, save those that someone froze."""
+        thetas = values_of(root, adapter, DENSE_PART).items()
+        idle = [name for name, theta in thetas if theta.requires_grad and not theta.any()]
         others_moved = any(p2.any() for p2 in values_of(root, adapter, "learner_P2").values())
         if phase.name == PRIMING and config.init_weights and idle and others_moved:
             warnings.warn(
-                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}): it seems "
-                "that the model reads their weights without calling them, so that a Learner there has no effect. "
-                "Leave them out with exclude_modules.",
+                f"Priming moved nothing in {len(idle)} layers of the adapter {adapter!r} (first: {idle[0]}), "
+                "while others moved: they had no gradient. The model may have skipped them in each step so far (layer-"
+                "drop), or not need them for this task; or it reads their weights without calling them, and then a "
+                "Learner there has no effect. In the latter cases leave them out with exclude_modules.",
                 stacklevel=2,
             )
 

@@ -128,7 +128,7 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, tra
     scored = [(layer, part) for layer in layers.values() for part, _ in layer.scored(adapter)]
     scores = _unit_scores(adapter, config, scored, round_)
     costs = [
-        torch.full((len(own),), layer.nas_lora_space[adapter].cost(part))
+        torch.full((len(own),), layer.nas_lora_space[adapter].cost(part), device=own.device)
         for (layer, part), own in zip(scored, scores, strict=True)
     ]
     mask = within_budget(torch.cat(scores), torch.cat(costs) if config.granularity == "structured" else 1, budget)
@@ -153,7 +153,7 @@ def _unit_scores(
     if config.criterion == "random":
         generator = generator_of(config.init_seed, f"random/{round_}")
         counts = [layer.units(adapter, part) for layer, part in scored]
-        return [torch.rand(count, dtype=torch.float64, generator=generator) for count in counts]
+        return [torch.rand(count, dtype=torch.float64, generator=generator, device="cpu") for count in counts]
     elements = [layer.nas_lora_scores.get(adapter, {}).get(part) for layer, part in scored]
     if config.init_weights and not any(own is not None and bool(own.any()) for own in elements):
         raise ScheduleError(
@@ -162,7 +162,9 @@ def _unit_scores(
             "zero, and the first step of a warm-up has a rate of 0: search for at least three steps.)"
         )
     found = [
-        layer.unit_scores(adapter, part, own).cpu() if own is not None else torch.zeros(layer.units(adapter, part))
+        torch.zeros(layer.units(adapter, part), dtype=torch.float64, device="cpu")
+        if own is None
+        else layer.unit_scores(adapter, part, own).cpu()
         for (layer, part), own in zip(scored, elements, strict=True)
     ]
     # What never had a gradient must not outrank what has a negative score.
@@ -171,12 +173,14 @@ def _unit_scores(
     for (layer, part), own, scores in zip(scored, elements, found, strict=True):
         if own is None:
             scores.fill_(last)
-            idle.append(f"{part} of {layer.nas_lora_space[adapter].name}")
+            if dict(layer.scored(adapter))[part].requires_grad:  # else someone froze it
+                idle.append(f"{part} of {layer.nas_lora_space[adapter].name}")
     if idle:
         warnings.warn(
             f"{len(idle)} updates of the adapter {adapter!r} (first: {idle[0]}) never had a gradient in the search. "
-            "They are pruned first: the model does not use those modules, or reads their weights without a call. "
-            "Leave them out with exclude_modules.",
+            "They are pruned first. The model may have skipped those modules in each step of the search (layer-drop), "
+            "not need them for this task, or read their weights without calling them; in the latter cases leave them "
+            "out with exclude_modules.",
             stacklevel=2,
         )
     return [scores.double() for scores in found]

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..config import (
     FLAG,
+    LARGEST,
+    NAMES,
     SEED,
     Check,
     PhasedConfig,
     is_names,
-    is_names_or_regex,
     is_number,
     is_positive_int,
     is_whole,
@@ -34,6 +35,21 @@ AVERAGINGS, REWINDS, INITS = ("mean", "last"), ("initial", "fresh"), ("kaiming",
 #: Containers of trained values, by part; all phases train all of them, only their sizes change. The name of that of
 #: biases holds what Trainer exempts from weight decay.
 CONTAINERS = {"U": "nas_lora_U", "V": "nas_lora_V", "bias": "nas_lora_bias_delta"}
+#: Each round is a phase.
+MOST_ROUNDS = 1000
+
+
+def _is_counts(parts: object) -> bool:
+    """Whether these are `{part: [parameters kept, parameters in the search space]}`."""
+    if not isinstance(parts, dict) or not parts.keys() <= CONTAINERS.keys() or ("U" in parts) != ("V" in parts):
+        return False
+    return all(map(_is_count, parts.values()))
+
+
+def _is_count(pair: object) -> bool:
+    if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(map(is_whole, pair)):
+        return False
+    return pair[0] <= pair[1] > 0
 
 
 @names_unknown_fields
@@ -88,7 +104,11 @@ class NASLoRAConfig(PhasedConfig):
         None,
         "Epochs of one round of search. None: all phases, the retraining too, are equally long (half of all epochs "
         "with one round).",
-        Check(lambda v: v is None or (is_number(v) and v > 0), "None or a number above 0", "search_epochs=5"),
+        Check(
+            lambda v: v is None or (is_number(v) and v > 0),
+            f"None or a number above 0 and at most {LARGEST:,}",
+            "search_epochs=5",
+        ),
     )
     search_steps: Optional[int] = option(
         None,
@@ -98,7 +118,11 @@ class NASLoRAConfig(PhasedConfig):
     rounds: int = option(
         1,
         "1: one-shot. More: that many searches, which prune on a geometric path to the budget.",
-        Check(is_positive_int, "a whole number of at least 1", "rounds=1"),
+        Check(
+            lambda v: is_positive_int(v) and v <= MOST_ROUNDS,
+            f"a whole number of at least 1, at most {MOST_ROUNDS}",
+            "rounds=1",
+        ),
     )
     init: str = option(
         "kaiming", "'kaiming': U ~ N(0, 1/sqrt(m)), V ~ N(0, 1/sqrt(n)); 'lora': U zero (the ablation).", one_of(INITS)
@@ -118,13 +142,16 @@ class NASLoRAConfig(PhasedConfig):
         None,
         "Names (or a regex) of the modules whose biases are searched; 'all': every bias of the backbone, norms' "
         "included. None: those of target_modules, and all where target_modules is None too.",
-        Check(is_names_or_regex, "None, 'all', a regex or a list of names"),
+        replace(NAMES, right="None, 'all', a regex or a list of names"),
     )
     architecture: Optional[dict[str, dict[str, Any]]] = option(
         None,
         "Parameters kept of those in the search space, by module and part. Written by training; to use an "
         "architecture again, NASLoRAConfig.from_architecture(...).",
-        Check(lambda v: v is None or (isinstance(v, dict) and len(v) > 0), "None, or what training has written there"),
+        Check(
+            lambda v: v is None or (isinstance(v, dict) and len(v) > 0 and all(map(_is_counts, v.values()))),
+            "None, or what training has written there ({module: {part: [parameters kept, of how many]}})",
+        ),
     )
     pruned_rounds: int = option(
         0,
@@ -140,6 +167,11 @@ class NASLoRAConfig(PhasedConfig):
             raise ValueError(
                 f"NASLoRAConfig: give the search in one unit, got search_epochs={self.search_epochs} and "
                 f"search_steps={self.search_steps}."
+            )
+        if self.pruned_rounds > self.rounds or (self.pruned_rounds > 0) != (self.architecture is not None):
+            raise ValueError(
+                f"NASLoRAConfig: `pruned_rounds` must be 0 without an `architecture`, and from 1 to rounds="
+                f"{self.rounds} with one, got {self.pruned_rounds} {'with' if self.architecture else 'without'} one."
             )
         if is_names(self.bias_modules):
             self.bias_modules = sorted(self.bias_modules or ())
@@ -268,10 +300,13 @@ class NASLoRAConfig(PhasedConfig):
         lengths = [(name, steps) for name in searches[over:]]
         return lay_out([*lengths, (RETRAINING, None)], total_steps, begin_anew=True)
 
+    def savings(self) -> dict[str, str]:
+        return {"r": "a smaller search space", **super().savings()}
+
     # -- what a model card says of an adapter ------------------------------------------------------------------------
 
     @property
-    def _found_before(self) -> bool:
+    def found_before(self) -> bool:
         """Whether the adapter was trained in an architecture that another one's search had found."""
         return self.phases_complete and not self.completed_phases
 
@@ -283,7 +318,7 @@ class NASLoRAConfig(PhasedConfig):
             count[phases[0]] = space + _head_size(shapes)
         stored = [math.prod(s) for name, s in shapes.items() if not name.endswith(("_positions", "_scores"))]
         count[phases[self.pruned_rounds]] = sum(stored)
-        return {phases[-1]: count[phases[-1]]} if self._found_before else count
+        return {phases[-1]: count[phases[-1]]} if self.found_before else count
 
     def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         if not self.phases_complete:
@@ -299,7 +334,7 @@ class NASLoRAConfig(PhasedConfig):
         rows.append(["all", "", f"{found.kept:,}", f"{found.space:,}", f"{found.kept / found.space:.1%}"])
         table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
         head = f"The head's {_head_size(shapes):,} parameters are trained besides, and not counted here."
-        origin = "The architecture was not searched in this training, but found before." if self._found_before else ""
+        origin = "The architecture was not searched in this training, but found before." if self.found_before else ""
         text = f"{table}\n\nThe budget is {found.budget:,} parameters. {head} {origin}"
         return {"What is kept": text.rstrip()}
 

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from ..checkpoint import Shapes
-from .architecture import Positions
+from ..checkpoint import Indices, Shapes, warn_not_finite
 from .config import CONTAINERS
 from .layer import NASLoRALayer
 
@@ -30,28 +29,42 @@ def shapes_in_form_of(layers: Layers, adapter: str, state_dict: Mapping[str, Ten
             if not pruned:
                 shapes[key] = space.shapes[part]
             elif positions is not None or key in state_dict:
-                units = len(positions) if positions is not None else 0
+                units = positions.numel() if positions is not None else 0
                 shapes[key] = space.shape(part, units)
                 if part == space.index_of(part):
                     shapes[f"{name}.nas_lora_{part}{_POSITIONS}"] = (units,)
     return shapes
 
 
-def check_positions(layers: Layers, adapter: str, positions: Positions) -> None:
-    """Refuse positions in a file that no pruning leaves.
+def position_indices(layers: Layers, adapter: str) -> dict[str, Indices]:
+    """What the positions in a file must be, by name."""
+    return {
+        f"{name}.nas_lora_{part}{_POSITIONS}": Indices(name, f"positions of {part}", space.whole(part))
+        for name, layer in layers.items()
+        for space in [layer.nas_lora_space[adapter]]
+        for part in space.indexed()
+    }
+
+
+def check_scores(adapter: str, state_dict: Mapping[str, Tensor]) -> None:
+    """Refuse scores in a file that are not those of its values.
 
     Raises:
-        ValueError: positions outside a part, or not ascending.
+        ValueError: scores without a value, of another shape, or that are no numbers.
     """
-    for name, layer in layers.items():
-        space = layer.nas_lora_space[adapter]
-        for part, own in positions.get(name, {}).items():
-            inside = not len(own) or (int(own[0]) >= 0 and int(own[-1]) < space.whole(part))
-            if not inside or bool((own[1:] <= own[:-1]).any()):
-                raise ValueError(
-                    f"The checkpoint does not fit the adapter {adapter!r}: positions of {part} of {name} are not "
-                    f"ascending, or lie outside its {space.whole(part)} units. Nothing was loaded."
-                )
+    values = {f"nas_lora_{part}{_SCORES}": container for part, container in CONTAINERS.items()}
+    rest = without_scores(state_dict)
+    scores = {key: value for key, value in state_dict.items() if key not in rest}
+    for key, value in scores.items():
+        module, _, last = key.rpartition(".")
+        of = state_dict.get(f"{module}.{values.get(last)}")
+        if of is None or of.shape != value.shape or not value.is_floating_point():
+            right = "no such scores" if of is None else f"floating-point numbers of shape {tuple(of.shape)}"
+            raise ValueError(
+                f"The checkpoint does not fit the adapter {adapter!r}: {key} must be {right}, got {value.dtype} of "
+                f"shape {tuple(value.shape)}. Nothing was loaded."
+            )
+    warn_not_finite(adapter, scores)
 
 
 def scores_of(layers: Layers, adapter: str) -> dict[str, Tensor]:

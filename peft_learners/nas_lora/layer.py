@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..layers.base import TEST_STD, DeltaLayer
+from ..layers.indices import IndexBuffers
 from ..layers.linear import DeltaLinear
 from ..layers.module import DeltaModule
 from ..ops.terms import Entries, Factor, Pair
@@ -72,9 +74,10 @@ class Space:
     def initial(self, part: str, salt: str = "") -> Tensor:
         """The initial values of a part in full: zero or normal, float32, on the CPU."""
         if part in self.zeros:
-            return torch.zeros(self.shapes[part])
+            return torch.zeros(self.shapes[part], dtype=torch.float32, device="cpu")
         generator = generator_of(self.seed, f"{self.name}/{part}{salt}")
-        return torch.randn(self.shapes[part], generator=generator) * (1 / math.sqrt(self.shapes[part][0]))
+        value = torch.randn(self.shapes[part], generator=generator, dtype=torch.float32, device="cpu")
+        return value * (1 / math.sqrt(self.shapes[part][0]))
 
     def at(self, value: Tensor, part: str, positions: Tensor) -> Tensor:
         """What of a part in full lies at the positions of its kept units."""
@@ -110,7 +113,7 @@ class NASLoRALayer(DeltaLayer):
         for container in CONTAINERS.values():
             setattr(self, container, nn.ModuleDict())
         for part in CONTAINERS:
-            setattr(self, f"nas_lora_{part}_positions", BufferDict(persistent=True))
+            setattr(self, f"nas_lora_{part}_positions", IndexBuffers(partial(self._whole, part)))
         self.nas_lora_space: dict[str, Space] = {}
         #: Whether anything of the adapter is kept here; layers without are passed by at no cost.
         self.nas_lora_active: dict[str, bool] = {}
@@ -120,6 +123,9 @@ class NASLoRALayer(DeltaLayer):
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.nas_lora_space
+
+    def _whole(self, part: str, adapter: str) -> int:
+        return self.nas_lora_space[adapter].whole(part)
 
     def is_active(self, adapter: str) -> bool:
         return self.nas_lora_active.get(adapter, False)
@@ -146,8 +152,7 @@ class NASLoRALayer(DeltaLayer):
             rank: of the low-rank update in the search space; 0: none.
             bias: whether the layer's bias belongs to the search space.
         """
-        space = self._space(config, name, rank, bias)
-        self.nas_lora_space[adapter] = space
+        space = self.outline(adapter, config, name, rank, bias)
         if config.architecture is None:
             for part in space.shapes:
                 self.put(CONTAINERS[part], adapter, space.initial(part))
@@ -159,13 +164,16 @@ class NASLoRALayer(DeltaLayer):
                 if self.has_values(part, adapter):
                     nn.init.normal_(self.values(part, adapter), std=TEST_STD)
 
-    def _space(self, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
+    def outline(self, adapter: str, config: NASLoRAConfig, name: str, rank: int, bias: bool) -> Space:
+        """Lay out the search space of a new adapter; arguments as for `update_layer`."""
         m, n = int(self.out_features), int(self.in_features)  # type: ignore[arg-type]
         shapes: dict[str, tuple[int, ...]] = {"U": (m, rank), "V": (n, rank)} if rank else {}
         if bias:
             shapes["bias"] = (m,)
         zeros = ("U", "bias") if config.init == "lora" else ("bias",)
-        return Space(shapes, zeros, config.granularity == "structured", config.init_seed, name)
+        space = Space(shapes, zeros, config.granularity == "structured", config.init_seed, name)
+        self.nas_lora_space[adapter] = space
+        return space
 
     def restore_initial(self, adapter: str) -> None:
         """Undo the rounding of a fresh adapter's initial values to the type of a base in half precision."""
@@ -196,9 +204,10 @@ class NASLoRALayer(DeltaLayer):
                 )
             units = kept * space.whole(part) // of
             if config.init_weights:
-                positions[part] = torch.full((units,), UNKNOWN)
+                positions[part] = torch.full((units,), UNKNOWN, device="cpu")
             else:
-                order = torch.randperm(space.whole(part), generator=generator_of(config.init_seed, space.name))
+                generator = generator_of(config.init_seed, space.name)
+                order = torch.randperm(space.whole(part), generator=generator, device="cpu")
                 positions[part] = order[:units].sort().values
         return positions if given is None else given
 
@@ -223,13 +232,13 @@ class NASLoRALayer(DeltaLayer):
         """
         space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
-        nothing = torch.empty(0, dtype=torch.int32)
+        nothing = torch.empty(0, dtype=torch.int32, device="cpu")
         super().make_whole(adapter)
         for part in space.shapes:
             held = self.positions(part)
             own = None if positions is None else positions.get(space.index_of(part), nothing)
             if own is not None and len(own) and int(own.min()) == UNKNOWN:
-                value = torch.zeros(space.shape(part, len(own)))
+                value = torch.zeros(space.shape(part, len(own)), dtype=torch.float32, device="cpu")
             else:
                 value = space.initial(part, salt)
                 value = value if own is None else space.at(value, part, own.long().cpu())
@@ -252,7 +261,7 @@ class NASLoRALayer(DeltaLayer):
         super().make_whole(adapter)
         for part in self.nas_lora_space[adapter].shapes if self.has_adapter(adapter) else ():
             if not self.has_values(part, adapter):  # of an adapter that was loaded pruned
-                self.put(CONTAINERS[part], adapter, torch.empty(0, device=self._device()))
+                self.put(CONTAINERS[part], adapter, torch.empty(0, dtype=torch.float32, device=self._device()))
                 self.leaf(CONTAINERS[part], adapter).is_empty = True
 
     def is_pruned(self, adapter: str) -> bool:
@@ -279,7 +288,7 @@ class NASLoRALayer(DeltaLayer):
             if adapter in held:
                 found[part] = held[adapter].cpu()
             elif self.units(adapter, part):
-                found[part] = torch.arange(self.units(adapter, part), dtype=torch.int32)
+                found[part] = torch.arange(self.units(adapter, part), dtype=torch.int32, device="cpu")
         return found
 
     def knows_positions(self, adapter: str) -> bool:

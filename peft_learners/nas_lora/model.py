@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Optional
 
@@ -11,7 +12,8 @@ from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..checkpoint import Shapes
+from ..checkpoint import Indices, Shapes
+from ..costs import Values
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
@@ -19,12 +21,20 @@ from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
 from ..structure.targets import matches
 from ..structure.weights import sizes
-from ..tuner import PhasedModel
+from ..tuner import OUTLINE, PhasedModel
 from ..weighted_sum import Combined, acting
 from .architecture import Architecture, Positions, positions_in
 from .budget import Gatherer, budget_path, prune
 from .config import CONTAINERS, RETRAINING, NASLoRAConfig
-from .files import check_positions, is_pruned_file, scores_of, shapes_in_form_of, take_scores, without_scores
+from .files import (
+    check_scores,
+    is_pruned_file,
+    position_indices,
+    scores_of,
+    shapes_in_form_of,
+    take_scores,
+    without_scores,
+)
 from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
 from .rewind import rewind_saved_modules
 
@@ -150,6 +160,9 @@ class NASLoRAModel(PhasedModel):
                 )
             config.write("architecture", {n: parts for n, parts in config.architecture.items() if n in self._parts})
 
+    def _hidden_size(self, config: NASLoRAConfig, name: str) -> tuple[str, int]:
+        return "r", self._parts.get(name, (0, False))[0]
+
     # -- injection --------------------------------------------------------------------------------------------------
 
     def _new_layer(self, module: nn.Module, name: str) -> NASLoRALayer:
@@ -157,6 +170,39 @@ class NASLoRAModel(PhasedModel):
 
     def _update_layer(self, layer: Any, adapter: str, config: NASLoRAConfig, name: str) -> None:
         layer.update_layer(adapter, config, name, *self._parts.get(name, (0, False)))
+
+    # -- what an adapter costs --------------------------------------------------------------------------------------
+
+    @classmethod
+    def values_by_phase(cls, layers: Mapping[str, Any], adapter: str, config: NASLoRAConfig) -> dict[str, Values]:
+        """The search space, then the budgets of what is kept of it; in the phase that a pruned adapter is in, what it
+        has kept."""
+        spaces = {layer.nas_lora_space[adapter].name: layer.nas_lora_space[adapter] for layer in layers.values()}
+        units = [(own, part) for own in spaces.values() for part in own.indexed()]
+        space = sum(own.size(part) for own in spaces.values() for part in own.shapes)
+        scored, cheapest = sum(own.size(part) for own, part in units), min(own.cost(part) for own, part in units)
+
+        def values(phase: str, count: int, positions: int, at_most: bool) -> Values:
+            scores = min(scored, count) if phase != RETRAINING and config.criterion != "random" else 0
+            return Values(count, 0, 4 * (positions + scores), at_most)  # int32 and float32
+
+        first, *later = config.phase_names
+        found = {first: values(first, space, 0, at_most=False)}
+        if not config.found_before:
+            budgets = budget_path(space, config.budget_in(space), config.rounds)
+            found |= {
+                phase: values(phase, b, b // cheapest, at_most=True) for phase, b in zip(later, budgets, strict=True)
+            }
+        if config.architecture is not None:
+            kept = {(m, p): count for m, parts in config.architecture.items() for p, (count, _) in parts.items()}
+            count = sum(kept.get((own.name, part), 0) for own in spaces.values() for part in own.shapes)
+            held = (kept.get((own.name, part), 0) * own.whole(part) // own.size(part) for own, part in units)
+            now = config.phase_names[config.pruned_rounds]
+            found[now] = values(now, count, sum(held), at_most=False)
+        return {RETRAINING: found[RETRAINING]} if config.found_before else found
+
+    def _outline_layer(self, layer: Any, config: NASLoRAConfig, name: str) -> None:
+        layer.outline(OUTLINE, config, name, *self._parts.get(name, (0, False)))  # initial values need memory
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
@@ -182,10 +228,10 @@ class NASLoRAModel(PhasedModel):
         for name, pair in found.low_rank.items():
             for part, length in (("U", len(pair.b)), ("V", pair.a.shape[1])):
                 counts[name][part] = [pair.rank * length, rank * length]
-            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32)
+            positions[name]["U"] = torch.arange(pair.rank, dtype=torch.int32, device="cpu")
         for name, bias in found.biases.items():
             counts[name]["bias"] = [len(bias), len(bias)]
-            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32)
+            positions[name]["bias"] = torch.zeros(1, dtype=torch.int32, device="cpu")
         summed = replace(
             configs[0],
             init_weights=True,
@@ -346,13 +392,17 @@ class NASLoRAModel(PhasedModel):
         return {**values, **{f"{key}.{adapter_name}": value for key, value in scores.items()}}
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
-    ) -> dict[str, Tensor]:
-        rest = without_scores(state_dict)
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, rest)
-        take_scores(layers_of(model, adapter_name), adapter_name, state_dict, keep=not config.inference_mode)
-        return remapped
+    def _without_aside(cls, adapter: str, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        check_scores(adapter, state_dict)
+        return without_scores(state_dict)
+
+    @classmethod
+    def _take_aside(cls, root: nn.Module, adapter: str, config: Any, state_dict: dict[str, Tensor]) -> None:
+        take_scores(layers_of(root, adapter), adapter, state_dict, keep=not config.inference_mode)
+
+    @classmethod
+    def _indices(cls, root: nn.Module, adapter: str, config: NASLoRAConfig) -> dict[str, Indices]:
+        return position_indices(layers_of(root, adapter), adapter)
 
     @classmethod
     def _shapes_in_form_of(
@@ -379,7 +429,6 @@ class NASLoRAModel(PhasedModel):
             cls._record(root, adapter, config, 0)
             return
         positions = positions_in(state_dict)
-        check_positions(layers, adapter, positions)
         cls._set_kept(root, adapter, positions, optimizer)
         space = space_of(layers, adapter)
         path = budget_path(space, config.budget_in(space), config.rounds)

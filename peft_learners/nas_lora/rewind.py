@@ -35,11 +35,11 @@ def rewind_saved_modules(root: nn.Module, adapter: str, seed: int = 0, salt: str
 def generator_of(seed: int, name: str) -> torch.Generator:
     """A generator on the CPU whose numbers depend on the arguments alone."""
     digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
 def shuffled(value: Tensor, seed: int, name: str) -> Tensor:
     """The entries of `value` in an order that depends on `seed` and `name` alone: for independent and identically
     distributed entries as good as another draw of them."""
-    order = torch.randperm(value.numel(), generator=generator_of(seed, name)).to(value.device)
+    order = torch.randperm(value.numel(), generator=generator_of(seed, name), device="cpu").to(value.device)
     return value.flatten()[order].view_as(value)

@@ -139,9 +139,17 @@ class PhaseDriver:
         return injected_model(model).__dict__.get(_ATTRIBUTE)
 
     @staticmethod
-    def forget(root: nn.Module) -> None:
-        """Leave no trace on a model whose adapters were taken out."""
-        root.__dict__.pop(_ATTRIBUTE, None)
+    def forget(root: nn.Module, adapter: str | None = None) -> None:
+        """Leave no trace on a model whose adapters were taken out, or of the one that was."""
+        driver = root.__dict__.get(_ATTRIBUTE)
+        if driver is not None and adapter is not None:
+            for record in (driver.schedules, driver._phase):
+                record.pop(adapter, None)
+            driver._observe(adapter, None)
+        if driver is None or adapter is None or not driver.schedules:
+            if driver is not None:
+                driver._stop_observing()
+            root.__dict__.pop(_ATTRIBUTE, None)  # in a copied model there is a None
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
         root = self._root()

@@ -24,7 +24,7 @@ def _factor_of(name: str, lr: float, warmup_steps: int, steps: int, settings: Ma
     Args:
         lr: the optimizer's own rate, which kinds with an absolute end value divide by.
     """
-    scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scratch = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1, device="cpu"))], lr=lr)
     scheduler = get_scheduler(name, scratch, warmup_steps, steps, dict(settings or {}))
     if not isinstance(scheduler, LambdaLR):
         raise ScheduleError(

@@ -14,6 +14,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from .weights import base_of, is_plain_float
@@ -67,8 +68,37 @@ def is_norm(module: nn.Module) -> bool:
     return set(parameters) in ({"weight"}, {"weight", "bias"}) and all(p.dim() == 1 for p in parameters.values())
 
 
+def pretrained_parts(model: nn.Module) -> dict[str, nn.Module]:
+    """`{name: module}` of the transformers models in a module of the user's own; {} where it is one itself."""
+    found: dict[str, nn.Module] = {}
+    if not _is_transformers(model):
+        for name, module in walk(model):
+            if name and isinstance(original_of(module), PreTrainedModel) and not is_within(name, found):
+                found[name] = original_of(module)
+    return found
+
+
+def _is_transformers(model: nn.Module) -> bool:
+    """Whether transformers tells what of a model is new. Not of a class of one's own around a model of any name."""
+    if not isinstance(model, PreTrainedModel) or _backbone_prefix(model):
+        return isinstance(model, PreTrainedModel)
+    definer = next(of for of in type(model).__mro__ if "forward" in vars(of))
+    return definer.__module__.startswith(("transformers.", "transformers_modules.")) or bool(_lm_head(model))
+
+
+def transformers_model(model: nn.Module) -> tuple[str, nn.Module]:
+    """The one transformers model in a module of the user's own, after its name and a dot; else '' and `model`."""
+    parts = list(pretrained_parts(model).items())
+    return (f"{parts[0][0]}.", parts[0][1]) if len(parts) == 1 else ("", model)
+
+
 def backbone_prefix(model: nn.Module) -> str:
     """Name of the pretrained backbone inside a task model, with a trailing dot; '' if the model is the backbone."""
+    outer, model = transformers_model(model)
+    return outer + _backbone_prefix(model)
+
+
+def _backbone_prefix(model: nn.Module) -> str:
     name = getattr(model, "base_model_prefix", "")
     inner = getattr(model, name, None) if isinstance(name, str) and name else None
     return f"{name}." if isinstance(inner, nn.Module) and inner is not model else ""
@@ -76,6 +106,10 @@ def backbone_prefix(model: nn.Module) -> str:
 
 def output_embeddings(model: nn.Module) -> nn.Module | None:
     """The pretrained LM head, or None."""
+    return _lm_head(transformers_model(model)[1])
+
+
+def _lm_head(model: nn.Module) -> nn.Module | None:
     get = getattr(model, "get_output_embeddings", None)
     if get is None:
         return None
@@ -89,17 +123,47 @@ def new_head(model: nn.Module) -> list[str]:
     """Names of the freshly initialised head: what has parameters and lies outside the pretrained backbone.
 
     A model with output embeddings has a pretrained LM head, and what lies around it is pretrained too: []. A task
-    model ("...For...") that holds its backbone's parts directly has the linear layers beside them for a head.
+    model ("...For...") that holds its backbone's parts directly has the linear layers beside them for a head. In a
+    module of the user's own, what lies outside the one transformers model in it is new too.
     """
+    outer, inner = transformers_model(model)
+    if outer:
+        return [*(outer + name for name in new_head(inner)), *parts_outside(model, [outer.rstrip(".")])[0]]
     if output_embeddings(model) is not None:
         return []
-    prefix = backbone_prefix(model)
+    prefix = _backbone_prefix(model)
     if prefix:
         children = [(name, child) for name, child in model.named_children() if f"{name}." != prefix]
         return [name for name, child in children if any(True for _ in child.parameters())]
     if not re.search(r"For[A-Z]", type(model).__name__):
         return []
     return [name for name, child in model.named_children() if is_linear(original_of(child))]
+
+
+def parts_outside(model: nn.Module, inner: list[str]) -> tuple[list[str], list[str]]:
+    """What of a model lies outside the modules `inner`: names of modules that can be called, and of parameters that
+    belong to none of those, or that share a module with parameters of the inner ones."""
+    known = {id(p) for name in inner for p in original_of(model.get_submodule(name)).parameters()}
+    modules: list[str] = []
+    parameters: list[str] = []
+
+    def look(module: nn.Module, prefix: str) -> None:
+        parameters.extend(f"{prefix}{n}" for n, p in module.named_parameters(recurse=False) if id(p) not in known)
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            own = [id(p) not in known for p in original_of(child).parameters()]
+            if name in inner or not any(own):
+                continue
+            if any(part.startswith(f"{name}.") for part in inner) or isinstance(child, (nn.ModuleList, nn.ModuleDict)):
+                look(child, f"{name}.")
+            elif not all(own) or isinstance(child, (nn.ParameterList, nn.ParameterDict)):
+                found = original_of(child).named_parameters()
+                parameters.extend(f"{name}.{n}" for n, p in found if id(p) not in known)
+            else:
+                modules.append(name)
+
+    look(model, "")
+    return modules, parameters
 
 
 def original_of(module: nn.Module) -> nn.Module:
@@ -115,7 +179,8 @@ def _in_backbone(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """
     prefix, head, lm_head = backbone_prefix(model), new_head(model), output_embeddings(model)
     outside = {*head, *(name for name, module in walk(model) if isinstance(module, nn.MultiheadAttention))}
-    if getattr(getattr(model, "config", None), "model_type", None) in _STATE_SPACE_MODELS:
+    config = getattr(transformers_model(model)[1], "config", None)
+    if getattr(config, "model_type", None) in _STATE_SPACE_MODELS:
         outside |= {name for name, _ in walk(model) if name.rpartition(".")[2] in _READ_NOT_CALLED}
     for name, module in walk(model):
         if not name.startswith(prefix) or base_of(module) is lm_head or module is lm_head:
@@ -159,6 +224,19 @@ def block_names(model: nn.Module) -> list[str]:
     ]
 
 
+def block_indices(model: nn.Module, names: Iterable[str]) -> dict[str, int]:
+    """`{name: index of the outermost block that it lies in}` for those of `names` that lie in a numbered one."""
+    blocks = {name for name in block_names(model) if name.rpartition(".")[2].isdigit()}
+    found = {}
+    for name in names:
+        parts = name.split(".")
+        holders = (".".join(parts[:depth]) for depth in range(1, len(parts)))
+        outermost = next((holder for holder in holders if holder in blocks), None)
+        if outermost is not None:
+            found[name] = int(outermost.rpartition(".")[2])
+    return found
+
+
 def norm_names(model: nn.Module) -> list[str]:
     """Norms inside the backbone's blocks (not the embeddings' norm, nor a final one)."""
     blocks = set(block_names(model))
@@ -169,3 +247,17 @@ def block_linear_names(model: nn.Module) -> list[str]:
     """Linear layers inside the backbone's blocks."""
     blocks = set(block_names(model))
     return [name for name in linear_names(model) if is_within(name, blocks)]
+
+
+def stacked_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters of three dimensions or more in the backbone's blocks that no linear layer, convolution or norm holds:
+    fused experts (Mixtral, gpt-oss), XLNet's projections. A tuner layer stands in for none of them."""
+    blocks = set(block_names(model))
+    return {
+        f"{name}.{own}": parameter
+        for name, module in walk(model)
+        if is_within(name, blocks) and not (is_linear(module) or is_norm(module))
+        if "conv" not in type(base_of(module)).__name__.lower()
+        for own, parameter in base_of(module).named_parameters(recurse=False)
+        if parameter.dim() > 2
+    }

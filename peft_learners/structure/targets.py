@@ -21,8 +21,12 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..config import PhasedConfig
-from .modules import is_linear, is_norm, linear_names, new_head, norm_names, original_of, walk
-from .weights import base_of, float_weight, is_offloaded, stored_as
+from .heads import short, warn_of_rest, whole_modules
+from .modules import is_linear, is_norm, linear_names, norm_names, original_of, stacked_parameters, walk
+from .weights import base_of, float_weight, is_offloaded, sizes, stored_as
+
+#: Ranks and hidden sizes up to this are right on layers of any size.
+ALWAYS_RIGHT = 1024
 
 
 class TargetChoice(BaseTuner):
@@ -34,6 +38,10 @@ class TargetChoice(BaseTuner):
 
     def _found_targets(self, config: Any, model: nn.Module) -> list[str]:
         """The modules to adapt as the model's structure tells them: where `target_modules` is None or 'all-linear'."""
+        raise NotImplementedError
+
+    def _new_layer(self, module: nn.Module, name: str) -> nn.Module:
+        """A tuner layer, still without adapters, to stand in for a module of the model."""
         raise NotImplementedError
 
     def _complete_targets(self, config: Any, model: nn.Module, chosen: set[str]) -> set[str]:
@@ -64,10 +72,13 @@ class TargetChoice(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         assert isinstance(peft_config, PhasedConfig)
-        head = new_head(self.model)
-        if head:
-            saved = list(peft_config.modules_to_save or [])
-            peft_config.write("modules_to_save", saved + [name for name in head if name not in saved])
+        given = list(peft_config.modules_to_save or [])
+        kind, by_structure = type(peft_config).__name__, peft_config.target_modules is None
+        named = names_modules(peft_config.target_modules)
+        elsewhere = self._named_elsewhere(peft_config)
+        saved, apart = whole_modules(self.model, given, elsewhere, self._own_names(), kind)
+        if saved != given:
+            peft_config.write("modules_to_save", saved)
         excluded = peft_config.exclude_modules
         if excluded and not isinstance(excluded, str):
             names = [name for name, _ in walk(self.model)]
@@ -77,7 +88,58 @@ class TargetChoice(BaseTuner):
         self._targets: set[str] = set()
         if peft_config.target_modules != DUMMY_TARGET_MODULES:
             self._targets = self._resolve_targets(peft_config, self.model)
+            modules = dict(walk(self.model))
+            for name in sorted(self._targets):
+                self._check_size(peft_config, name, modules[name])
+        if not peft_config.inference_mode:
+            if not named:
+                self._warn_of_left_out(peft_config, self.model)
+            warn_of_rest(self.model, saved, apart, self._targets | elsewhere, by_structure, kind)
         return peft_config
+
+    def _hidden_size(self, config: Any, name: str) -> tuple[str, int]:
+        """The field that says how large an adapter is on a linear layer, and what it says; 0 where it says nothing."""
+        return "", 0
+
+    def _check_size(self, config: Any, name: str, module: nn.Module) -> None:
+        """Refuse a rank that no layer needs, before anything is allocated.
+
+        Raises:
+            ValueError: it is above the layer's own sizes, and large.
+        """
+        field, size = self._hidden_size(config, name) if is_linear(module) else ("", 0)
+        if size > ALWAYS_RIGHT and size > max(sizes(module)):
+            inputs, outputs = sizes(module)
+            raise ValueError(
+                f"{type(config).__name__}: `{field}` must be at most {max(inputs, outputs, ALWAYS_RIGHT)} on {name}, "
+                f"which has {inputs} inputs and {outputs} outputs ({ALWAYS_RIGHT} is right on any layer), got {size}."
+            )
+
+    def _warn_of_left_out(self, config: PhasedConfig, model: nn.Module) -> None:
+        """Name what an adapter would be put on, were it linear layers. For where the user names no modules."""
+        found = stacked_parameters(model)
+        holders = self._names_among(config, sorted({name.rpartition(".")[0] for name in found})) - self._targets
+        left = {name: p.numel() for name, p in found.items() if name.rpartition(".")[0] in holders}
+        if left:
+            last = sorted({name.rpartition(".")[2] for name in left})
+            warnings.warn(
+                f"{type(config).__name__} leaves {len(left)} parameters of the {type(model).__name__}, with "
+                f"{sum(left.values()):,} entries, as they are: {short(list(left))}. They belong to no linear layer, "
+                "where an adapter of this kind would go. PEFT's LoRA adapts fused experts: "
+                f"LoraConfig(target_parameters={last}).",
+                stacklevel=2,
+            )
+
+    def _named_elsewhere(self, config: PhasedConfig) -> set[str]:
+        """Modules that the config excludes, or names as targets by their whole names."""
+        targets = () if isinstance(config.target_modules, str) else config.target_modules or ()
+        excluded = config.exclude_modules or ()
+        return {name for name, _ in walk(self.model) if name and (name in targets or matches(name, excluded))}
+
+    def _own_names(self) -> set[str]:
+        """Names of the modules in the tuner's layers."""
+        examples = [nn.Linear(1, 1, device="meta"), nn.LayerNorm(1, device="meta")]  # no random numbers are drawn
+        return {name for module in examples for name, _ in self._new_layer(module, "").named_children()}
 
     def _matches(self, config: PhasedConfig, key: str) -> Any:
         """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""

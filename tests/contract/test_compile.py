@@ -194,3 +194,18 @@ def test_inductor():
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.requires_grad})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("tuner", ["learner", "far", "nas-structured", "bottleneck-parallel"])
+def test_adapter_on_compiled(tuner):
+    """An adapter goes on the model that was compiled, not on what torch.compile returned: the error says so."""
+    base = zoo.build("bert")
+    with pytest.raises(ValueError, match=r"is compiled \(a OptimizedModule.*torch\.compile\(get_peft_model\(model"):
+        get_peft_model(compiled(base), TUNERS[tuner].config(task_type="SEQ_CLS"))
+    assert not hasattr(base, "peft_config")
+    base.compile(backend="eager")  # in place, names and modules stay as they are
+    model = get_peft_model(base, TUNERS[tuner].config(task_type="SEQ_CLS", init_weights=False))
+    apart = get_peft_model(zoo.build("bert"), TUNERS[tuner].config(task_type="SEQ_CLS"))
+    apart.load_state_dict(model.state_dict())
+    inputs = zoo.inputs_of("bert", base)
+    assert torch.equal(logits_of(model, inputs), logits_of(apart, inputs))

@@ -17,7 +17,6 @@ import zoo
 from forks import Warm
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from safetensors.torch import load_file, save_file
 from training import Rows, arguments, far, learner, nas, trainer
 from zoo import causal_lm, logits_of
 
@@ -144,13 +143,6 @@ def convert(folder: Path) -> None:
         convert_to_lora(learner("bert", init_weights=False), rank=2)
 
 
-def load_without_head(folder: Path) -> None:
-    learner("bert").save_pretrained(folder)
-    file = folder / "adapter_model.safetensors"
-    save_file({k: v for k, v in load_file(file).items() if "classifier.weight" not in k}, file)
-    PeftModel.from_pretrained(zoo.build("bert"), folder)
-
-
 #: What others say about our adapters, provoked for real.
 FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Mixed batching is only supported for the following modules: ...": mixed_with_a_head_of_several_layers,
@@ -162,7 +154,6 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Only one adapter can be set at a time for ModulesToSaveWrapper": two_heads,
     "TypeError: unhashable type: 'list'": several_by_name,
     "Some module types on this model do not support LoRA conversion": convert,
-    "KeyError: 'base_model.model.classifier.weight'": load_without_head,
     "Old embeddings are of type ..., which is not an instance of": lambda folder: far("bert").resize_token_embeddings(
         70
     ),

@@ -145,7 +145,7 @@ def test_paper_defaults():
     ({"non_linearity": "rellu"}, r"`non_linearity` must be .* got 'rellu'.*Config\(non_linearity='relu'\)"),
     ({"non_linearity": "prelu"}, "an activation without parameters .* got 'prelu'"),
     ({"non_linearity": None}, "`non_linearity` must be"),
-    ({"scaling": 0}, "`scaling` must be None or a number other than 0, got 0"),
+    ({"scaling": 0}, "`scaling` must be None or a number other than 0, at most 1,000,000 in absolute value, got 0"),
     ({"scaling": float("inf")}, "`scaling` must be"),
     ({"dropout": 1.0}, r"`dropout` must be a probability in \[0, 1\), got 1.0"),
     ({"train_norms": 1}, "`train_norms` must be True or False, got 1"),
