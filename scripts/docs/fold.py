@@ -124,9 +124,7 @@ class Fold:
             )
         if not lines:
             return NOTHING
-        less = _beside_lora(
-            "Held-out loss", best, lambda own, lora: 1 - _loss(own) / _loss(lora), NOISE_LOSS, ".0%"
-        )
+        less = _beside_lora("Held-out loss", best, lambda own, lora: 1 - _loss(own) / _loss(lora), NOISE_LOSS, ".0%")
         head = f"How much less than LoRA's at the end, differences up to {NOISE_LOSS:.0%} called level"
         return [*markdown(pd.DataFrame(lines)), "", *_joined(head, [less])]
 

@@ -20,6 +20,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from scripts.glue import data as glue_data
 from scripts.glue import run_record, train
 
@@ -105,6 +107,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=COMPARED)
     parser.add_argument("--seeds", nargs="+", type=int, default=(0,))
     args = parser.parse_args(words)
+    torch.backends.cuda.enable_flash_sdp(False)  # on a CPU the kernel is slower than plain products for short rows
     shared = ["--model_name_or_path", args.model_name_or_path, *extra]
     for seed, rank, task, lr, variant in product(args.seeds, args.ranks, args.tasks, args.rates, args.variants):
         run = Run(task, rank, variant, lr, seed)
