@@ -69,6 +69,8 @@ class Fold:
                         "optimizer, MB": _by_phase(row["optimizer_bytes"]),
                     }
                 )
+            alone = all(sum(r["variant"] == name for r in rows) == 1 for name in best)
+            where += " (one rate each)" if alone else ""
             sentences.append(_beside_lora(where, best, lambda own, lora: _dev(own) - _dev(lora), NOISE, ".1f"))
         return (
             [
