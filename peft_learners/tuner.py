@@ -90,6 +90,8 @@ class PhasedModel(TargetChoice):
     merges_shared_weights: ClassVar[bool] = False
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
+    #: Whether parameters have other shapes after a boundary (see `reshapes`).
+    cuts_parameters: ClassVar[bool] = False
     #: Parts that an adapter has in some phases only.
     passing_parts: ClassVar[tuple[str, ...]] = ()
     _to_merge: list[str] | None = None
@@ -175,6 +177,11 @@ class PhasedModel(TargetChoice):
         Raises:
             ScheduleError: for instance a phase whose own parts exist in no layer.
         """
+
+    @classmethod
+    def reshapes(cls, config: Any) -> bool:
+        """Whether a boundary of the adapter gives parameters other shapes or values, which engines can't follow."""
+        return cls.cuts_parameters
 
     @classmethod
     def check_trained(cls, root: nn.Module, adapter: str, config: Any, phase: Phase) -> None:

@@ -89,9 +89,12 @@ class FARLayer(DeltaLayer):
                     "FAR can't give it deltas: leave it out with exclude_modules."
                 )
         if config.reconfigured and self.holds_nodes(adapter):
-            length = self.length(adapter)
-            rows = (torch.arange if config.init_weights else torch.randperm)(length, device="cpu")
-            self.cut(adapter, rows[: self.kept_rows(adapter, config)].sort().values, config.discard_unkept)
+            nodes, order = self.far_nodes[adapter], torch.arange(self.far_nodes[adapter].width, device="cpu")
+            if not config.init_weights:  # the same in all layers of a pair, as a selection is
+                generator = torch.Generator("cpu").manual_seed(config.seed)
+                order = torch.randperm(nodes.width, generator=generator, device="cpu")
+            kept = order[: kept_count(config.retention_ratio, nodes.width)].sort().values
+            self.cut(adapter, nodes.rows(kept), config.discard_unkept)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         """Shape of the delta in a container."""

@@ -56,6 +56,7 @@ class FARModel(PhasedModel):
     prefix = "far_"
     tuner_layer_cls = FARLayer
     merges_shared_weights = True
+    cuts_parameters = True
     needs_optimizer = "cuts parameters at its boundary, and with them the state of their optimizer"
     supported = (
         "FAR supports linear layers in floating point, embeddings, norms, convolutions and modules with parameters of "

@@ -6,9 +6,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from ..phases.optimizer import resize
+
+
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether FSDP holds a part of the parameter in each process."""
+    return isinstance(parameter, DTensor) or hasattr(parameter, "_fsdp_flattened")
 
 
 class Value(nn.Module):
@@ -29,6 +35,8 @@ class Value(nn.Module):
         self.is_empty = False
         #: The parameter of a frozen value: optimizers hold it, and it trains again if the value does.
         self.__dict__["_resting"] = None
+        #: Whether it is frozen as a parameter: FSDP puts the shards that it holds back among the parameters.
+        self._frozen_shards = False
         self.register_parameter(name, nn.Parameter(value))
 
     def forward(self) -> Tensor:
@@ -36,19 +44,24 @@ class Value(nn.Module):
 
     @property
     def is_frozen(self) -> bool:
-        """Whether the value is a buffer."""
-        return self.name in self._buffers
+        """Whether the value contributes without training."""
+        return self._frozen_shards or self.name in self._buffers
 
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter, at rest while the value is frozen."""
         resting = self.__dict__["_resting"]
-        return resting if self.is_frozen else getattr(self, self.name)
+        return resting if self.name in self._buffers else getattr(self, self.name)
 
     def freeze(self) -> nn.Parameter:
         """Make it a buffer; gives the parameter that trained, whose gradient is freed."""
         if not self.is_frozen:
             parameter = getattr(self, self.name)
+            if is_sharded(parameter):
+                self._frozen_shards = True
+                parameter.grad = None
+                parameter.requires_grad_(False)
+                return parameter
             delattr(self, self.name)
             self.register_buffer(self.name, parameter.detach())
             parameter.requires_grad_(False)
@@ -58,6 +71,7 @@ class Value(nn.Module):
 
     def unfreeze(self) -> None:
         """Make it a parameter again, the same one if there was one; its flag is left to the caller."""
+        self._frozen_shards = False
         if not self.is_frozen:
             return
         value, parameter = getattr(self, self.name), self.__dict__["_resting"]
@@ -68,6 +82,11 @@ class Value(nn.Module):
             resize(parameter, value)
         self.__dict__["_resting"] = None
         self.register_parameter(self.name, parameter)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Value:
+        """As in torch, but that what is frozen stays so, whatever PEFT switches."""
+        super().requires_grad_(requires_grad and not self.is_frozen)
+        return self
 
     def set(
         self,

@@ -23,6 +23,7 @@ from ..config import (
     names_unknown_fields,
     one_of,
     option,
+    regex_in,
 )
 from ..phases.schedule import Schedule, epochs_to_steps, lay_out
 
@@ -102,6 +103,7 @@ class LearnerConfig(PhasedConfig):
             "'attention', 'ffn', 'all', a list of blocks' indices, a list of names, or a regex (none: "
             "priming_epochs=0)",
             "priming_modules='attention'",
+            regexes=regex_in,
         ),
     )
     after_priming: str = option(

@@ -250,6 +250,10 @@ class LearnerModel(PhasedModel):
         fold(root, adapter, config, training)
 
     @classmethod
+    def reshapes(cls, config: LearnerConfig) -> bool:
+        return config.after_priming == "fold"
+
+    @classmethod
     def restart(cls, root: nn.Module, adapter: str, config: LearnerConfig, optimizer: Optimizer | None) -> None:
         """Primed layers that were folded get a dense delta again, of zeros; their factors stay as they are."""
         for layer in tuner_layers(root):

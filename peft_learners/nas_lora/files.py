@@ -57,7 +57,7 @@ def check_scores(adapter: str, state_dict: Mapping[str, Tensor]) -> None:
     scores = {key: value for key, value in state_dict.items() if key not in rest}
     for key, value in scores.items():
         module, _, last = key.rpartition(".")
-        of = state_dict.get(f"{module}.{values.get(last)}")
+        of = state_dict.get(f"{module}.{values.get(last)}.{'bias' if '_bias_' in last else 'weight'}")
         if of is None or of.shape != value.shape or not value.is_floating_point():
             right = "no such scores" if of is None else f"floating-point numbers of shape {tuple(of.shape)}"
             raise ValueError(

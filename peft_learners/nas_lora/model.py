@@ -57,6 +57,7 @@ class NASLoRAModel(PhasedModel):
 
     prefix = "nas_lora_"
     tuner_layer_cls = NASLoRALayer
+    cuts_parameters = True
     needs_optimizer = "gathers importance before each step of its optimizer, whose state is pruned with the parameters"
     supported = (
         "NAS-LoRA puts low-rank updates on linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones); "

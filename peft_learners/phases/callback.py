@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from typing import Any
 
@@ -59,7 +60,11 @@ class PhaseCallback(TrainerCallback, ExportableState):
     ) -> None:
         # A resumed run loads optimizer groups that hold whatever trained in any phase. If the adapter was loaded in
         # its last phase, the groups would be short, so all parts train until training begins.
-        self._driver_of(model).prepare()
+        # Engines load their state by names, and hold on to all that trains when they are set up.
+        if not under_engine(args):
+            self._driver_of(model).prepare()
+        else:
+            self._driver_of(model)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -214,6 +219,15 @@ class PhaseCallback(TrainerCallback, ExportableState):
                     f"{phase.name!r}, which lasts until step {last.first_step}: the phase {last.name!r} never began.",
                     stacklevel=2,
                 )
+
+
+def under_engine(args: TrainingArguments) -> bool:
+    """Whether FSDP or DeepSpeed trains: by Trainer's arguments, or as `accelerate launch` says."""
+    by_arguments = bool(args.deepspeed or args.fsdp)
+    return by_arguments or any(
+        os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
+        for engine in ("FSDP", "DEEPSPEED")
+    )
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

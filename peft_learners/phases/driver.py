@@ -23,6 +23,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
+from ..layers.value import is_sharded
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
 from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
@@ -238,9 +239,8 @@ class PhaseDriver:
             if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
                 raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
             tuner.check_phases(self.root, name, config, schedule)
-            if is_deepspeeds(optimizer):
-                self._refuse_deepspeed(name, config)
             if schedule.phase_at(global_step) is not schedule.phases[-1]:
+                self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
                 self._check_optimizer(name, tuner.needs_optimizer, schedule.phase_at(global_step), raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
@@ -337,16 +337,31 @@ class PhaseDriver:
                 ) from None
         return self.start()
 
-    @staticmethod
-    def _refuse_deepspeed(name: str, config: PhasedConfig) -> None:
-        phases = config.phase_names
-        if len(phases) > 1:
-            raise ScheduleError(
-                f"The adapter {name!r} goes through phases ({', '.join(phases)}), which DeepSpeed can't follow: it "
-                "keeps flat copies of all that trained when it was set up, so that what freezes would go on moving. "
-                "Train it with DistributedDataParallel (accelerate's MULTI_GPU), or take an adapter of one phase: "
-                "LearnerConfig(priming_epochs=0) or BottleneckConfig()."
+    def _check_engine(self, name: str, optimizer: object, reshapes: bool, schedule: Schedule) -> None:
+        """Refuse a boundary ahead that an engine can't cross, before the first step.
+
+        Args:
+            reshapes: whether parameters get other shapes or values there.
+        """
+        values = (value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name))
+        if is_deepspeeds(optimizer):
+            why = (
+                "DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that what "
+                "freezes would go on moving"
             )
+            engine = "DeepSpeed"
+        elif reshapes and any(map(is_sharded, values)):
+            why = "FSDP can't follow: it holds parameters in shards, whose shapes can't change"
+            engine = "FSDP"
+        else:
+            return
+        phases = ", ".join(phase.name for phase in schedule.phases)
+        raise ScheduleError(
+            f"The adapter {name!r} goes through phases ({phases}), which {why}. Train up to the boundary with "
+            "DistributedDataParallel (accelerate's MULTI_GPU) or in one process, with "
+            f"PhaseCallback(stop_at_boundary=True). Then train on under {engine} with the adapter that it saved: "
+            'model = PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True).'
+        )
 
     def _check_optimizer(self, name: str, needs: str, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
         """Tell the user when an adapter with a boundary ahead has no optimizer, or one that does not train it.

@@ -145,13 +145,7 @@ def test_saved_beside_module_name(tuner, name, tmp_path: Path):
 # -- what a model says of itself ------------------------------------------------------------------------------------
 
 
-@pytest.mark.verb(
-    "get_model_status, get_layer_status",
-    limit={
-        "Learner": "`requires_grad` is 'irregular' once priming is over, since part of the adapter is frozen",
-        "NAS-LoRA": "`requires_grad` is 'irregular' in a model that was pruned, until it is saved and loaded",
-    },
-)
+@pytest.mark.verb("get_model_status, get_layer_status")
 @all_tuners
 def test_status(tuner, tmp_path: Path):
     """The status tells what is there."""
@@ -166,16 +160,13 @@ def test_status(tuner, tmp_path: Path):
     model.add_adapter("other", config_of(tuner, "bert"))
     status = model.get_model_status()
     assert status.available_adapters == ["default", "other"] and status.active_adapters == ["default"]
-    partly = tuner in ("learner", "nas-unstructured", "nas-structured")
-    assert status.requires_grad["default"] == ("irregular" if partly else True)
-    assert status.requires_grad["other"] is False
+    assert status.requires_grad == {"default": True, "other": False}  # what is frozen is no parameter
     assert len(model.get_layer_status()) == status.num_adapter_layers
 
     model.delete_adapter("other")
     model.save_pretrained(tmp_path)
     again = PeftModel.from_pretrained(copy.deepcopy(run.base), tmp_path, is_trainable=True)
-    # An adapter that was loaded has no empty parameters; a primed Learner's dense deltas are frozen all the same.
-    assert again.get_model_status().requires_grad["default"] == ("irregular" if tuner == "learner" else True)
+    assert again.get_model_status().requires_grad == {"default": True}
     with again.disable_adapter():
         assert not again.get_model_status().enabled
     if refuses_to_merge(tuner, again):

@@ -24,7 +24,7 @@ def lora(arch: str) -> LoraConfig:
 
 
 def trains(model: torch.nn.Module, adapter: str) -> bool:
-    return any(p.requires_grad for n, p in model.named_parameters() if n.endswith(f".{adapter}"))
+    return any(p.requires_grad for n, p in model.named_parameters() if f".{adapter}." in n and "_to_save." not in n)
 
 
 @pytest.mark.verb("model.load_adapter (transformers)")

@@ -14,6 +14,7 @@ from forks import Warm
 CASES = (
     "far",
     "far-output-node",
+    "fold",
     "nas",
     "nas-structured",
     "plain",
