@@ -511,21 +511,14 @@ class PhasedModel(TargetChoice):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: Any, adapter_name: str, state_dict: Any, unwanted_adapter_names: list[str]
     ) -> dict[str, torch.Tensor]:
-        values = super()._get_adapter_state_dict(
-            model=model,
-            config=config,
-            adapter_name=adapter_name,
-            state_dict=state_dict,
-            unwanted_adapter_names=unwanted_adapter_names,
-        )
+        found = dict(state_dict)
         # PEFT leaves out each key that has another adapter's name in it, even as that of a module, or none at all.
         others = tuple(f".{name}." for name in unwanted_adapter_names)
-        values = {key: value for key, value in values.items() if cls._is_own(key, adapter_name)}
-        for key, value in model.state_dict().items():
-            if cls._is_own(key, adapter_name) and any(name in key for name in others):
-                values.setdefault(key, value)
+        if others:  # under FSDP1 a state is gathered by all ranks, and one saves
+            found |= {key: value for key, value in model.state_dict().items() if any(name in key for name in others)}
         empty = cls._empty_keys(model, adapter_name)
-        values = {key: value for key, value in values.items() if key not in empty}
+        own = {key: value for key, value in found.items() if cls._is_own(key, adapter_name) and key not in empty}
+        values = {key.replace("_checkpoint_wrapped_module.", ""): value for key, value in own.items()}
         driver = PhaseDriver.find(model)
         warn_if_never_driven(model, adapter_name, config, "saved")
         if config.save_dtype is not None and not (driver is not None and driver.running):

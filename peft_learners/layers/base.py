@@ -417,7 +417,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         for part in self.adapter_layer_names:
             held = getattr(self, part)
             if source in held and adapter in held and held[source].is_frozen:
-                held[adapter].set(held[source]())
+                held[adapter].set(held[source]().clone())
 
     def make_whole(self, adapter: str) -> None:
         """Put back, empty, the parameters of which nothing is left, for an optimizer that is yet to be made."""

@@ -35,8 +35,8 @@ class Value(nn.Module):
         self.is_empty = False
         #: The parameter of a frozen value: optimizers hold it, and it trains again if the value does.
         self.__dict__["_resting"] = None
-        #: Whether it is frozen as a parameter: FSDP puts the shards that it holds back among the parameters.
-        self._frozen_shards = False
+        #: Whether it is frozen as a parameter, under FSDP, which shards parameters alone.
+        self._is_held = False
         self.register_parameter(name, nn.Parameter(value))
 
     def forward(self) -> Tensor:
@@ -45,7 +45,7 @@ class Value(nn.Module):
     @property
     def is_frozen(self) -> bool:
         """Whether the value contributes without training."""
-        return self._frozen_shards or self.name in self._buffers
+        return self._is_held or self.name in self._buffers
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -58,7 +58,7 @@ class Value(nn.Module):
         if not self.is_frozen:
             parameter = getattr(self, self.name)
             if is_sharded(parameter):
-                self._frozen_shards = True
+                self._is_held = True
                 parameter.grad = None
                 parameter.requires_grad_(False)
                 return parameter
@@ -71,7 +71,7 @@ class Value(nn.Module):
 
     def unfreeze(self) -> None:
         """Make it a parameter again, the same one if there was one; its flag is left to the caller."""
-        self._frozen_shards = False
+        self._is_held = False
         if not self.is_frozen:
             return
         value, parameter = getattr(self, self.name), self.__dict__["_resting"]
@@ -82,6 +82,14 @@ class Value(nn.Module):
             resize(parameter, value)
         self.__dict__["_resting"] = None
         self.register_parameter(self.name, parameter)
+
+    def hold(self) -> None:
+        """Make a frozen value a parameter that does not train, so that FSDP shards it."""
+        if self.name in self._buffers:
+            value = getattr(self, self.name)
+            delattr(self, self.name)
+            self.register_parameter(self.name, nn.Parameter(value, requires_grad=False))
+            self.__dict__["_resting"], self._is_held = None, True
 
     def requires_grad_(self, requires_grad: bool = True) -> Value:
         """As in torch, but that what is frozen stays so, whatever PEFT switches."""

@@ -304,7 +304,7 @@ class NASLoRALayer(DeltaLayer):
     def copy_frozen(self, source: str, adapter: str) -> None:
         """The units that another adapter keeps, at their initial values."""
         if self.is_pruned(source):
-            self.set_kept(adapter, self.kept_positions(source))
+            self.set_kept(adapter, {part: own.clone() for part, own in self.kept_positions(source).items()})
             self.drop_empty(adapter)
 
     # -- scores -----------------------------------------------------------------------------------------------------

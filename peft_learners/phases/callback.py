@@ -16,6 +16,7 @@ from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
 from .schedule import ScheduleError
+from .whole_checkpoints import Record, record_of, refuse_half_loaded, warn_if_half_written
 
 
 class PhaseCallback(TrainerCallback, ExportableState):
@@ -33,7 +34,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
 
     Raises (when training begins):
         ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
-        ValueError: the model holds no adapter of this package, or `stop_at_boundary` with `load_best_model_at_end`.
+        ValueError: the model holds no adapter of this package; `stop_at_boundary` with `load_best_model_at_end`; the
+            run was resumed from a half-written checkpoint.
     """
 
     def __init__(self, stop_at_boundary: bool = False) -> None:
@@ -43,6 +45,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
         self.fixed: dict[str, dict[str, Any]] = {}
         #: By adapter: what its config has learned that the adapter's file does not tell.
         self.learned: dict[str, dict[str, Any]] = {}
+        #: What the run's checkpoints have, for who resumes from one.
+        self.saved: Record = {}
         self._driver: PhaseDriver | None = None
         self._batch_size: int | None = None
         self._fresh: list[str] = []
@@ -52,7 +56,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
         """What Trainer keeps of this callback in its checkpoints, as `ExportableState` asks for it."""
         if self._driver is not None:
             self.learned.update({name: config.learned() for name, config in self._driver.configs().items()})
-        attributes = {"first_steps": self.first_steps, "fixed": self.fixed, "learned": self.learned}
+        attributes = {name: getattr(self, name) for name in ("first_steps", "fixed", "learned", "saved")}
         return {"args": {"stop_at_boundary": self.stop_at_boundary}, "attributes": attributes}
 
     def on_init_end(
@@ -61,10 +65,13 @@ class PhaseCallback(TrainerCallback, ExportableState):
         # A resumed run loads optimizer groups that hold whatever trained in any phase. If the adapter was loaded in
         # its last phase, the groups would be short, so all parts train until training begins.
         # Engines load their state by names, and hold on to all that trains when they are set up.
-        if not under_engine(args):
-            self._driver_of(model).prepare()
-        else:
-            self._driver_of(model)
+        driver, engine = self._driver_of(model), engine_of(args)
+        if engine is None:
+            driver.prepare()
+        elif engine == "FSDP":
+            driver.hold_frozen()
+        if state.is_world_process_zero:
+            warn_if_half_written(args)  # no other event comes before Trainer reads a checkpoint
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
@@ -91,6 +98,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
         # Read here, since Trainer restores callbacks only with `restore_callback_states_from_checkpoint`.
         name = type(self).__name__
         recorded = state.stateful_callbacks.get(name, {}).get("attributes", {}) if state.global_step > 0 else {}
+        refuse_half_loaded(args, state, kwargs.get("lr_scheduler"), recorded.get("saved", {}))
+        self.saved = record_of(args)
         self._check_same(configs, recorded.get("fixed", {}))
         for adapter, learned in recorded.get("learned", {}).items():
             for field, value in learned.items() if adapter in configs else ():
@@ -221,13 +230,12 @@ class PhaseCallback(TrainerCallback, ExportableState):
                 )
 
 
-def under_engine(args: TrainingArguments) -> bool:
-    """Whether FSDP or DeepSpeed trains: by Trainer's arguments, or as `accelerate launch` says."""
-    by_arguments = bool(args.deepspeed or args.fsdp)
-    return by_arguments or any(
-        os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() in ("true", "1")
-        for engine in ("FSDP", "DEEPSPEED")
-    )
+def engine_of(args: TrainingArguments) -> str | None:
+    """ "FSDP" or "DEEPSPEED", if one of them trains: by Trainer's arguments, or as `accelerate launch` says."""
+    for engine, given in (("FSDP", args.fsdp), ("DEEPSPEED", args.deepspeed)):
+        if given or os.environ.get(f"ACCELERATE_USE_{engine}", "").lower() in ("true", "1"):
+            return engine
+    return None
 
 
 def _steps_per_epoch(args: TrainingArguments, dataloader: Any) -> int | None:

@@ -9,6 +9,7 @@ state, DDP, the line in the log. The optimizer and DDP's wrapper are those that 
 from __future__ import annotations
 
 import logging
+import os
 import warnings
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
-from ..layers.value import is_sharded
+from ..layers.value import Value, is_sharded
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
 from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
@@ -285,6 +286,21 @@ class PhaseDriver:
             tuner_of(config).make_whole(self.root, name, config)
             self.freeze_for(name, None)
 
+    def hold_frozen(self) -> None:
+        """Before FSDP wraps the model, which shards parameters and no buffers: frozen values are parameters there."""
+        for layer in tuner_layers(self.root):
+            for part in layer.adapter_layer_names:
+                for value in getattr(layer, part).values():
+                    if isinstance(value, Value):
+                        value.hold()
+        if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true" and any(
+            True for _ in constant_buffers(self.root)
+        ):
+            raise ScheduleError(
+                "fsdp_cpu_ram_efficient_loading=true can't load a model with buffers that are in its state dict, and "
+                "what is kept of a FAR or NAS-LoRA adapter lies in such. Set it to false."
+            )
+
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
         self.running = False
@@ -346,18 +362,18 @@ class PhaseDriver:
         values = (value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name))
         if is_deepspeeds(optimizer):
             why = (
-                "DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that what "
-                "freezes would go on moving"
+                "which DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that "
+                "what freezes would go on moving"
             )
             engine = "DeepSpeed"
         elif reshapes and any(map(is_sharded, values)):
-            why = "FSDP can't follow: it holds parameters in shards, whose shapes can't change"
+            why = "which FSDP can't follow: it holds parameters in shards, whose shapes can't change"
             engine = "FSDP"
         else:
             return
         phases = ", ".join(phase.name for phase in schedule.phases)
         raise ScheduleError(
-            f"The adapter {name!r} goes through phases ({phases}), which {why}. Train up to the boundary with "
+            f"The adapter {name!r} goes through phases ({phases}), {why}. Train up to the boundary with "
             "DistributedDataParallel (accelerate's MULTI_GPU) or in one process, with "
             f"PhaseCallback(stop_at_boundary=True). Then train on under {engine} with the adapter that it saved: "
             'model = PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True).'

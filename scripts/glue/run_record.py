@@ -11,7 +11,6 @@ import re
 import subprocess
 import sys
 import time
-import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
@@ -23,7 +22,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError, safe_open
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -340,35 +338,6 @@ def checkpoints(output_dir: Path) -> list[Path]:
     pattern = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
     found = [(int(m[1]), p) for p in output_dir.glob("*") if (m := pattern.fullmatch(p.name)) and p.is_dir()]
     return [path for _, path in sorted(found, reverse=True)]
-
-
-def last_complete_checkpoint(output_dir: Path) -> Path | None:
-    """The last checkpoint that a run can go on from; one that was cut off while it was written is passed over."""
-    return next((path for path in checkpoints(output_dir) if _is_complete(path)), None)
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    # The Trainer writes its state last, so that what lies beside it is there; a crash of the machine can still cut
-    # files short.
-    state = read_json(checkpoint / "trainer_state.json")
-    if state is None or f"{PREFIX_CHECKPOINT_DIR}-{state.get('global_step')}" != checkpoint.name:
-        return False
-    files = list(checkpoint.iterdir())
-    if not any(file.name.startswith(("optimizer", "global_step")) for file in files):  # --save_only_model
-        return False
-    torch_files = [file for file in files if file.suffix in (".pt", ".pth")]
-    weights = list(checkpoint.rglob("*.safetensors"))
-    return all(zipfile.is_zipfile(file) for file in torch_files) and _are_whole(weights)
-
-
-def _are_whole(weights: Iterable[Path]) -> bool:
-    try:
-        for file in weights:
-            with safe_open(file, framework="pt"):
-                pass
-    except (SafetensorError, OSError):
-        return False
-    return True
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -33,6 +33,7 @@ from transformers import (
     set_seed,
 )
 
+from peft_learners.phases.whole_checkpoints import last_whole
 from scripts.glue import data as glue_data
 from scripts.glue import metrics as glue_metrics
 from scripts.glue import run_record
@@ -128,7 +129,7 @@ def open_run(
             return finished, None
         if main:
             run_record.write_json(record, {**(begun or {}), **identity})
-        return None, run_record.last_complete_checkpoint(folder)
+        return None, last_whole(folder)
 
 
 def build_trainer(

@@ -64,6 +64,10 @@ def test_clone(tuner, steps, how):
     config = model.peft_config["default"]
     clone(model, copy.deepcopy(config) if how == "copied config" else config)
     assert torch.equal(logits_of(model, inputs), expected)
+    own, theirs = (
+        {v.data_ptr() for n, v in model.state_dict().items() if f".{name}" in n} for name in ("default", "ref")
+    )
+    assert own and len(own) == len(theirs) and not own & theirs
     model.set_adapter("ref")
     assert torch.equal(logits_of(model, inputs), expected)
 

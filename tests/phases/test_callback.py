@@ -326,13 +326,14 @@ def kept_in(checkpoint: Path) -> dict:
 
 
 def test_checkpoint_boundaries(tmp_path: Path):
-    """Checkpoints keep the boundaries beside the log."""
+    """Checkpoints keep the boundaries beside the log, and tell which files they have."""
     run = trainer(learner(scaling=0.5), arguments(tmp_path, save_strategy="steps", save_steps=3))
     run.train()
     expected = {
         "first_steps": {"default": {"priming": 0, "learning": 2}},
         "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 1.0, "after_priming": "keep"}},
         "learned": {"default": {"kept_energy": None}},
+        "saved": {"output_dir": str(tmp_path), "files": ["optimizer.pt", "scheduler.pt", "rng_state.pth"]},
     }
     for name in ("checkpoint-3", "checkpoint-6"):
         assert kept_in(tmp_path / name) == {"args": {"stop_at_boundary": False}, "attributes": expected}

@@ -13,6 +13,7 @@ import pytest
 import torch
 from tiny_glue import same_numbers
 
+from peft_learners.phases.whole_checkpoints import last_whole
 from scripts.glue import data as glue_data
 from scripts.glue import methods as glue_methods
 from scripts.glue import run_record
@@ -418,10 +419,10 @@ def test_resume(method, broken, arguments, tmp_path, capsys):
 
 
 def test_no_checkpoint(tmp_path):
-    assert run_record.last_complete_checkpoint(tmp_path / "nothing") is None
+    assert last_whole(tmp_path / "nothing") is None
     (tmp_path / "checkpoint-x").mkdir()
     (tmp_path / "checkpoint-4").mkdir()
-    assert run_record.last_complete_checkpoint(tmp_path) is None
+    assert last_whole(tmp_path) is None
 
 
 @pytest.mark.slow
