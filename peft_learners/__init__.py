@@ -44,6 +44,10 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     # Trainer's modules take a while to import, and merging or serving an adapter needs none of them.
     if name == "PhaseCallback":

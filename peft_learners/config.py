@@ -21,6 +21,14 @@ from .structure.patterns import first_fault
 #: Largest absolute value of a factor or a number of epochs, and largest whole number.
 LARGEST, LARGEST_WHOLE = 1_000_000, 2**63 - 1
 NOT_ZERO = f"a number other than 0, at most {LARGEST:,} in absolute value"
+#: Fields that say nothing about an adapter's parameters in the layers. PEFT itself writes into some of them.
+_NOT_OF_THE_FORM = {field.name for field in fields(PeftConfig)} | {
+    "modules_to_save",
+    "init_weights",
+    "save_dtype",
+    "phase_first_steps",
+    "kept_energy",
+}
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
 C = TypeVar("C", bound=type)
 
@@ -265,13 +273,16 @@ class PhasedConfig(PeftConfig):
 
     # -- one object, several models ---------------------------------------------------------------------------------
 
-    def claim(self, root: Any, adapter: str) -> None:
+    def claim(self, root: Any, adapter: str) -> str | None:
         """Called when the object becomes the config of an adapter in the model `root`.
 
         Injection and training write into an adapter's config. PEFT keeps the user's own object there, which he may
         well use for the next model too: the earlier adapter then keeps a copy with what it has learned about itself,
         and this object goes back to what the user had given. On the same model, once a phase is over, it is a clone
         that is asked for (`model.add_adapter("ref", model.peft_config["default"])`): the object stays as it is.
+
+        Returns:
+            Name of the adapter that the new one is a clone of, if it is one.
         """
         owner = self.__dict__.get("_owner")
         if owner is not None:
@@ -281,20 +292,24 @@ class PhasedConfig(PeftConfig):
                 configs[name] = copy.deepcopy(self)
                 configs[name]._owner = owner
             if model is root and name != adapter and self.completed_phases:
-                self._owner = (weakref.ref(root), adapter)
-                return
+                self._owner, self._name, self.cloned_from = (weakref.ref(root), adapter), adapter, name
+                return name
             for name, (given, written) in self.__dict__.get("_written", {}).items():
                 if getattr(self, name) == written:
                     setattr(self, name, copy.deepcopy(given))
-        self._owner = (weakref.ref(root), adapter)
+        copied_from, configs = self.__dict__.get("_name"), getattr(root, "peft_config", {})
+        self._owner, self._name, self.cloned_from = (weakref.ref(root), adapter), adapter, None
         self._written: dict[str, tuple[Any, Any]] = {}
+        # A copy of the config of an adapter here (or of one that was loaded twice) asks for a clone, too.
+        alike = [name for name, other in configs.items() if name != adapter and self._has_form_of(other)]
+        return copied_from if copied_from in alike else next(iter(alike), None)
 
-    def is_clone_of(self, other: PeftConfig) -> bool:
-        """Whether it says the same as the config of an adapter of which a phase is over."""
-        if type(other) is not type(self) or other is self or not self.completed_phases:
+    def _has_form_of(self, other: PeftConfig) -> bool:
+        """Whether it describes the parameters and buffers of another one's adapter, of which a phase is over."""
+        if type(other) is not type(self) or not self.completed_phases:
             return False
         mine, theirs = self.to_dict(), other.to_dict()
-        return all(mine[key] == theirs[key] for key in mine if key != "inference_mode")
+        return all(mine[key] == theirs[key] for key in mine if key not in _NOT_OF_THE_FORM)
 
     def write(self, name: str, value: Any) -> None:
         """Set a field from inside the package, remembering what the user had given."""
@@ -308,7 +323,7 @@ class PhasedConfig(PeftConfig):
         return written[name][0] if name in written else getattr(self, name)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written")}
+        return {key: value for key, value in self.__dict__.items() if key not in ("_owner", "_written", "cloned_from")}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         super().save_pretrained(save_directory, **kwargs)

@@ -63,12 +63,14 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     for adapter, config in getattr(root, "peft_config", {}).items():
         tuner = tuner_of(config) if isinstance(config, PhasedConfig) else None
         if tuner is not None:
-            keys = [key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter)]
+            keys = [
+                key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter) and state[key].numel()
+            ]
             given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
             keys = [key for key in own if tuner._is_own(key, adapter) and key not in tuner._empty_keys(root, adapter)]
             expected = {key: tuple(own[key].shape) for key in keys}
             if given:
-                refuse_other_form(expected, given, adapter, tuner.passing_parts)
+                refuse_other_form(expected, given, adapter, tuner.passing_parts(config))
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -92,8 +94,6 @@ class PhasedModel(TargetChoice):
     needs_optimizer: ClassVar[str] = ""
     #: Whether parameters have other shapes after a boundary (see `reshapes`).
     cuts_parameters: ClassVar[bool] = False
-    #: Parts that an adapter has in some phases only.
-    passing_parts: ClassVar[tuple[str, ...]] = ()
     _to_merge: list[str] | None = None
 
     def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
@@ -120,9 +120,9 @@ class PhasedModel(TargetChoice):
             steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
             global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
                 adapter's config remembers stay as they are.
-            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR and NAS-LoRA can't do
-                without while a boundary lies ahead, at which its state shrinks with the parameters. Of Learners the
-                state of what freezes is freed; without it that state stays.
+            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and
+                Learners that fold can't do without while a boundary lies ahead, at which its state changes with the
+                parameters. Of other Learners the state of what freezes is freed; without it that state stays.
             wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
                 or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
                 module (FSDP, an engine) is left alone.
@@ -177,6 +177,16 @@ class PhasedModel(TargetChoice):
         Raises:
             ScheduleError: for instance a phase whose own parts exist in no layer.
         """
+
+    @classmethod
+    def passing_parts(cls, config: Any) -> tuple[str, ...]:
+        """Parts that an adapter has in some phases only."""
+        return ()
+
+    @classmethod
+    def why_optimizer(cls, config: Any) -> str:
+        """Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": no need."""
+        return cls.needs_optimizer
 
     @classmethod
     def reshapes(cls, config: Any) -> bool:
@@ -315,18 +325,17 @@ class PhasedModel(TargetChoice):
         config = self.peft_config[adapter_name]
         assert isinstance(config, PhasedConfig)
         check_adapter_name(adapter_name)
-        config.claim(model, adapter_name)
+        source = config.claim(model, adapter_name)
         if _check_state not in [getattr(h, "hook", None) for h in model._load_state_dict_pre_hooks.values()]:
             model.register_load_state_dict_pre_hook(_check_state)
-        sources = [name for name, other in self.peft_config.items() if config.is_clone_of(other)]
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         leave_to_tuner(model, adapter_name)
         put_back_empty(model)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
         PhaseDriver.of(model)  # it notices when the model is copied
-        for layer in tuner_layers(model) if sources else ():
-            if layer.has_adapter(sources[0]) and layer.has_adapter(adapter_name):
-                layer.copy_frozen(sources[0], adapter_name)
+        for layer in tuner_layers(model):
+            if source is not None and layer.has_adapter(source) and layer.has_adapter(adapter_name):
+                layer.copy_frozen(source, adapter_name)
 
     def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
         """A tuner layer, still without adapters, to stand in for a module of the model."""

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
@@ -54,7 +53,7 @@ class BottleneckLinear(BottleneckLayer):
     """
 
     adapter_layer_names = ("bottleneck_down", "bottleneck_up")
-    other_param_names = ("bottleneck_activation", "bottleneck_dropout", "bottleneck_mode", "bottleneck_scaling")
+    other_param_names = ("bottleneck_activation", "bottleneck_dropouts", "bottleneck_mode", "bottleneck_scaling")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -63,7 +62,7 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_up = nn.ModuleDict()
         # No modules: they would be found by the endings of their names, as modules_to_save are.
         self.bottleneck_activation: dict[str, Callable[[Tensor], Tensor]] = {}
-        self.bottleneck_dropout: dict[str, float] = {}
+        self.bottleneck_dropouts = nn.ModuleDict()  # which tools switch off
         self.bottleneck_mode: dict[str, str] = {}
         self.bottleneck_scaling: dict[str, float] = {}
         #: Of the feed-forward network, for parallel adapters.
@@ -80,7 +79,7 @@ class BottleneckLinear(BottleneckLayer):
         self.bottleneck_mode[adapter] = config.mode
         self.bottleneck_scaling[adapter] = float(config.scaling)
         self.bottleneck_activation[adapter] = ACT2FN[config.non_linearity]
-        self.bottleneck_dropout[adapter] = float(config.dropout)
+        self.bottleneck_dropouts[adapter] = nn.Dropout(config.dropout)
         made: dict[str, Any] = {"dtype": torch.float32, "device": self.drawing_device(adapter)}
         down = self.bottleneck_down[adapter] = nn.Linear(features, width, **made)
         up = self.bottleneck_up[adapter] = nn.Linear(width, self.out_features, **made)
@@ -152,7 +151,7 @@ class BottleneckLinear(BottleneckLayer):
         assert z is not None
         down: Any = self.bottleneck_down[adapter]
         hidden = self.bottleneck_activation[adapter](down(self._cast_input_dtype(z, down.weight.dtype)))
-        update = self.bottleneck_up[adapter](F.dropout(hidden, self.bottleneck_dropout[adapter], self.training))
+        update = self.bottleneck_up[adapter](self.bottleneck_dropouts[adapter](hidden))
         return torch.add(out, update, alpha=self.bottleneck_scaling[adapter])
 
 

@@ -115,7 +115,11 @@ def main(arguments: Optional[list[str]] = None) -> None:
     parser.add_argument("adapter", help="folder of the adapter, or its repository on the Hub")
     parser.add_argument("out", help="folder to write")
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--rank", type=int, help="rank of dense updates (primed Learners, FAR)")
+    size.add_argument(
+        "--rank",
+        type=lambda word: float(word) if "." in word else int(word),
+        help="rank of dense updates (primed Learners, FAR); or the share of their energy to keep, e.g. 0.99",
+    )
     size.add_argument("--energy", type=float, help="share of the energy of each dense update to keep, e.g. 0.99")
     parser.add_argument("--base_model", "--base-model", help="base model, in place of the one in the adapter's config")
     parser.add_argument(

@@ -369,7 +369,7 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         stopped = []
         for part in self.adapter_layer_names:
             held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
-            if not isinstance(held, Value):
+            if not isinstance(held, Value) or held.is_empty:
                 continue
             if part in parts and not held.is_frozen:
                 if held.parameter.requires_grad:

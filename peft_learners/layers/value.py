@@ -76,7 +76,7 @@ class Value(nn.Module):
             return
         value, parameter = getattr(self, self.name), self.__dict__["_resting"]
         delattr(self, self.name)
-        if parameter is None:  # of a copied model
+        if parameter is None or parameter.is_meta != value.is_meta:  # of a copied model, or one that was loaded late
             parameter = nn.Parameter(value, requires_grad=False)
         elif parameter.data_ptr() != value.data_ptr() or parameter.shape != value.shape:
             resize(parameter, value)

@@ -158,6 +158,11 @@ class LearnerConfig(PhasedConfig):
         super().__post_init__()
         if not isinstance(self.priming_modules, str):
             self.priming_modules = sorted({*self.priming_modules})
+        if self.fold_rank is not None and self.after_priming != "fold":
+            raise ValueError(
+                f"LearnerConfig: `fold_rank` must be None unless primed layers are folded, got {self.fold_rank!r}. "
+                f"For example: LearnerConfig(after_priming='fold', fold_rank={self.fold_rank!r})."
+            )
 
     def rank_of(self, name: str) -> tuple[str, int]:
         """The field that gives a module its rank, and the rank."""

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops.low_rank import Factored, nearest
-from ..phases.ddp import broadcast_choice
+from ..phases.ddp import broadcast_choice, is_first_process
 from ..phases.driver import Training
+from ..phases.schedule import ScheduleError
 from ..structure.targets import rank_patterns
 from .config import LearnerConfig
 from .layer import LearnerLinear
@@ -38,6 +39,7 @@ def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Trainin
     into `config.kept_energy` and, least and median, into the log.
     """
     layers = folding_layers(root, adapter)
+    _refuse_not_finite(layers, adapter)
     ranks = fold_ranks(layers, adapter, config)
     kept: dict[str, float] = {}
     for name, layer in layers.items():
@@ -49,38 +51,67 @@ def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Trainin
             pair = None
         else:
             pair = _same_on_all_ranks(nearest(update, ranks[name]), training)
+            if not isinstance(config.fold_rank, float):
+                pair = _filled(pair, min(ranks[name], *update.shape), layer.value("learner_P1", adapter))
         kept[name] = 1 - pair.error**2 if pair is not None else 1.0
         if pair is not None:
             layer.take_factors(adapter, pair, training.optimizer)
         layer.drop_dense(adapter, training.optimizer)
     record_ranks(root, adapter, config)
     config.write("kept_energy", kept)
+    if is_first_process():
+        _tell(adapter, config, kept)
+
+
+def _tell(adapter: str, config: LearnerConfig, kept: Mapping[str, float]) -> None:
     least = min(kept, key=lambda name: kept[name])
     logger.info(
         "adapter %r: %d primed layers were folded into their factors; kept energy: least %.4f (%s), median %.4f",
         *(adapter, len(kept), kept[least], least, statistics.median(kept.values())),
     )
-    low = sorted((share, name) for name, share in kept.items() if share < LOW_SHARE)
+    asked = config.fold_rank if isinstance(config.fold_rank, float) else 1.0
+    low = sorted((share, name) for name, share in kept.items() if share < min(LOW_SHARE, asked))
+    rank = config.fold_rank if isinstance(config.fold_rank, int) else config.r
     if low:
         named = ", ".join(f"{name} {share:.0%}" for share, name in low[:5])
         warnings.warn(
             f"Folding the adapter {adapter!r} kept less than {LOW_SHARE:.0%} of the energy of {len(low)} updates "
-            f"({named}{', ...' if len(low) > 5 else ''}). A higher fold_rank keeps more: LearnerConfig(fold_rank="
-            f"{2 * max(layer.learner_r[adapter] for layer in layers.values())}), or a share, fold_rank=0.95.",
+            f"({named}{', ...' if len(low) > 5 else ''}). A higher rank keeps more: "
+            f"LearnerConfig(r={config.r}, fold_rank={2 * rank}).",
             stacklevel=2,
         )
+
+
+def _refuse_not_finite(layers: Mapping[str, LearnerLinear], adapter: str) -> None:
+    """No SVD has an answer then, and nothing is folded."""
+    broken = [n for n, m in layers.items() if not m.whole_update(adapter).is_meta]
+    broken = [name for name in broken if not bool(torch.isfinite(layers[name].whole_update(adapter)).all())]
+    if broken:
+        raise ScheduleError(
+            f"The adapter {adapter!r} can't be folded: {len(broken)} of its updates (first: {broken[0]}) hold NaN or "
+            "infinity. Priming has diverged: take a lower learning rate, or LearnerConfig(priming_lr_scale=0.1)."
+        )
+
+
+def _filled(pair: Factored, rank: int, p1: Tensor) -> Factored:
+    """The same product at a rank that its update has not: with rows of the old P1, which go on training."""
+    rows = p1.detach()[: rank - pair.rank].to(pair.a)
+    if pair.rank >= rank or not len(rows):
+        return pair
+    b = torch.cat([pair.b, pair.b.new_zeros(len(pair.b), len(rows))], dim=1)
+    return Factored(torch.cat([pair.a, rows]), b, pair.error)
 
 
 def fold_ranks(layers: Mapping[str, LearnerLinear], adapter: str, config: LearnerConfig) -> Mapping[str, int]:
     """The rank that each layer is folded into.
 
     A share of the energy asks of each layer the least rank that keeps it. Where that would take more parameters than
-    the layers' own ranks, all keep the largest share that fits instead.
+    rank r (or the layers' own ranks, where they are higher), all keep the largest share that fits instead.
     """
     if not isinstance(config.fold_rank, float):
         return {name: config.fold_rank or layer.learner_r[adapter] for name, layer in layers.items()}
     sizes = {name: int(layer.in_features + layer.out_features) for name, layer in layers.items()}
-    bound = sum(layer.learner_r[adapter] * sizes[name] for name, layer in layers.items())
+    bound = sum(max(layer.learner_r[adapter], config.r) * sizes[name] for name, layer in layers.items())
     lost = {name: _lost_by_rank(layer.whole_update(adapter)) for name, layer in layers.items()}
 
     def ranks(share: float) -> dict[str, int]:

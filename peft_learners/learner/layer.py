@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +37,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
     # A container's name ends in nothing a model calls a module (PEFT matches modules_to_save by endings), and those of
     # biases and norms hold what Trainer exempts from weight decay.
     adapter_layer_names = ("learner_P1", "learner_P2", "learner_bias_delta", DENSE_PART)
-    other_param_names = ("learner_r", "learner_scaling", "learner_lr_scale", "learner_dropout", "learner_primed")
+    other_param_names = ("learner_r", "learner_scaling", "learner_lr_scale", "learner_dropouts", "learner_primed")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
@@ -45,7 +45,8 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_P1 = nn.ModuleDict()
         self.learner_P2 = nn.ModuleDict()
         self.learner_dense_delta = nn.ModuleDict()
-        self.learner_dropout: dict[str, float] = {}
+        # Modules, which tools switch off; no user's module is called as the container ends (PEFT's modules_to_save).
+        self.learner_dropouts = nn.ModuleDict()
         self.learner_r: dict[str, int] = {}
         self.learner_scaling: dict[str, float] = {}
         self.learner_lr_scale: dict[str, float] = {}
@@ -63,7 +64,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         self.learner_r[adapter] = rank
         self.learner_scaling[adapter] = float(config.scaling)
         self.learner_lr_scale[adapter] = float(config.priming_lr_scale)
-        self.learner_dropout[adapter] = float(config.learner_dropout)
+        self.learner_dropouts[adapter] = nn.Dropout(config.learner_dropout)
         self.add_parameter("learner_P1", adapter, config, rank, self.in_features, kaiming=True)
         self.add_parameter("learner_P2", adapter, config, self.out_features, rank)
         if config.train_biases and getattr(self.get_base_layer(), "bias", None) is not None:
@@ -92,7 +93,8 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
         return self.value("learner_bias_delta", adapter) if adapter in self.learner_bias_delta else None
 
     def dropout(self, adapter: str) -> float:
-        return self.learner_dropout[adapter] if self.training else 0.0
+        dropout: Any = self.learner_dropouts[adapter]
+        return dropout.p if dropout.training else 0.0
 
     # -- folding ----------------------------------------------------------------------------------------------------
 

@@ -51,7 +51,6 @@ class LearnerModel(PhasedModel):
 
     prefix = "learner_"
     tuner_layer_cls = LearnerLayer
-    passing_parts = (DENSE_PART,)
     supported = (
         "Learners support linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones) and norms with a "
         "weight vector."
@@ -226,6 +225,8 @@ class LearnerModel(PhasedModel):
                 sizes = (layer.in_features, layer.out_features)
                 dense += math.prod(sizes)
                 rank = layer.learner_r[adapter]
+                if config.is_folded:  # its rank in priming is not known any more
+                    first += max(0, config.r - rank) * sum(sizes)
                 if config.after_priming == "fold" and not isinstance(config.fold_rank, float):
                     last += (min(config.fold_rank or rank, *sizes) - rank) * sum(sizes)
         if not config.primes:
@@ -248,6 +249,15 @@ class LearnerModel(PhasedModel):
                 "folded, but it has not. Load the checkpoint's adapter before."
             )
         fold(root, adapter, config, training)
+
+    @classmethod
+    def passing_parts(cls, config: LearnerConfig) -> tuple[str, ...]:
+        return (DENSE_PART,) if config.after_priming == "fold" else ()
+
+    @classmethod
+    def why_optimizer(cls, config: LearnerConfig) -> str:
+        folds = "folds its dense deltas at its boundary, and drops what the optimizer holds of the old factors"
+        return folds if config.after_priming == "fold" else ""
 
     @classmethod
     def reshapes(cls, config: LearnerConfig) -> bool:
@@ -342,4 +352,7 @@ class LearnerModel(PhasedModel):
             layer.take_form(adapter, rank, dense, optimizer)
         folded = not any(dense for _, dense in forms.values())
         config.write("completed_phases", [PRIMING] if folded else [])
+        config.write("kept_energy", None)  # the file's config knows
+        for layer in tuner_layers(root):
+            layer.freeze_parts(adapter, ())
         record_ranks(injected_model(root), adapter, config)

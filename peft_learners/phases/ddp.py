@@ -28,6 +28,11 @@ def processes() -> int | None:
     return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else None
 
 
+def is_first_process() -> bool:
+    """Whether this process is the one that says what all of them do."""
+    return processes() is None or torch.distributed.get_rank() == 0
+
+
 def holds(wrapper: nn.Module, model: nn.Module) -> bool:
     """Whether `model` is `wrapper` or somewhere inside."""
     return any(module is model for module in wrapper.modules())

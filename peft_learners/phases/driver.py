@@ -26,7 +26,7 @@ from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
 from ..layers.value import Value, is_sharded
 from ..registry import tuner_of
-from .ddp import ddp_modules, holds, processes, rebuild_reducer, unwrapped
+from .ddp import ddp_modules, holds, is_first_process, processes, rebuild_reducer, unwrapped
 from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
 from .schedule import Phase, Schedule, ScheduleError
 
@@ -237,12 +237,11 @@ class PhaseDriver:
                 schedule = config.whole_schedule(total_steps, steps_per_epoch)
             else:
                 schedule = config.schedule(total_steps, steps_per_epoch)
-            if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
-                raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
+            self._refuse_merged(name)
             tuner.check_phases(self.root, name, config, schedule)
             if schedule.phase_at(global_step) is not schedule.phases[-1]:
                 self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
-                self._check_optimizer(name, tuner.needs_optimizer, schedule.phase_at(global_step), raw)
+                self._check_optimizer(name, tuner.why_optimizer(config), schedule.phase_at(global_step), raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
@@ -332,6 +331,15 @@ class PhaseDriver:
         return stopped
 
     def _warn_if_only_said_to_be_complete(self, tuner: Any, name: str, config: PhasedConfig) -> None:
+        source = getattr(config, "cloned_from", None)
+        if source is not None:
+            warnings.warn(
+                f"The adapter {name!r} was added with the config of {source!r}, as a clone of it, and trains in its "
+                f"phase {config.outline().phases[-1].name!r} alone. For a fresh adapter give it a config of its own, "
+                "or call model.base_model.restart_phases().",
+                stacklevel=3,
+            )
+            return
         if config.completed_phases and config.init_weights and not tuner.has_trained(self.root, name, config):
             warnings.warn(
                 f"The config of the adapter {name!r} says that {', '.join(config.completed_phases)} is complete, but "
@@ -353,6 +361,10 @@ class PhaseDriver:
                 ) from None
         return self.start()
 
+    def _refuse_merged(self, name: str) -> None:
+        if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
+            raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
+
     def _check_engine(self, name: str, optimizer: object, reshapes: bool, schedule: Schedule) -> None:
         """Refuse a boundary ahead that an engine can't cross, before the first step.
 
@@ -369,6 +381,8 @@ class PhaseDriver:
         elif reshapes and any(map(is_sharded, values)):
             why = "which FSDP can't follow: it holds parameters in shards, whose shapes can't change"
             engine = "FSDP"
+        elif reshapes and isinstance(raw_optimizer(optimizer), torch.optim.LBFGS):
+            why, engine = "which LBFGS can't follow: it keeps flat copies of all parameters", "LBFGS"
         else:
             return
         phases = ", ".join(phase.name for phase in schedule.phases)
@@ -459,6 +473,8 @@ class PhaseDriver:
         if not entering:
             return []
         root, optimizer = self.root, self.optimizer
+        for name in entering:
+            self._refuse_merged(name)
         before = trained_parameters(root)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
@@ -492,7 +508,7 @@ class PhaseDriver:
             PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
             for name, phase in entering.items()
         ]
-        if (processes() or 1) == 1 or torch.distributed.get_rank() == 0:
+        if is_first_process():
             for start in starts:
                 logger.info(
                     "adapter %r enters phase %r at step %d: trained parameters %d -> %d",

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Optional
 
 import torch
@@ -100,6 +101,20 @@ SETTINGS: dict[str, Setting] = {
         ),
         Setting("distilbert-16x128-r64", 128, 64, rounds=4, config=tf.DistilBertConfig, groups=_MAIN),
         Setting("llama-4x512-r64", 512, 64, 3, batch=4, config=_llama, task_type="CAUSAL_LM", groups=_MAIN),
+        *(
+            Setting(
+                f"bert512-2x128-r{rank}-bf16",
+                128,
+                rank,
+                rounds=1,
+                batch=2,
+                config=partial(small_bert, 512),
+                dtype=torch.bfloat16,
+                device="cpu",
+                groups=("learner",),
+            )
+            for rank in (16, 64)
+        ),
         Setting("bert-large-16x128-r64", 128, 64, 20, config=_bert_large, dtype=torch.bfloat16, device="cuda"),
         Setting(
             "decoder-1b-4x512-r64",
@@ -212,12 +227,13 @@ def random_rows(setting: Setting, config: Any, device: torch.device, seed: int) 
     """One batch of random tokens without padding; labels are the tokens themselves, or one of two classes."""
     generator = torch.Generator().manual_seed(seed)
     shape = (setting.batch, setting.tokens)
-    tokens = torch.randint(config.vocab_size, shape, generator=generator)
-    rows = {
-        "input_ids": tokens,
-        "attention_mask": torch.ones(shape, dtype=torch.long),
-        "labels": tokens.clone()
-        if setting.task_type != "SEQ_CLS"
-        else torch.randint(2, shape[:1], generator=generator),
-    }
+    with torch.device("cpu"):  # the generator's, whatever the default is
+        tokens = torch.randint(config.vocab_size, shape, generator=generator)
+        rows = {
+            "input_ids": tokens,
+            "attention_mask": torch.ones(shape, dtype=torch.long),
+            "labels": tokens.clone()
+            if setting.task_type != "SEQ_CLS"
+            else torch.randint(2, shape[:1], generator=generator),
+        }
     return {name: value.to(device) for name, value in rows.items()}

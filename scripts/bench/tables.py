@@ -24,6 +24,8 @@ SHAPES = {
 LONG = "minilm-16x128-r64"
 #: Ends the names of the same shapes, measured with an allocator that gives no memory back.
 KEPT_HEAP = "-kept-heap"
+#: Shapes whose bytes alone are counted, on a CPU, with a model in bfloat16.
+BF16 = {"bert512-2x128-r16-bf16": "r=16", "bert512-2x128-r64-bf16": "r=64"}
 LEARNER = {
     "learner_priming": "in priming",
     "learner_primed": "after priming",
@@ -175,6 +177,15 @@ def learner_table(table: pd.DataFrame, ending: str = "") -> pd.DataFrame:
     )
 
 
+def bf16_table(table: pd.DataFrame) -> pd.DataFrame:
+    """Bytes against LoRA's where the model is in bfloat16."""
+    kinds = {
+        kind: texts(table, f"bytes_ratios.lora.{where}") for kind, where in (("stored", "stored"), ("all", "total"))
+    }
+    columns = {f"{head}, {kind}": at(kinds[kind], name, LEARNER) for name, head in BF16.items() for kind in kinds}
+    return pd.DataFrame({"": LEARNER.values(), **columns})
+
+
 def flops_table(table: pd.DataFrame) -> pd.DataFrame:
     """Flops relative to the bound."""
     return shapes_table(texts(table, "flops_to_bound"), FLOPS)
@@ -243,7 +254,7 @@ def methods_table(table: pd.DataFrame, setting: str) -> pd.DataFrame:
 def models_table(table: pd.DataFrame) -> pd.DataFrame:
     """The main comparisons of larger models, a row per setting, and of the one shape of MiniLM beside them."""
     settings = [name for name, method in table.index if method == "learner_primed"]
-    larger = [name for name in settings if name == LONG or not name.startswith("minilm")]
+    larger = [name for name in settings if name == LONG or not (name.startswith("minilm") or name in BF16)]
     columns = {
         head: [quartiles(table, peer).get((setting, method), "") for setting in larger]
         for head, (method, peer) in COMPARISONS.items()
@@ -299,6 +310,7 @@ class Tables:
         self.makers: dict[str, Callable[[], pd.DataFrame]] = {
             "learner": partial(learner_table, table),
             "flops": partial(flops_table, table),
+            "bf16": partial(bf16_table, table),
             "far": partial(far_table, table),
             "nas": partial(nas_table, table),
             "inference": partial(inference_table, table),

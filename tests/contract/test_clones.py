@@ -134,3 +134,46 @@ def test_whole_state(tuner, tmp_path: Path):
     else:
         with pytest.raises(ValueError, match="saved in another phase.*from_pretrained"):
             fresh.load_state_dict(state)
+
+
+@pytest.mark.parametrize("changed", [{}, {"save_dtype": "bfloat16"}, {"base_model_name_or_path": "another"}])
+@pytest.mark.parametrize("tuner", CASES)
+def test_clone_with_head(tuner, changed):
+    """The same with a head, which PEFT writes into the config, and of a copied config that says other things beside
+    what decides an adapter's form."""
+    model, inputs = made(tuner, "distilbert")
+    expected = logits_of(model, inputs)
+    config = copy.deepcopy(model.peft_config["default"])
+    for name, value in changed.items():
+        setattr(config, name, value)
+    clone(model, config)
+    model.set_adapter("ref")
+    assert torch.equal(logits_of(model, inputs), expected)
+
+
+@pytest.mark.parametrize("how", ["own config", "copied config"])
+@pytest.mark.parametrize("tuner", TUNERS)
+def test_clone_of_second(tuner, how):
+    """Of two adapters with equal configs, the clone is that of the one whose config it was made with."""
+    model, inputs = made(tuner)
+    model.add_adapter("b", TUNERS[tuner].config(task_type=zoo.ZOO["llama"].task_type))
+    model.set_adapter("b")
+    loop(model, {**inputs, "labels": inputs["input_ids"].flip(1)}, 6)
+    expected = logits_of(model, inputs)
+    config = model.peft_config["b"]
+    model.add_adapter("ref", copy.deepcopy(config) if how == "copied config" else config)
+    for name, parameter in model.named_parameters():
+        if ".b." in name:
+            model.get_parameter(name.replace(".b.", ".ref.")).data.copy_(parameter.data)
+    model.set_adapter("ref")
+    assert torch.equal(logits_of(model, inputs), expected)
+
+
+@pytest.mark.parametrize("tuner", ["learner", "learner-fold", "far", "nas-structured"])
+def test_clone_is_told(tuner):
+    """Whoever trains a clone without meaning to is told which phase it is in."""
+    model, inputs = made(tuner)
+    model.add_adapter("two", model.peft_config["default"])
+    model.set_adapter("two")
+    with pytest.warns(UserWarning, match="'two' was added with the config of 'default', as a clone.*restart_phases"):
+        loop(model, inputs, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from pathlib import Path
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from torch import nn
 from training import Rows, learner
 
-from peft_learners import LearnerConfig
+from peft_learners import LearnerConfig, ScheduleError
 from peft_learners.export import save_as_lora
 
 FILE = "adapter_model.safetensors"
@@ -267,3 +268,108 @@ def test_half_precision():
     go_on(model, range(2))
     values = [m.learner_P1["default"].weight for m in primed(model).values()]
     assert {v.dtype for v in values} == {torch.float32} and len(config.kept_energy) == 8
+
+
+def test_rank_is_kept():
+    """An update of a lower rank is filled up with rows that train on, so that the rank is the one asked for."""
+    model = learner(priming_steps=3, r=6, after_priming="fold")
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    rows = torch.utils.data.default_collate([Rows()[0]])
+    model.base_model.set_schedule(6, 2, optimizer=optimizer)
+    model(**rows).loss.backward()
+    optimizer.step()  # one row of six tokens: D has a rank of at most 6, P2 P1 adds what it has
+    before = logits(model)
+    for layer in primed(model).values():
+        with torch.no_grad():
+            layer.learner_P2["default"].weight.zero_()
+            layer.learner_dense_delta["default"].weight[:, 1:] = 0  # rank 1
+    before = logits(model)
+    model.base_model.update_and_allocate(3)
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=1e-5)
+    for layer in primed(model).values():
+        a, b = layer.learner_P1["default"].weight, layer.learner_P2["default"].weight
+        assert len(a) == 6 and bool(a.any(dim=1).all()) and not b[:, 1:].any()
+
+
+def test_not_finite():
+    """Diverged updates are named before any layer is folded."""
+    model, _ = folded(steps=2)
+    name, layer = list(primed(model).items())[5]
+    with torch.no_grad():
+        layer.learner_dense_delta["default"].weight[0, 0] = float("nan")
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with pytest.raises(ScheduleError, match=f"1 of its updates .first: {name.removeprefix('base_model.model.')}"):
+        model.base_model.update_and_allocate(3)
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key].nan_to_num(), value.nan_to_num()) for key, value in before.items())
+
+
+def test_needs_optimizer():
+    """Folding drops optimizer state, so it asks for the optimizer; one that flattens parameters is refused."""
+    model = learner(priming_steps=3, after_priming="fold")
+    with pytest.raises(ScheduleError, match="folds its dense deltas at its boundary.*optimizer=optimizer"):
+        model.base_model.set_schedule(6, 2)
+    flat = torch.optim.LBFGS([p for p in model.parameters() if p.requires_grad])
+    with pytest.raises(ScheduleError, match=r"which LBFGS can't follow.*stop_at_boundary=True"):
+        model.base_model.set_schedule(6, 2, optimizer=flat)
+
+
+def test_merged_at_boundary():
+    """A boundary in merged weights is refused: what is merged could not be taken out again."""
+    model, _ = folded(steps=2)
+    model.merge_adapter()
+    with pytest.raises(ScheduleError, match="is merged and can't train"):
+        model.base_model.update_and_allocate(3)
+    model.unmerge_adapter()
+    assert model.base_model.update_and_allocate(3)
+
+
+def test_primed_file_trains():
+    """A primed file that is loaded over a folded adapter is primed on: theta is a parameter before any optimizer."""
+    import tempfile
+
+    source, _ = folded(steps=2)
+    model, _ = folded(steps=5)
+    with tempfile.TemporaryDirectory() as folder:
+        source.save_pretrained(folder)
+        model.load_adapter(folder, "default", is_trainable=True)
+    dense = [layer.learner_dense_delta["default"].weight for layer in primed(model).values()]
+    assert len(dense) == 8 and all(isinstance(p, nn.Parameter) and p.requires_grad for p in dense)
+    assert model.peft_config["default"].kept_energy is None
+    first = [p.detach().clone() for p in dense]
+    go_on(model, range(1))
+    assert not any(torch.equal(p, value) for p, value in zip(dense, first, strict=True))
+
+
+@pytest.mark.parametrize("verb", ["restart", "prepare", "load"])
+def test_copy_goes_on(verb, tmp_path: Path):
+    """A copy of a folded model can do what the model can."""
+    source, _ = folded(steps=2)
+    source.save_pretrained(tmp_path)
+    model = copy.deepcopy(folded()[0])
+    if verb == "restart":
+        model.base_model.restart_phases()
+    elif verb == "prepare":
+        model.base_model.prepare_optimizer()
+    else:
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    go_on(model, range(4))
+    assert model.peft_config["default"].completed_phases == ["priming"]
+
+
+def test_low_cpu_mem_usage(tmp_path: Path):
+    """A primed adapter that was loaded late trains on, and can be primed again."""
+    model, _ = folded(after_priming="keep")
+    model.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path, is_trainable=True, low_cpu_mem_usage=True)
+    assert torch.equal(logits(again), logits(model))
+    again.base_model.restart_phases()
+    go_on(again, range(4))
+    assert again.peft_config["default"].completed_phases == ["priming"]
+
+
+def test_fold_rank_alone():
+    """A rank to fold into without folding is a mistake."""
+    with pytest.raises(ValueError, match="`fold_rank` must be None unless primed layers are folded, got 8"):
+        LearnerConfig(fold_rank=8)

@@ -37,6 +37,7 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         "in priming": {**BOTH, **PRIMED, "r": 3},
         "in priming, scaled": {**LIN0, **PRIMED, "r": 3, "priming_lr_scale": 0.1},
         "primed": {**LIN0, **PRIMED, "r": 3, "completed_phases": ["priming"]},
+        "folded": {**LIN0, **PRIMED, "r": 3, "after_priming": "fold", "completed_phases": ["priming"]},
         "primed, dropout": {**LIN0, **PRIMED, "learner_dropout": 0.1, "completed_phases": ["priming"]},
     }
     for name, fields in mlp.items():

@@ -128,6 +128,27 @@ MUTANTS = [
         CONTRACT + "test_stays_frozen[learner-distilbert]",
     ),
     Mutant(
+        "a clone has no frozen values",
+        "tuner.py",
+        "layer.copy_frozen(source, adapter_name)",
+        "pass",
+        "contract/test_clones.py::test_clone[learner-last phase-own config]",
+    ),
+    Mutant(
+        "folding leaves the scale in",
+        "learner/layer.py",
+        "pair.b / (self.learner_scaling[adapter] / root)",
+        "pair.b",
+        "methods/test_fold.py::test_nearest_product[None]",
+    ),
+    Mutant(
+        "a state of another phase is loaded",
+        "tuner.py",
+        "model.register_load_state_dict_pre_hook(_check_state)",
+        "pass",
+        "contract/test_clones.py::test_whole_state[far-discard]",
+    ),
+    Mutant(
         "Learner loads a primed adapter unfrozen",
         "learner/model.py",
         "layer.freeze_parts(adapter, (DENSE_PART,))",

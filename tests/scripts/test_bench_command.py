@@ -120,11 +120,12 @@ def test_more_tokens_than_positions(arguments, tmp_path):
 def test_missing_device():
     """All leaves out what the device or the model is missing for."""
     args, device = bench.parse(["--setting", "all", "--device", "cpu", "--threads", "1", "--label", "x"])
-    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64", "scaling", "import"]
+    own = ["distilbert-16x128-r64", "llama-4x512-r64", "bert512-2x128-r16-bf16", "bert512-2x128-r64-bf16"]
+    assert bench.settings_to_run(args, device) == [*own, "scaling", "import"]
     args.dropout = 0.0
-    assert bench.settings_to_run(args, device) == ["distilbert-16x128-r64", "llama-4x512-r64"]
+    assert bench.settings_to_run(args, device) == own
     args.dropout, args.model_name_or_path = None, "somewhere"
-    assert len(bench.settings_to_run(args, device)) == 9
+    assert len(bench.settings_to_run(args, device)) == 11
     assert "decoder-1b-4x512-r64" in bench.settings_to_run(args, torch.device("cuda"))
 
 

@@ -95,13 +95,14 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
     where = {key: rows[0][key] for key in ("device", "method")} | {"setting": {"name": "minilm-16x128-r64"}}
     rows += [{**where, "method": "bitfit", "skipped": "ValueError: no."}]
     rows += [row("minilm-16x128-r64-dropout", "far_after", bytes_ratios={"full": {"stored": 0.6, "total": 0.5}})]
-    rows += [row("minilm-16x128-r8", "nas_search")]
+    rows += [row("minilm-16x128-r8", "nas_search"), row("bert512-2x128-r64-bf16", "learner_primed")]
     run_record.write_lines(tmp_path / "rows.jsonl", rows)
     tables = bench_tables.Tables(tmp_path)
     lines = [line for name in tables.makers for line in pages.markdown(tables[name])]
     cell = "0.90 [0.80, 1.00]"
     assert f"| after priming |  |  |  | {cell} | 0.94 | 0.50 |" in lines
     assert "| LoRA | 1.04 |  |  | 1.04 |" in lines
+    assert "| after priming |  |  | 0.94 | 0.50 |" in lines and not any("| bert512" in line for line in lines)
     assert "| after, by hidden unit | 0.78 [0.80, 1.00] | 0.94 | 0.60 | 0.50 | 1.50 MB |" in lines
     label = "search of U-MaM, against the same adapter without importance"
     assert f"| {label} | {cell} |  | 0.25 | 1.50 MB |" in lines
@@ -121,7 +122,7 @@ def test_tables_have_medians_and_quartiles(tmp_path, capsys):
 def test_methods_measured():
     """Every method of the tables is measured."""
     assert {*bench_tables.METHODS, *bench_tables.INFERENCE, *bench_tables.NAS} <= set(bench.METHODS)
-    assert set(bench_tables.SHAPES) <= set(bench_settings.SETTINGS)
+    assert {*bench_tables.SHAPES, *bench_tables.BF16} <= set(bench_settings.SETTINGS)
     for _, _, settings, method, _ in bench_tables.TARGETS:
         shapes = {setting.removesuffix(bench_tables.KEPT_HEAP) for setting in settings}
         assert settings == ("import",) or (shapes <= set(bench_settings.SETTINGS) and method in bench.METHODS)
