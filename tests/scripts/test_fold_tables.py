@@ -68,6 +68,7 @@ def test_table_of_the_better_rate(tmp_path: Path):
     lora = next(line for line in lines if "LoRA" in line)
     assert "| 1e-3 | 25.0 | 20.0 | 10.0 (3e-4) |" in lora
     assert any("90.0 % / 95.0 %" in line for line in lines)
-    assert "no priming: +4.0, better than LoRA" in lines[-1] and "folds: -5.0, **worse than LoRA**" in lines[-1]
-    assert "keeps: +1.0, level with LoRA, **not better**" in lines[-1]
+    assert "no priming: +4.0, better than LoRA" in lines[-3] and "folds: -5.0, **worse than LoRA**" in lines[-3]
+    assert "keeps: +1.0, level with LoRA, **not better**" in lines[-3]
+    assert "CoLA, r = 64, 5 of 8; CoLA, r = 16, 0 of 8" in lines[-1]
     assert Fold(tmp_path).rewarm() == Fold(tmp_path).losses() == ["No finished runs yet."]
