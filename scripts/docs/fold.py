@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterable, Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pandas as pd
 from scripts.docs.pages import Lines, markdown
 from scripts.docs.runs import task_label
 from scripts.docs.scores import NOTHING, rate_text
+from scripts.glue import fold as sweep
 from scripts.glue import run_record
 from scripts.sweep import store
 
@@ -72,15 +74,19 @@ class Fold:
             alone = all(sum(r["variant"] == name for r in rows) == 1 for name in best)
             where += " (one rate each)" if alone else ""
             sentences.append(_beside_lora(where, best, lambda own, lora: _dev(own) - _dev(lora), NOISE, ".1f"))
-        return (
-            [
-                *markdown(pd.DataFrame(lines)),
-                "",
-                *_joined(f"Dev at the end of training, differences up to {NOISE:g} points called level", sentences),
-            ]
-            if lines
-            else NOTHING
-        )
+        if not lines:
+            return NOTHING
+        head = f"Dev at the end of training, differences up to {NOISE:g} points called level"
+        return [*markdown(pd.DataFrame(lines)), "", *_joined(head, sentences), "", self.coverage()]
+
+    def coverage(self) -> str:
+        """How many of the planned runs are there."""
+        made, texts = {row["run"] for row in self.minilm}, []
+        for task, rank in product(sweep.ROWS, sweep.RANKS):
+            plan = [sweep.Run(task, rank, name, lr, 0) for lr in sweep.RATES for name in sweep.COMPARED]
+            done = sum(run.name in made for run in plan)
+            texts.append(f"{task_label(task)}, r = {rank}, {done} of {len(plan)}")
+        return f"Finished of the planned runs: {'; '.join(texts)}."
 
     def rewarm(self) -> Lines:
         """Folding with and without a warm-up after the boundary, by setting and seed."""
