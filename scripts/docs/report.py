@@ -4,10 +4,10 @@
     python -m scripts.docs.report --check    # writes nothing; fails if a page or a picture is not up to date
 
 All of it comes from committed files: results/sweep (scripts/sweep), results/bench (scripts/bench),
-results/architectures (scripts/glue/plot_architecture.py) and results/papers.json (the papers' own numbers). A table
-stands between <!-- report:NAME --> and <!-- report:end -->, so does a picture, as picture-NAME, and those of the
-benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A picture's file says what it was drawn from, so that
-only those are drawn again that show something else by now.
+results/architectures (scripts/glue/plot_architecture.py), results/fold (scripts/glue/fold.py, scripts/decoder/run.py)
+and results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->,
+so does a picture, as picture-NAME, and those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A
+picture's file says what it was drawn from, so that only those are drawn again that show something else by now.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from scripts.bench.rows import read_rows, table_of
 from scripts.bench.tables import Tables
 from scripts.docs import pictures as report_pictures
 from scripts.docs.costs import SETTINGS, table1
+from scripts.docs.fold import Fold
 from scripts.docs.pages import ROOT, Lines, markdown, spliced
 from scripts.docs.progress import coverage_table, phases_table, rates_table, setting_table
 from scripts.docs.runs import Papers, Results
@@ -42,6 +43,7 @@ class Report:
         self.folder, self.figures = folder, folder / "figures"
         self.results = Results.read(folder / "sweep")
         papers = Papers.read(folder / "papers.json")
+        fold = Fold(folder / "fold")
         self.tables: dict[str, Callable[[], Lines]] = {
             "headline": partial(headline, self.results),
             **{name: partial(self.costs, papers, setting) for name, setting in SETTINGS.items()},
@@ -50,6 +52,10 @@ class Report:
             "phases": partial(phases_table, self.results),
             "coverage": partial(coverage_table, self.results),
             "setting": partial(setting_table, self.results),
+            "fold": fold.scores,
+            "fold-rewarm": fold.rewarm,
+            "decoder": fold.losses,
+            "decoder-costs": fold.steps,
         }
         self.pictures = {picture.name: picture for picture in report_pictures.pictures(self.results)}
 

@@ -23,6 +23,10 @@ class MethodArguments:
     priming_lr_scale: float = field(
         default=1.0, metadata={"help": "Learning rate of the primed weights relative to the rest (learner)."}
     )
+    after_priming: str = field(
+        default="keep",
+        metadata={"help": "What becomes of the primed weights (learner).", "choices": ["keep", "fold"]},
+    )
     retention_ratio: float = field(
         default=0.10, metadata={"help": "Share of each FFN layer's nodes that train after priming (far)."}
     )

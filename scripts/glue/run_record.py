@@ -83,19 +83,22 @@ class PhaseTimer(TrainerCallback, ExportableState):
         seconds: seconds in optimizer steps by phase name.
         loop_seconds: seconds from the start of training to now, with everything in between.
         peak_bytes: highest memory use of this process so far.
+        optimizer_bytes: bytes of the optimizer's state after the first step of a phase, by its name.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self.loop_seconds = 0.0
         self.peak_bytes = 0
+        self.optimizer_bytes: dict[str, int] = {}
         self._phase = ONLY_PHASE
         self._entries_read = 0
         self._step_start = self._loop_start = 0.0
 
     def state(self) -> dict[str, dict]:
         self._update()
-        kept = {"seconds": {**self.seconds}, "loop_seconds": self.loop_seconds, "peak_bytes": self.peak_bytes}
+        names = ("seconds", "loop_seconds", "peak_bytes", "optimizer_bytes")
+        kept = {name: copy.copy(getattr(self, name)) for name in names}
         return {"args": {}, "attributes": kept}
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
@@ -115,6 +118,8 @@ class PhaseTimer(TrainerCallback, ExportableState):
             torch.cuda.synchronize(args.device)
         step = time.perf_counter() - self._step_start
         self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + step
+        if self._phase not in self.optimizer_bytes and "optimizer" in kwargs:
+            self.optimizer_bytes[self._phase] = state_bytes(kwargs["optimizer"])
 
     def on_train_end(self, *_: Any, **kwargs: Any) -> None:
         self._update()
@@ -126,6 +131,12 @@ class PhaseTimer(TrainerCallback, ExportableState):
             now = time.perf_counter()
             self.loop_seconds += now - self._loop_start
             self._loop_start = now
+
+
+def state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of the tensors in an optimizer's state."""
+    kept = (value for entry in optimizer.state.values() for value in entry.values())
+    return sum(value.nbytes for value in kept if isinstance(value, torch.Tensor))
 
 
 def peak_memory_bytes() -> int:

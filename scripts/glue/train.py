@@ -196,6 +196,13 @@ def learned_architecture(model: torch.nn.Module) -> dict[str, Any]:
     return {"architecture": fields}
 
 
+def kept_energy(model: torch.nn.Module) -> dict[str, Any]:
+    """How much of each layer's update a fold has kept, for the record; nothing where nothing was folded."""
+    configs = getattr(model, "peft_config", {}).values()
+    found = [kept for config in configs if (kept := getattr(config, "kept_energy", None))]
+    return {"kept_energy": found[0]} if found else {}
+
+
 def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str, Any]:
     """The metrics of the weights that are saved: those of the last row of the training, or of one more evaluation."""
     last = epochs[-1] if epochs else {}
@@ -248,6 +255,7 @@ def train(
     folder = save(trainer)
     # By type: the Trainer may have put a restored copy in its place.
     timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, run_record.PhaseTimer))
+    model = trainer.accelerator.unwrap_model(trainer.model)
     phases = run_record.phase_rows(log, timer.seconds, trainer.state.global_step, about["trained"])
     return {
         "versions": run_record.versions(),
@@ -262,9 +270,11 @@ def train(
         "epochs": epochs,
         "final": final,
         **held_out,
-        **learned_architecture(trainer.accelerator.unwrap_model(trainer.model)),
+        **learned_architecture(model),
+        **kept_energy(model),
         "metrics_source": about["metrics_source"],
         "phases": phases,
+        "optimizer_bytes": timer.optimizer_bytes,
         "wall_seconds": {
             "train": sum(timer.seconds.values()),
             "eval": run_record.eval_seconds(log),

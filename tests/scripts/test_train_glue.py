@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -203,6 +204,7 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     # 6 steps, 3 per epoch: one epoch of priming; 1 % of the steps, at least one
     starts = {
         "learner": {"priming": 0, "learning": 3},
+        "learner_rewarm": {"priming": 0, "learning": 3},
         "far": {"priming": 0, "reconfigured": 1},
         "nas_lora": {"search": 0, "retraining": 3},
     }.get(method)
@@ -218,6 +220,9 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
         assert trained["trained_first_phase"] > trained["trained_last_phase"] > 0
     else:
         assert 0 < trained["trained_first_phase"] == trained["trained_last_phase"] <= trained["total"]
+    assert (
+        list(results["optimizer_bytes"]) == list(starts or ["train"]) and min(results["optimizer_bytes"].values()) > 0
+    )
     wall = results["wall_seconds"]
     assert 0 < wall["train"] < wall["total"] and 0 < wall["eval"] < wall["total"]
     assert results["peak_memory_bytes"] > 2**20
@@ -228,6 +233,34 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
 
     assert train_glue.main(arguments(method=method)) == json.loads(text)  # finished: nothing is trained again
     assert "This run is finished" in capsys.readouterr().out
+
+
+def test_fold_is_recorded(arguments, tmp_path):
+    """A Learner that folds records what it kept of each primed layer, one that keeps its primed weights nothing; the
+    optimizer's state shrinks to an unprimed one's."""
+    folds, keeps = (
+        train_glue.main(arguments(method="learner", after_priming=name, output_dir=tmp_path / name))
+        for name in ("fold", "keep")
+    )
+    assert 0 < min(folds["kept_energy"].values()) <= max(folds["kept_energy"].values()) <= 1
+    assert "kept_energy" not in keeps and folds["adapter_bytes"] < keeps["adapter_bytes"]
+    assert folds["optimizer_bytes"] == keeps["optimizer_bytes"]
+    assert folds["optimizer_bytes"]["learning"] < folds["optimizer_bytes"]["priming"]
+
+
+def test_rewarm_after_the_boundary():
+    """The rate rises linearly over twenty steps after the first phase, and is the schedule's before and after."""
+    state = SimpleNamespace(log_history=[{"phase_first_step": 0}, {"phase_first_step": 30}], global_step=29)
+
+    def rate(step: int) -> float:
+        state.global_step = step
+        optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
+        glue_methods.Rewarm().on_step_begin(None, state, None, optimizer=optimizer)
+        return optimizer.param_groups[0]["lr"]
+
+    assert [rate(30), rate(39), rate(49), rate(50), rate(80)] == [0.05, 0.5, 1, 1, 1]
+    state.log_history.pop()
+    assert rate(5) == 1
 
 
 # AdaLoRA's recorded loss holds a regularisation, and PEFT gives none for an adapter that is loaded: see test_peers.py.
