@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "peft_learners"
 PEFTS = "test_custom_models.py::TestPeftCustomModel::"
 CONTRACT = "contract/test_contract.py::"
+#: Where tests of ours lie, and none of PEFT's.
+OURS = ("contract/", "methods/")
 
 pytestmark = [
     pytest.mark.slow,
@@ -184,7 +186,7 @@ def copy_of_package(folder: Path, mutant: Mutant | None) -> Path:
 def report_of(warm: Warm, folder: Path, mutant: Mutant | None, suite: Path, of_ours: bool) -> runner.Report:
     """What a run of the mutant's test reported; without one, of all tests that are ours, or PEFT's."""
     tests = [mutant.test] if mutant is not None else TESTS
-    chosen = [f"tests/{test}" for test in tests if test.startswith(CONTRACT) == of_ours]
+    chosen = [f"tests/{test}" for test in tests if test.startswith(OURS) == of_ours]
     report = folder / "report.xml"
     if of_ours:
         options = ["-p", "no:cacheprovider", "-q", "-W", "ignore", "-o", "addopts=", "--junitxml", str(report)]
@@ -211,7 +213,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[runner.R
     add(None, True)
     for mutant in MUTANTS:
         if occurrences(mutant) == 1:
-            add(mutant, mutant.test.startswith(CONTRACT))
+            add(mutant, mutant.test.startswith(OURS))
     warm.close()
     return reports
 

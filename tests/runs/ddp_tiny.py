@@ -41,7 +41,7 @@ MODELS = {
     "far-output-node": partial(far, granularity="output_node"),
     "nas": partial(nas, search_epochs=1, parameter_budget=0.2),
     "nas-structured": partial(nas, search_epochs=1, granularity="structured"),
-    "fold": partial(learner, priming_lr_scale=0.5, after_priming="fold", fold_rank=0.9),
+    "fold": partial(learner, priming_lr_scale=0.5, after_priming="fold"),
     "bottleneck": bottleneck,
     "bottleneck-checkpointing": bottleneck,
 }
