@@ -130,7 +130,7 @@ def without_others(
         ValueError: the file has other values of the model.
     """
     model, lost = root.state_dict(), []
-    tables: dict[int, Tensor] | None = None
+    tables: set[int] | None = None
     for key in state_dict.keys() - own:
         short = key.removeprefix(_PEFT_PREFIX)  # PEFT takes that off for models that it has not wrapped
         place = key if key in model else short if short in model else None
@@ -156,16 +156,16 @@ def without_others(
     return {key: value for key, value in state_dict.items() if key not in lost}
 
 
-def _tables(root: nn.Module) -> dict[int, Tensor]:
-    """Parameters of the input and output embeddings, by the place of their data."""
-    found: dict[int, Tensor] = {}
+def _tables(root: nn.Module) -> set[int]:
+    """Where the data of the input and output embeddings' parameters lies."""
+    found: set[int] = set()
     for name in ("get_input_embeddings", "get_output_embeddings"):
         try:
             module = getattr(root, name)()
         except (AttributeError, NotImplementedError):
             continue
         if isinstance(module, nn.Module):
-            found.update({p.data_ptr(): p for p in base_of(module).parameters() if not p.is_meta})
+            found.update(p.data_ptr() for p in base_of(module).parameters() if not p.is_meta)
     return found
 
 

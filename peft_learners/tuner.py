@@ -61,18 +61,14 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     """Called before a state dict is loaded into a model with adapters, by whatever tool."""
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
         return  # FSDP1 has the shapes of shards
-    own = root.state_dict()
     for adapter, config in getattr(root, "peft_config", {}).items():
-        tuner = tuner_of(config) if isinstance(config, PhasedConfig) else None
-        if tuner is not None:
-            keys = [
-                key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter) and state[key].numel()
-            ]
-            given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
-            keys = [key for key in own if tuner._is_own(key, adapter) and key not in tuner._empty_keys(root, adapter)]
-            expected = {key: tuple(own[key].shape) for key in keys}
-            if given:
-                refuse_other_form(expected, given, adapter, tuner.passing_parts(config))
+        if not isinstance(config, PhasedConfig):
+            continue
+        tuner = tuner_of(config)
+        keys = [key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter) and state[key].numel()]
+        given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
+        if given:
+            refuse_other_form(tuner._shapes_by_key(root, adapter), given, adapter, tuner.passing_parts(config))
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -335,9 +331,10 @@ class PhasedModel(TargetChoice):
         put_back_empty(model)
         config.write("target_modules", config.target_modules)  # PEFT may have condensed it
         PhaseDriver.of(model)  # it notices when the model is copied
-        for layer in tuner_layers(model):
-            if source is not None and layer.has_adapter(source) and layer.has_adapter(adapter_name):
-                layer.copy_frozen(source, adapter_name)
+        if source is not None:
+            for layer in tuner_layers(model):
+                if layer.has_adapter(source) and layer.has_adapter(adapter_name):
+                    layer.copy_frozen(source, adapter_name)
 
     def _new_layer(self, module: nn.Module, name: str) -> DeltaLayer:
         """A tuner layer, still without adapters, to stand in for a module of the model."""
@@ -612,12 +609,15 @@ class PhasedModel(TargetChoice):
     @classmethod
     def _own_shapes(cls, root: nn.Module, adapter: str) -> Shapes:
         """What a file of this adapter, as it is now, holds."""
+        shapes = cls._shapes_by_key(root, adapter).items()
+        return {cls._remove_adapter_name_from_key(key, adapter): shape for key, shape in shapes}
+
+    @classmethod
+    def _shapes_by_key(cls, root: nn.Module, adapter: str) -> Shapes:
+        """The same by the keys of the model's state dict."""
         empty = cls._empty_keys(root, adapter)
-        return {
-            cls._remove_adapter_name_from_key(key, adapter): tuple(value.shape)
-            for key, value in root.state_dict().items()
-            if cls._is_own(key, adapter) and key not in empty
-        }
+        own = ((key, value) for key, value in root.state_dict().items() if cls._is_own(key, adapter))
+        return {key: tuple(value.shape) for key, value in own if key not in empty}
 
     @staticmethod
     def _empty_keys(root: nn.Module, adapter: str) -> set[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
-from ..layers.base import TEST_STD, DeltaLayer
+from ..layers.base import DeltaLayer, draw_first
 from ..layers.linear import call_base
 from ..layers.module import DeltaNorm
 from ..structure.weights import sizes
@@ -83,12 +82,8 @@ class BottleneckLinear(BottleneckLayer):
         made: dict[str, Any] = {"dtype": torch.float32, "device": self.drawing_device(adapter)}
         down = self.bottleneck_down[adapter] = nn.Linear(features, width, **made)
         up = self.bottleneck_up[adapter] = nn.Linear(width, self.out_features, **made)
-        nn.init.kaiming_uniform_(down.weight, a=math.sqrt(5))
-        for parameter in (down.bias, up.weight, up.bias):
-            nn.init.zeros_(parameter)
-        if not config.init_weights:
-            for parameter in (*down.parameters(), *up.parameters()):
-                nn.init.normal_(parameter, std=TEST_STD)
+        for parameter in (*down.parameters(), *up.parameters()):
+            draw_first(parameter, config, kaiming=parameter is down.weight)
 
     def let_go(self) -> None:
         if self.bottleneck_input is not None:

@@ -22,7 +22,7 @@ from ..ops.terms import Dense
 from ..structure.weights import base_of, readable_weight
 from .config import PARTS, FARConfig
 from .plan import Nodes, Target
-from .selection import kept_count
+from .selection import drawn, kept_count
 
 BATCHLESS = (
     "A mixed batch can't give each row its own {}: the model computes them once for the whole batch. Call the model "
@@ -89,11 +89,11 @@ class FARLayer(DeltaLayer):
                     "FAR can't give it deltas: leave it out with exclude_modules."
                 )
         if config.reconfigured and self.holds_nodes(adapter):
-            nodes, order = self.far_nodes[adapter], torch.arange(self.far_nodes[adapter].width, device="cpu")
+            nodes = self.far_nodes[adapter]
+            count = kept_count(config.retention_ratio, nodes.width)
+            kept = torch.arange(count, device="cpu")
             if not config.init_weights:  # the same in all layers of a pair, as a selection is
-                generator = torch.Generator("cpu").manual_seed(config.seed)
-                order = torch.randperm(nodes.width, generator=generator, device="cpu")
-            kept = order[: kept_count(config.retention_ratio, nodes.width)].sort().values
+                kept = drawn(nodes.width, count, torch.Generator("cpu").manual_seed(config.seed))
             self.cut(adapter, nodes.rows(kept), config.discard_unkept)
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:

@@ -101,6 +101,16 @@ def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if not value.is_meta and value.numel()}
 
 
+def draw_first(value: Tensor, config: Any, kaiming: bool = False) -> None:
+    """Give a parameter of a new adapter its first values: zeros, or Kaiming-uniform; random without `init_weights`."""
+    if kaiming:
+        nn.init.kaiming_uniform_(value, a=math.sqrt(5))
+    elif config.init_weights:
+        nn.init.zeros_(value)
+    if not config.init_weights:
+        nn.init.normal_(value, std=TEST_STD)
+
+
 class DeltaLayer(nn.Module, BaseTunerLayer):
     """A module plus the deltas of its adapters.
 
@@ -163,19 +173,21 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
         """The tensor of an adapter in a container, differentiable while it trains."""
         return getattr(self, part)[adapter]()
 
+    def leaves_of(self, adapter: str) -> list[tuple[str, Value]]:
+        """`(name of the container, module)` of what an adapter has here that can freeze."""
+        held = [
+            (part, getattr(self, part)[adapter]) for part in self.adapter_layer_names if self.has_part(part, adapter)
+        ]
+        return [(part, leaf) for part, leaf in held if isinstance(leaf, Value)]
+
     def leaf(self, part: str, adapter: str) -> Value:
         """The module that holds the tensor of an adapter in a container."""
         return getattr(self, part)[adapter]
 
     def add_parameter(self, part: str, adapter: str, config: Any, *shape: int, kaiming: bool = False) -> None:
-        """Put a new parameter into a container: zeros, or Kaiming-uniform; random without `init_weights`."""
+        """Put a new parameter into a container, at its first values (`draw_first`)."""
         value = torch.empty(*shape, dtype=torch.float32, device=self.drawing_device(adapter))
-        if kaiming:
-            nn.init.kaiming_uniform_(value, a=math.sqrt(5))
-        elif config.init_weights:
-            nn.init.zeros_(value)
-        if not config.init_weights:
-            nn.init.normal_(value, std=TEST_STD)
+        draw_first(value, config, kaiming)
         self.put(part, adapter, value)
 
     def drawing_device(self, adapter: str) -> str | None:
@@ -194,6 +206,11 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
     def put(self, part: str, adapter: str, value: Tensor) -> None:
         """Put a new parameter into a container. One of a bias is called so: Trainer exempts it from weight decay."""
         getattr(self, part)[adapter] = Value(value, self.file_key(part).rpartition(".")[2])
+
+    def put_empty(self, part: str, adapter: str, device: torch.device) -> None:
+        """Put a parameter into a container of which nothing is left, for an optimizer that is yet to be made."""
+        self.put(part, adapter, torch.empty(0, dtype=torch.float32, device=device))
+        self.leaf(part, adapter).is_empty = True
 
     def let_go(self) -> None:
         """The layer is about to give its place back to its base: undo what was put outside of it."""
@@ -367,9 +384,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             The parameters that stopped training.
         """
         stopped = []
-        for part in self.adapter_layer_names:
-            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
-            if not isinstance(held, Value) or held.is_empty:
+        for part, held in self.leaves_of(adapter):
+            if held.is_empty:
                 continue
             if part in parts and not held.is_frozen:
                 if held.parameter.requires_grad:
@@ -382,16 +398,13 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def empty_keys(self, adapter: str) -> list[str]:
         """Keys, in a state dict, of parameters of which nothing is left."""
-        held = [(part, getattr(self, part)) for part in self.adapter_layer_names]
-        leaves = [(part, own[adapter]) for part, own in held if adapter in own]
-        return [f"{part}.{adapter}.{leaf.name}" for part, leaf in leaves if isinstance(leaf, Value) and leaf.is_empty]
+        return [f"{part}.{adapter}.{leaf.name}" for part, leaf in self.leaves_of(adapter) if leaf.is_empty]
 
     def drop_empty(self, adapter: str) -> list[nn.Parameter]:
         """Let go of parameters of which nothing is left; gives those that an optimizer may have state of."""
         stopped: list[nn.Parameter] = []
-        for part in self.adapter_layer_names:
-            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
-            if isinstance(held, Value) and held.is_empty:
+        for part, held in self.leaves_of(adapter):
+            if held.is_empty:
                 held.parameter.requires_grad_(False)
                 stopped.append(held.parameter)
                 self._gone[part, adapter] = held
@@ -400,9 +413,8 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
 
     def cast_frozen(self, adapter: str) -> None:
         """Bring frozen values of half precision to float32, as PEFT does with parameters."""
-        for part in self.adapter_layer_names:
-            held = getattr(self, part)[adapter] if adapter in getattr(self, part) else None
-            if isinstance(held, Value) and held.is_frozen and held().dtype.itemsize < 4:
+        for _, held in self.leaves_of(adapter):
+            if held.is_frozen and held().dtype.itemsize < 4:
                 setattr(held, held.name, held().float())
 
     def copy_frozen(self, source: str, adapter: str) -> None:
@@ -414,10 +426,9 @@ class DeltaLayer(nn.Module, BaseTunerLayer):
             own = getattr(self, name)
             if isinstance(own, BufferDict) and source in own:
                 own[adapter] = own[source].clone()
-        for part in self.adapter_layer_names:
-            held = getattr(self, part)
-            if source in held and adapter in held and held[source].is_frozen:
-                held[adapter].set(held[source]().clone())
+        for part, held in self.leaves_of(source):
+            if held.is_frozen and self.has_part(part, adapter):
+                self.leaf(part, adapter).set(held().clone())
 
     def make_whole(self, adapter: str) -> None:
         """Put back, empty, the parameters of which nothing is left, for an optimizer that is yet to be made."""

@@ -53,21 +53,19 @@ class Value(nn.Module):
         resting = self.__dict__["_resting"]
         return resting if self.name in self._buffers else getattr(self, self.name)
 
-    def freeze(self) -> nn.Parameter:
-        """Make it a buffer; gives the parameter that trained, whose gradient is freed."""
-        if not self.is_frozen:
-            parameter = getattr(self, self.name)
-            if is_sharded(parameter):
-                self._is_held = True
-                parameter.grad = None
-                parameter.requires_grad_(False)
-                return parameter
+    def freeze(self) -> None:
+        """Make it a buffer, or, in shards, a parameter that does not train; the gradient is freed."""
+        if self.is_frozen:
+            return
+        parameter = getattr(self, self.name)
+        parameter.requires_grad_(False)
+        parameter.grad = None
+        if is_sharded(parameter):
+            self._is_held = True
+        else:
             delattr(self, self.name)
             self.register_buffer(self.name, parameter.detach())
-            parameter.requires_grad_(False)
-            parameter.grad = None
             self.__dict__["_resting"] = parameter
-        return self.parameter
 
     def unfreeze(self) -> None:
         """Make it a parameter again, the same one if there was one; its flag is left to the caller."""

@@ -84,8 +84,8 @@ def _tell(adapter: str, config: LearnerConfig, kept: Mapping[str, float]) -> Non
 
 def _refuse_not_finite(layers: Mapping[str, LearnerLinear], adapter: str) -> None:
     """No SVD has an answer then, and nothing is folded."""
-    broken = [n for n, m in layers.items() if not m.whole_update(adapter).is_meta]
-    broken = [name for name in broken if not bool(torch.isfinite(layers[name].whole_update(adapter)).all())]
+    updates = ((name, layer.whole_update(adapter)) for name, layer in layers.items())
+    broken = [name for name, update in updates if not (update.is_meta or bool(torch.isfinite(update).all()))]
     if broken:
         raise ScheduleError(
             f"The adapter {adapter!r} can't be folded: {len(broken)} of its updates (first: {broken[0]}) hold NaN or "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -130,8 +129,7 @@ class LearnerLinear(LearnerLayer, DeltaLinear):
     def make_whole(self, adapter: str) -> None:
         super().make_whole(adapter)
         if self.learner_primed.get(adapter) and adapter not in self.learner_dense_delta:  # it was loaded folded
-            self.put(DENSE_PART, adapter, torch.empty(0, device=self.value("learner_P1", adapter).device))
-            self.leaf(DENSE_PART, adapter).is_empty = True
+            self.put_empty(DENSE_PART, adapter, self.value("learner_P1", adapter).device)
 
 
 class LearnerNorm(LearnerLayer, DeltaNorm):

@@ -132,7 +132,7 @@ class NASLoRALayer(DeltaLayer):
 
     def has_values(self, part: str, adapter: str) -> bool:
         """Whether there is anything of a part, be it empty."""
-        return adapter in getattr(self, CONTAINERS[part])
+        return self.has_part(CONTAINERS[part], adapter)
 
     def values(self, part: str, adapter: str) -> Tensor:
         """A part's values, differentiable."""
@@ -261,8 +261,7 @@ class NASLoRALayer(DeltaLayer):
         super().make_whole(adapter)
         for part in self.nas_lora_space[adapter].shapes if self.has_adapter(adapter) else ():
             if not self.has_values(part, adapter):  # of an adapter that was loaded pruned
-                self.put(CONTAINERS[part], adapter, torch.empty(0, dtype=torch.float32, device=self._device()))
-                self.leaf(CONTAINERS[part], adapter).is_empty = True
+                self.put_empty(CONTAINERS[part], adapter, self._device())
 
     def is_pruned(self, adapter: str) -> bool:
         """Whether the adapter is in the form of kept units here."""

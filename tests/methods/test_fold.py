@@ -278,7 +278,6 @@ def test_rank_is_kept():
     model.base_model.set_schedule(6, 2, optimizer=optimizer)
     model(**rows).loss.backward()
     optimizer.step()  # one row of six tokens: D has a rank of at most 6, P2 P1 adds what it has
-    before = logits(model)
     for layer in primed(model).values():
         with torch.no_grad():
             layer.learner_P2["default"].weight.zero_()
@@ -325,15 +324,12 @@ def test_merged_at_boundary():
     assert model.base_model.update_and_allocate(3)
 
 
-def test_primed_file_trains():
+def test_primed_file_trains(tmp_path: Path):
     """A primed file that is loaded over a folded adapter is primed on: theta is a parameter before any optimizer."""
-    import tempfile
-
     source, _ = folded(steps=2)
     model, _ = folded(steps=5)
-    with tempfile.TemporaryDirectory() as folder:
-        source.save_pretrained(folder)
-        model.load_adapter(folder, "default", is_trainable=True)
+    source.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
     dense = [layer.learner_dense_delta["default"].weight for layer in primed(model).values()]
     assert len(dense) == 8 and all(isinstance(p, nn.Parameter) and p.requires_grad for p in dense)
     assert model.peft_config["default"].kept_energy is None

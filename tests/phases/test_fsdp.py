@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import socket
 from pathlib import Path
 
 import pytest
@@ -19,20 +17,6 @@ from peft_learners import PhaseCallback
 pytestmark = pytest.mark.slow
 
 
-def launch(warm: Warm, out: Path, ranks: int) -> dict:
-    out.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    jobs = []
-    for rank in map(str, range(ranks)):
-        own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
-        jobs.append(warm.start("runs.fsdp_tiny:main", str(out), log=out / f"log-{rank}", **own))
-    assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
-    return json.loads((out / "results.json").read_text())
-
-
 @pytest.fixture(scope="module")
 def runs(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict, dict]:
     folder = tmp_path_factory.mktemp("fsdp")
@@ -41,7 +25,8 @@ def runs(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, di
         run.train()
         assert run.state.global_step == 3
         run.model.save_pretrained(folder / f"{name}-first")
-    return folder, launch(warm, folder / "two", 2), launch(warm, folder / "one", 1)
+    two, one = (warm.results("runs.fsdp_tiny:main", folder / name, n) for name, n in (("two", 2), ("one", 1)))
+    return folder, two, one
 
 
 def assert_same(folder: Path, name: str, limit: float = 1e-5) -> None:

@@ -95,10 +95,9 @@ def main(folder: str) -> None:
     out, results = Path(folder), {}
     if arguments(out).world_size > 1:
         let_a_cpu_use_fsdp()
-    cases = {**{name: (make, None) for name, make in MODELS.items()}}
-    cases |= {name: (MODELS["learner"], fsdp) for name, fsdp in SETTINGS.items()}
-    for name, (make, fsdp) in cases.items():
-        own, watch = run(make(), out / name, name != "lora", fsdp=fsdp, save_strategy="steps", save_steps=1)
+    for name in (*MODELS, *SETTINGS):
+        model, fsdp = MODELS.get(name, MODELS["learner"])(), SETTINGS.get(name)
+        own, watch = run(model, out / name, name != "lora", fsdp=fsdp, save_strategy="steps", save_steps=1)
         if own.is_fsdp_enabled:
             own.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
         own.save_model(str(out / name / "final"))

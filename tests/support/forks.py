@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -92,6 +93,21 @@ class Warm:
         if job.wait():
             raise RuntimeError(job.output())
         return log.read_text().strip()
+
+    def results(self, target: str, out: Path, ranks: int) -> dict[str, Any]:
+        """What `target` leaves as `results.json` in a new folder, which it is given; in several ranks of one world, or
+        in one process without."""
+        out.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        jobs = []
+        for rank in map(str, range(ranks)):
+            own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+            jobs.append(self.start(target, str(out), log=out / f"log-{rank}", **own))
+        assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
+        return json.loads((out / "results.json").read_text())
 
     def close(self) -> None:
         assert self.process.stdin is not None
