@@ -40,10 +40,10 @@ class ToyLinear(DeltaLinear):
 
     def __init__(self, base_layer):
         super().__init__(base_layer)
-        self.toy_A, self.toy_B = nn.ParameterDict({}), nn.ParameterDict({})
+        self.toy_A, self.toy_B = nn.ModuleDict(), nn.ModuleDict()
 
     def low_rank(self, adapter):
-        return (self.toy_A[adapter], self.toy_B[adapter], 1.0) if adapter in self.toy_A else None
+        return (self.value("toy_A", adapter), self.value("toy_B", adapter), 1.0) if adapter in self.toy_A else None
 ''',
     "model.py": '''
 from peft_learners.structure.modules import linear_names
