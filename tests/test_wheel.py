@@ -35,7 +35,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
 
 @pytest.fixture(scope="module")
 def metadata(wheel: ZipFile) -> Message:
-    return email.message_from_bytes(wheel.read(f"peft_learners-{__version__}.dist-info/METADATA"))
+    text = wheel.read(f"peft_learners-{__version__}.dist-info/METADATA").decode()
+    return email.message_from_string(text)
 
 
 def test_contents(wheel):

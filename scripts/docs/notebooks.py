@@ -2,7 +2,8 @@
 
     python -m scripts.docs.notebooks [NAME ...]
 
-Each runs in an empty folder. An error in a cell ends the script, and that notebook stays as it was.
+Each runs in an empty folder. An error in a cell ends the script, and that notebook stays as it was. What goes to
+stderr (progress bars, warnings with local paths) is not stored.
 """
 
 import argparse
@@ -41,6 +42,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for path in [NOTEBOOKS / f"{name}.ipynb" for name in names] or sorted(NOTEBOOKS.glob("*.ipynb")):
         with tempfile.TemporaryDirectory() as folder:
             notebook = execute(nbformat.read(path, nbformat.NO_CONVERT), Path(folder))
+        for cell in notebook.cells:
+            cell.get("outputs", [])[:] = [out for out in cell.get("outputs", []) if out.get("name") != "stderr"]
         notebook.metadata["language_info"] = {"name": "python"}
         nbformat.write(notebook, path)
         print(f"{path.name}: executed and stored")
