@@ -159,9 +159,9 @@ INHERITED = {
 class PhasedConfig(PeftConfig):
     """Fields that every tuner of this package has.
 
-    `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: one whose phases are
-    complete goes on in its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts
-    them again.
+    `completed_phases`, `next_phase` and `phase_first_steps` are written by training and saved with the adapter: one
+    whose phases are complete goes on in its last phase when it is loaded for more training.
+    `model.base_model.restart_phases()` starts them again.
 
     Raises:
         ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
@@ -231,6 +231,12 @@ class PhasedConfig(PeftConfig):
         "Phases that are over. Written by training; not for the user.",
         Check(lambda value: isinstance(value, list) and is_names(value), "a list of names of phases"),
     )
+    next_phase: Optional[str] = option(
+        None,
+        "Phase whose boundary the last run has stopped at, under an engine that can't cross it: the next training "
+        "begins with it. Written by training; not for the user.",
+        Check(lambda value: value is None or isinstance(value, str), "None or the name of a phase"),
+    )
     phase_first_steps: Optional[dict[str, int]] = option(
         None,
         "First optimizer step of each phase. Written when training starts; not for the user.",
@@ -263,8 +269,9 @@ class PhasedConfig(PeftConfig):
     def _check_phases(self) -> None:
         """Phases that are recorded must be those of the method."""
         known = self._all_phases()
-        for name in ("completed_phases", "phase_first_steps"):
-            unknown = [phase for phase in getattr(self, name) or () if phase not in known]
+        for name in ("completed_phases", "phase_first_steps", "next_phase"):
+            phases = getattr(self, name) or ()
+            unknown = [phase for phase in ([phases] if isinstance(phases, str) else phases) if phase not in known]
             if unknown:
                 raise ValueError(
                     f"{type(self).__name__}: `{name}` must name phases of the method, which are {', '.join(known)}, "

@@ -21,7 +21,7 @@ from torch import nn
 from .config import PhasedConfig
 from .structure.modules import original_of, walk
 from .structure.targets import is_all_linear
-from .structure.weights import base_of
+from .structure.weights import base_of, shape_of
 
 #: Value, gradient and AdamW's two moments.
 COPIES_IN_TRAINING = 4
@@ -84,7 +84,7 @@ def phase_costs(
         width: bytes of a value in its layers (the mean, where they differ).
     """
     parameters = [parameter for module in saved for parameter in module.parameters()]
-    head, head_bytes = sum(p.numel() for p in parameters), sum(map(_bytes_of, parameters))
+    head, head_bytes = sum(shape_of(p).numel() for p in parameters), sum(map(_bytes_of, parameters))
     dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
     costs = []
     for phase, own in values.items():
@@ -174,7 +174,7 @@ def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _bytes_of(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
+    return shape_of(parameter).numel() * parameter.element_size()
 
 
 def in_units(count: float) -> str:

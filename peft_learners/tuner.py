@@ -45,7 +45,7 @@ from .phases.schedule import Phase, Schedule
 from .registry import tuner_of
 from .structure.modules import walk
 from .structure.targets import TargetChoice
-from .structure.weights import base_of
+from .structure.weights import base_of, shape_of
 from .wrapping import original_model, put_back_empty, take_out
 
 if TYPE_CHECKING:
@@ -90,6 +90,8 @@ class PhasedModel(TargetChoice):
     merges_shared_weights: ClassVar[bool] = False
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
+    #: Whether it reads gradients as the optimizer does, before its steps.
+    reads_gradients: ClassVar[bool] = False
     #: Whether parameters have other shapes after a boundary (see `reshapes`).
     cuts_parameters: ClassVar[bool] = False
     _to_merge: list[str] | None = None
@@ -110,6 +112,7 @@ class PhasedModel(TargetChoice):
         global_step: int = 0,
         optimizer: object = None,
         wrapper: nn.Module | None = None,
+        stop_at_boundary: bool = False,
     ) -> list[PhaseStart]:
         """Lay the adapter's phases over the training that is about to begin. For loops without `PhaseCallback`.
 
@@ -124,10 +127,13 @@ class PhasedModel(TargetChoice):
             wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
                 or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
                 module (FSDP, an engine) is left alone.
+            stop_at_boundary: the loop ends at the next boundary and saves the adapter there. One that an engine can't
+                cross is left to the next training, of the adapter as it was saved: call `prepare_optimizer()` then,
+                before the engine takes the model.
 
         Raises:
-            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, or an
-                optimizer or wrapper that is needed and was not handed over.
+            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, an
+                optimizer or wrapper that is needed and was not handed over, or an engine that can't cross a boundary.
         """
         return PhaseDriver.of(self).start(
             total_steps=total_steps,
@@ -135,6 +141,7 @@ class PhasedModel(TargetChoice):
             global_step=global_step,
             optimizer=optimizer,
             wrappers=() if wrapper is None else (wrapper,),
+            stops=stop_at_boundary,
         )
 
     def update_and_allocate(self, global_step: int) -> list[PhaseStart]:
@@ -151,7 +158,8 @@ class PhasedModel(TargetChoice):
     def prepare_optimizer(self) -> None:
         """To be called before the optimizer is made, where a loop loads an optimizer's state after an adapter.
 
-        The state of a checkpoint covers all that trains in any phase. `PhaseCallback` does this by itself.
+        The state of a checkpoint covers all that trains in any phase. And before an engine takes a model, if the last
+        training stopped at a boundary, which is crossed here. `PhaseCallback` does this by itself.
         """
         PhaseDriver.of(self).prepare()
 
@@ -616,8 +624,8 @@ class PhasedModel(TargetChoice):
     def _shapes_by_key(cls, root: nn.Module, adapter: str) -> Shapes:
         """The same by the keys of the model's state dict."""
         empty = cls._empty_keys(root, adapter)
-        own = ((key, value) for key, value in root.state_dict().items() if cls._is_own(key, adapter))
-        return {key: tuple(value.shape) for key, value in own if key not in empty}
+        own = ((key, value) for key, value in root.state_dict(keep_vars=True).items() if cls._is_own(key, adapter))
+        return {key: tuple(shape_of(value)) for key, value in own if key not in empty}
 
     @staticmethod
     def _empty_keys(root: nn.Module, adapter: str) -> set[str]:

@@ -18,6 +18,7 @@ from ..costs import Values
 from ..layers.base import DeltaLayer, tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Entry, Training
+from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
 from ..structure.modules import is_linear, walk
@@ -29,7 +30,7 @@ from .plan import Target, adaptable, frozen_on_purpose, lay_out_targets, named_f
 from .selection import select_nodes
 
 
-class _Steps:
+class _Steps(Observer):
     """Counts the steps of an optimizer."""
 
     count = 0
@@ -274,7 +275,7 @@ class FARModel(PhasedModel):
             unit: [(layer.value("far_delta", adapter).detach(), layer.far_nodes[adapter]) for layer in members]
             for unit, members in units.items()
         }
-        selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
+        selections = broadcast_choice(select_nodes(config, adapter, moved), training.ranks)
         for unit, members in units.items():
             for layer in members:
                 rows = layer.far_nodes[adapter].rows(selections[unit])

@@ -97,7 +97,7 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
 def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, Tensor]:
     """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
     layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
-    found = {name: layer.value(part, adapter) for name, layer in layers if layer.has_part(part, adapter)}
+    found = {name: layer.leaf(part, adapter).tensor for name, layer in layers if layer.has_part(part, adapter)}
     return {name: value for name, value in found.items() if not value.is_meta and value.numel()}
 
 

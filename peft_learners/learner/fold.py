@@ -141,14 +141,14 @@ def _lost_by_rank(update: Tensor) -> Tensor:
 
 def _same_on_all_ranks(pair: Factored, training: Training) -> Factored:
     """The first rank's pair: all have the same update, but a library may round an SVD by where it runs."""
-    if not training.ddp:
+    if training.ranks is None:
         return pair
-    rank = int(broadcast_choice({"rank": torch.tensor([pair.rank])}, training.ddp)["rank"])
+    rank = int(broadcast_choice({"rank": torch.tensor([pair.rank])}, training.ranks)["rank"])
     a, b = pair.a[:rank], pair.b[:, :rank]
     if pair.rank < rank:
         a, b = pair.a.new_zeros(rank, pair.a.shape[1]), pair.b.new_zeros(len(pair.b), rank)
-    flat = broadcast_choice({"a": a.flatten(), "b": b.flatten()}, training.ddp)
-    error = broadcast_choice({"error": torch.tensor([pair.error], dtype=torch.float32)}, training.ddp)["error"]
+    flat = broadcast_choice({"a": a.flatten(), "b": b.flatten()}, training.ranks)
+    error = broadcast_choice({"error": torch.tensor([pair.error], dtype=torch.float32)}, training.ranks)["error"]
     return Factored(flat["a"].view_as(a), flat["b"].view(b.shape), float(error))
 
 

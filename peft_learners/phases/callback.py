@@ -66,6 +66,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
         # its last phase, the groups would be short, so all parts train until training begins.
         # Engines load their state by names, and hold on to all that trains when they are set up.
         driver, engine = self._driver_of(model), engine_of(args)
+        driver.enter_next_phases()
         if engine is None:
             driver.prepare()
         elif engine == "FSDP":
@@ -112,6 +113,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
             optimizer=kwargs.get("optimizer"),
             wrappers=search_ddp_wrappers(model) or [model],  # under FSDP, or in an engine, there is no DDP to rebuild
             ends_by_itself=False,  # Trainer saves after the last step
+            stops=self.stop_at_boundary,
         )
         self.first_steps = {**recorded.get("first_steps", {}), **driver.first_steps()}
         self.fixed = {**recorded.get("fixed", {}), **{n: config.fixed_in_training() for n, config in configs.items()}}
@@ -130,8 +132,16 @@ class PhaseCallback(TrainerCallback, ExportableState):
         if any(start.begins_anew for start in starts):
             self._forget_best(state)
         self._record(self._driver, state, starts)
-        if starts and self.stop_at_boundary and state.global_step < state.max_steps:
+        if self.stop_at_boundary and (starts or self._driver.has_stopped) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+        if control.should_save:
+            self._driver.collect()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._driver is not None and control.should_save:
+            self._driver.collect()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -24,11 +24,22 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
-from ..layers.value import Value, is_sharded
+from ..layers.value import Value
 from ..registry import tuner_of
-from .ddp import ddp_modules, holds, is_first_process, processes, rebuild_reducer, unwrapped
-from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
+from .ddp import (
+    Ranks,
+    all_ranks,
+    ddp_modules,
+    holds,
+    is_first_process,
+    processes,
+    ranks_of,
+    rebuild_reducer,
+    unwrapped,
+)
+from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, is_offloaded, raw_optimizer
 from .schedule import Phase, Schedule, ScheduleError
+from .shards import is_sharded
 
 logger = logging.getLogger("peft_learners")
 _ATTRIBUTE = "_peft_learners_driver"
@@ -63,13 +74,13 @@ class Training:
     Attributes:
         global_step: finished optimizer steps.
         optimizer: torch's own, behind any wrapper; None if there is none.
-        ddp: the `DistributedDataParallel` modules around the model, if any.
+        ranks: the processes that must choose the same, if there are several.
         observer: what has watched the optimizer's steps for the adapter in the phase that ends.
     """
 
     global_step: int
     optimizer: torch.optim.Optimizer | None
-    ddp: Sequence[DistributedDataParallel]
+    ranks: Ranks | None
     observer: Observer | None = None
 
 
@@ -123,6 +134,9 @@ class PhaseDriver:
         self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
         self._groups: GroupState | None = None
+        #: Adapters that stop at their next boundary, since an engine can't cross it, and whether they are there.
+        self._stopping: set[str] = set()
+        self.has_stopped = False
         #: Models that were copied from this one.
         self._copies: list[weakref.ref[nn.Module]] = []
 
@@ -171,6 +185,12 @@ class PhaseDriver:
             raise RuntimeError("The model of this phase driver no longer exists.")
         return root
 
+    def _values(self) -> Iterator[Value]:
+        """What all adapters have in tuner layers that can freeze."""
+        for layer in tuner_layers(self.root):
+            for part in layer.adapter_layer_names:
+                yield from (value for value in getattr(layer, part).values() if isinstance(value, Value))
+
     def configs(self) -> dict[str, PhasedConfig]:
         """Configs of the phased adapters that are active and trained."""
         first = next(tuner_layers(self.root), None)
@@ -213,6 +233,7 @@ class PhaseDriver:
         optimizer: object = None,
         wrappers: Sequence[nn.Module] = (),
         ends_by_itself: bool = True,
+        stops: bool = False,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
@@ -221,8 +242,15 @@ class PhaseDriver:
                 in the adapters' configs, where `global_step` is above 0.
             wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
+            stops: whether training ends at the next boundary. One that an engine can't cross is left to the next
+                training then.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
+        engines = {name: self._engine_in_the_way(name, config, optimizer) for name, config in configs.items()}
+        for name, config in configs.items():
+            if config.next_phase is not None and engines[name] is not None:
+                raise ScheduleError(_too_late(name, config.next_phase, engines[name]))
+        self.enter_next_phases()
         for name, config in configs.items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
@@ -239,9 +267,18 @@ class PhaseDriver:
                 schedule = config.schedule(total_steps, steps_per_epoch)
             self._refuse_merged(name)
             tuner.check_phases(self.root, name, config, schedule)
-            if schedule.phase_at(global_step) is not schedule.phases[-1]:
-                self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
-                self._check_optimizer(name, tuner.why_optimizer(config), schedule.phase_at(global_step), raw)
+            engine, now = engines[name], schedule.phase_at(global_step)
+            if engine is not None:
+                self._check_engine(name, engine, config, schedule, now, stops)
+            if now is not schedule.phases[-1] and tuner.reads_gradients and is_offloaded(optimizer):
+                raise ScheduleError(
+                    f"The adapter {name!r} can't be searched: DeepSpeed has offloaded the optimizer, and with it the "
+                    "gradients that units are scored by. Leave `offload_optimizer` out of the search; the retraining "
+                    "may have it."
+                )
+            if now is not schedule.phases[-1]:
+                if not is_deepspeeds(optimizer):  # which holds flat tensors
+                    self._check_optimizer(name, tuner.why_optimizer(config), now, raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
@@ -251,10 +288,14 @@ class PhaseDriver:
         anew = any(phase.begins_anew for schedule in schedules.values() for phase in schedule.phases)
         self._groups = GroupState(raw, resumed=global_step > 0) if raw is not None and anew else None
         self._ddp = ddp_modules(self.root, wrappers)
+        self._stopping, self.has_stopped = {name for name, engine in engines.items() if engine is not None}, False
         self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
-        return self._move_to(global_step, "new" if global_step == 0 else "resumed")
+        starts = self._move_to(global_step, "new" if global_step == 0 else "resumed")
+        for value in self._values():
+            value.forget_loaded()
+        return starts
 
     def update(self, global_step: int) -> list[PhaseStart]:
         """To be called between two optimizer steps: crosses the boundary if one lies at `global_step` finished steps.
@@ -272,7 +313,58 @@ class PhaseDriver:
                 "steps only grow. For a new training call model.base_model.set_schedule(...) first."
             )
         self._updated = True
+        if self._stop_at(global_step):
+            return starts
         return starts + self._move_to(global_step)
+
+    def _stop_at(self, global_step: int) -> bool:
+        """Leave a boundary to the next training, if one lies here that an engine can't cross."""
+        ahead = {name: self.schedules[name].phase_at(global_step) for name in self._stopping & {*self.schedules}}
+        ahead = {name: phase for name, phase in ahead.items() if phase is not self._phase[name]}
+        for name, phase in ahead.items():
+            if is_first_process() and not self.has_stopped:
+                logger.info(
+                    "adapter %r: its phase %r ends at step %d; %r begins with the next training of what is saved now",
+                    *(name, self._phase[name].name, global_step, phase.name),
+                )
+            self.root.peft_config[name].write("next_phase", phase.name)  # type: ignore[union-attr, index]
+        if not ahead:
+            return False
+        if self.has_stopped:
+            raise ScheduleError(
+                f"The training was to end at step {self.global_step}, where an engine can't cross the boundary of the "
+                f"adapter {next(iter(ahead))!r}, but step {global_step} is finished. Save the adapter there, and let "
+                "another training go on."
+            )
+        self.global_step, self.has_stopped = global_step, True
+        self.collect()
+        return True
+
+    def collect(self) -> None:
+        """Bring together, before a save, what an engine's processes have gathered. To be called by all of them."""
+        for observer, _ in self._observing.values():
+            observer.collect()
+
+    def enter_next_phases(self) -> None:
+        """Cross the boundaries that the last training has stopped at, before an engine takes hold of parameters."""
+        for name, config in self.configs().items():
+            if config.next_phase is None:
+                continue
+            phases, tuner = config.outline().phases, tuner_of(config)
+            index = config.phase_names.index(config.next_phase)
+            before = trained_parameters(self.root)
+            tuner.check_trained(self.root, name, config, phases[index - 1])
+            training = Training(phases[index].first_step, None, all_ranks())
+            tuner.enter_phase(self.root, name, config, phases[index], "crossed", training)
+            self.freeze_for(name, phases[index])
+            config.write("completed_phases", config.phase_names[:index])
+            config.write("next_phase", None)
+            if is_first_process():
+                after = trained_parameters(self.root)
+                logger.info(
+                    "adapter %r, whose last training stopped before phase %r, enters it: trained parameters %d -> %d",
+                    *(name, phases[index].name, before, after),
+                )
 
     def go_back_to(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
@@ -280,6 +372,7 @@ class PhaseDriver:
 
     def prepare(self) -> None:
         """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
+        self.enter_next_phases()
         self.prepared = True
         for name, config in self.configs().items():
             tuner_of(config).make_whole(self.root, name, config)
@@ -287,11 +380,8 @@ class PhaseDriver:
 
     def hold_frozen(self) -> None:
         """Before FSDP wraps the model, which shards parameters and no buffers: frozen values are parameters there."""
-        for layer in tuner_layers(self.root):
-            for part in layer.adapter_layer_names:
-                for value in getattr(layer, part).values():
-                    if isinstance(value, Value):
-                        value.hold()
+        for value in self._values():
+            value.hold()
         if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true" and any(
             True for _ in constant_buffers(self.root)
         ):
@@ -303,7 +393,7 @@ class PhaseDriver:
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
         self.running = False
-        self.schedules, self._phase, self.global_step, self._ddp = {}, {}, 0, []
+        self.schedules, self._phase, self.global_step, self._ddp, self._stopping = {}, {}, 0, [], set()
         self._stop_observing()
 
     def restart(self, names: Collection[str] | None = None) -> None:
@@ -318,6 +408,7 @@ class PhaseDriver:
                 continue
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
+            config.write("next_phase", None)
             tuner_of(config).restart(self.root, name, config, self.optimizer)
             self.freeze_for(name, None)
 
@@ -365,32 +456,46 @@ class PhaseDriver:
         if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
             raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
 
-    def _check_engine(self, name: str, optimizer: object, reshapes: bool, schedule: Schedule) -> None:
-        """Refuse a boundary ahead that an engine can't cross, before the first step.
-
-        Args:
-            reshapes: whether parameters get other shapes or values there.
-        """
-        values = (value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name))
+    def _engine_in_the_way(self, name: str, config: PhasedConfig, optimizer: object) -> str | None:
+        """What can't follow an adapter across a boundary that gives parameters other shapes or values."""
+        if not tuner_of(config).reshapes(config):
+            return None
         if is_deepspeeds(optimizer):
-            why = (
-                "which DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that "
-                "what freezes would go on moving"
-            )
-            engine = "DeepSpeed"
-        elif reshapes and any(map(is_sharded, values)):
-            why = "which FSDP can't follow: it holds parameters in shards, whose shapes can't change"
-            engine = "FSDP"
-        elif reshapes and isinstance(raw_optimizer(optimizer), torch.optim.LBFGS):
-            why, engine = "which LBFGS can't follow: it keeps flat copies of all parameters", "LBFGS"
-        else:
+            return "DeepSpeed"
+        values = [value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name)]
+        if any(map(is_sharded, values)):
+            return "FSDP1" if any(hasattr(value, "_fsdp_flattened") for value in values) else "FSDP"
+        return "LBFGS" if isinstance(raw_optimizer(optimizer), torch.optim.LBFGS) else None
+
+    def _check_engine(
+        self, name: str, engine: str, config: PhasedConfig, schedule: Schedule, now: Phase, stops: bool
+    ) -> None:
+        """Refuse what an engine can't do, before the first step, with what it can.
+
+        Raises:
+            ScheduleError: the adapter has been prepared for another phase, or has a boundary ahead and would not stop.
+        """
+        if now.name != config.present_phase and not config.phases_complete:
+            raise ScheduleError(_too_late(name, now.name, engine))
+        if now is schedule.phases[-1]:
             return
+        if engine == "FSDP1":
+            raise ScheduleError(
+                f"The adapter {name!r} goes through phases whose parameters have other shapes, of which FSDP1 shows "
+                "parts alone. Take FSDP2: fsdp_version: 2."
+            )
+        if stops:
+            return
+        why = {
+            "DeepSpeed": "it keeps flat copies of all that trained when it was set up",
+            "FSDP": "it holds parameters in shards, whose shapes can't change",
+            "LBFGS": "it keeps flat copies of all parameters",
+        }
         phases = ", ".join(phase.name for phase in schedule.phases)
         raise ScheduleError(
-            f"The adapter {name!r} goes through phases ({phases}), {why}. Train up to the boundary with "
-            "DistributedDataParallel (accelerate's MULTI_GPU) or in one process, with "
-            f"PhaseCallback(stop_at_boundary=True). Then train on under {engine} with the adapter that it saved: "
-            'model = PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True).'
+            f"The adapter {name!r} goes through phases ({phases}), which {engine} can't follow in one run: "
+            f"{why[engine]}. Train in two: PhaseCallback(stop_at_boundary=True) ends this run at the boundary. Then "
+            f"train on with the adapter that it saved: model = {_LOAD}."
         )
 
     def _check_optimizer(self, name: str, needs: str, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
@@ -482,7 +587,7 @@ class PhaseDriver:
             if name in self._phase:
                 tuner.check_trained(root, name, config, self._phase[name])
             observer = self._observing[name][0] if name in self._observing else None
-            training = Training(global_step, optimizer, self._ddp, observer)
+            training = Training(global_step, optimizer, ranks_of(self._ddp), observer)
             tuner.enter_phase(root, name, config, phase, entry, training)
             stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
@@ -517,6 +622,18 @@ class PhaseDriver:
         if entry == "crossed":
             self._warn_of_copies(starts)
         return starts
+
+
+_LOAD = 'PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True)'
+
+
+def _too_late(adapter: str, phase: str, engine: str | None) -> str:
+    """Sentence of an error."""
+    return (
+        f"The adapter {adapter!r} stands before its phase {phase!r}, and {engine} holds its parameters already. Load "
+        f"it from its checkpoint, {_LOAD}, and let its phase begin before the engine does: "
+        "Trainer(..., callbacks=[PhaseCallback()]), or in a loop model.base_model.prepare_optimizer()."
+    )
 
 
 def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, verb: str) -> None:

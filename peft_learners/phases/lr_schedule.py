@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from .driver import PhaseDriver
+from .optimizer import raw_optimizer
 from .schedule import ScheduleError
 
 Factor = Callable[[int], float]
@@ -84,7 +85,7 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    optimizer = getattr(scheduler, "optimizer", None)
+    optimizer = raw_optimizer(getattr(scheduler, "optimizer", None))
     lr = float(optimizer.defaults["lr"]) if optimizer is not None else args.learning_rate
     whole = _factor_of(name, lr, args.get_warmup_steps(total_steps), total_steps, settings)
     if not isinstance(scheduler, LambdaLR) or not all(_is_kind(own, whole) for own in scheduler.lr_lambdas):

@@ -11,8 +11,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-#: Called with the optimizer right before each of its steps.
-Observer = Callable[[torch.optim.Optimizer], None]
+
+class Observer:
+    """Called with the optimizer right before each of its steps."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        raise NotImplementedError
+
+    def collect(self) -> None:
+        """Bring together what the processes of an engine have seen. To be called by all of them, before a save."""
 
 
 def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
@@ -26,6 +33,15 @@ def is_deepspeeds(optimizer: object) -> bool:
     """Whether DeepSpeed makes the steps: an optimizer of its own, or accelerate's wrapper for its engine."""
     while optimizer is not None:
         if "deepspeed" in type(optimizer).__module__.split("."):
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
+
+
+def is_offloaded(optimizer: object) -> bool:
+    """Whether DeepSpeed makes the steps elsewhere than where the model is."""
+    while optimizer is not None:
+        if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
             return True
         optimizer = getattr(optimizer, "optimizer", None)
     return False
