@@ -82,7 +82,7 @@ class PhasedModel(TargetChoice):
 
     Args:
         model: the model to adapt.
-        config: the method's config.
+        peft_config: the method's config, or `{adapter name: config}`.
         adapter_name: the adapter's name.
     """
 

@@ -173,7 +173,10 @@ def save_as_lora(
 
     Args:
         path: the folder.
-        model, rank, adapter_name, strict_serving: as for `to_lora`.
+        model: as for `to_lora`, as all that follow.
+        rank: of dense updates, or the share of their energy.
+        adapter_name: which adapter.
+        strict_serving: refuse what servers that know only LoRA's A and B don't take.
     """
     export = to_lora(model, rank, adapter_name, strict_serving=strict_serving)
     export.save_pretrained(path)
