@@ -48,14 +48,15 @@ def _is_pattern(value: object) -> bool:
 class FARConfig(PhasedConfig):
     """Configuration of FAR, Freeze And Reconfigure: after a short priming, only the FFN nodes that moved most train.
 
-    Every trained weight W of the backbone gets a delta D, `y = x (W + D)^T + b + db`, and all of them train in the
-    first `priming_ratio` of the steps. Then the nodes of each FFN layer are ranked by how far their weights moved,
-    `score_i = sum |D|` over the weights of node i (its bias does not count), the `retention_ratio` highest go on
-    training, and the deltas of the others are frozen, or, with `discard_unkept`, dropped. Attention, embeddings,
-    norms, biases and the new head train throughout.
+    Every trained weight W of the backbone gets a delta D: `y = x (W + D)^T + b + db`. All deltas train in the first
+    `priming_ratio` of the steps. Then the nodes of each FFN layer are ranked by how far their weights moved:
+    `score_i = sum |D|` over the weights of node i, without its bias. The `retention_ratio` highest go on training. The
+    deltas of the others freeze; with `discard_unkept` they are dropped. Attention, embeddings, norms, biases and the
+    new head train throughout.
 
-    A node is a hidden unit (its row in the first linear layer, gate and up for gated ones, its bias entry, its column
-    in the second), or, with `granularity="output_node"`, an output row of each linear layer with its bias entry.
+    A node is a hidden unit: its row in the first linear layer (gate and up for gated FFNs), its bias entry, and its
+    column in the second layer. With `granularity="output_node"` it is an output row of each linear layer with its bias
+    entry.
 
     Source: Vucetic et al., "Efficient Fine-Tuning of BERT Models on the Edge" (arXiv 2205.01541), as described and
     re-implemented in arXiv 2208.02070, section 5.

@@ -57,14 +57,14 @@ def _is_count(pair: object) -> bool:
 class NASLoRAConfig(PhasedConfig):
     """Configuration of NAS-LoRA: search, prune to a budget, rewind, retrain.
 
-    A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)`,
-    `V: (in_features, r)`; every bias of the backbone, norms' included, has a bias delta. The search trains all of it
-    and averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
-    removed until what is left costs at most `parameter_budget` (entries, or with `granularity="structured"` columns of
-    U and V and whole bias vectors), what is left and the head go back to their initial values, and are trained again
-    from a fresh optimizer.
+    A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)` and
+    `V: (in_features, r)`. Every bias of the backbone has a delta, those of norms too. The search trains all of it, and
+    averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
+    removed until what is left costs at most `parameter_budget`. Units are entries; with `granularity="structured"` they
+    are columns of U and V, and whole bias vectors. What is left, and the head, go back to their initial values and
+    train again with a fresh optimizer.
 
-    The head is outside the budget and the search space ("PET parameters" in the paper are without it).
+    The head is outside the budget and the search space, as the paper counts.
 
     Source: Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
     Language Models" (arXiv 2305.16597), section 3 and appendix A.

@@ -300,8 +300,9 @@ def test_program(base, tmp_path: Path):
     with HubServer() as server:
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         if base == "hub":
-            line, name = re.search(r'^BASE = .*# or a Hub id: "(.*)"$', code, re.M).group(0, 1)
-            code = code.replace(line, f"BASE = {name!r}")
+            code, found = re.subn(r"^BASE = .+\n# or a Hub id: (BASE = .+)$", r"\1", code, flags=re.M)
+            assert found == 1
+            name = re.search('^BASE = "(.+)"$', code, re.M)[1]
             files = {p.name: p.read_bytes() for p in model.iterdir() if p.is_file() and p.name != "README.md"}
             server.add_repo(name, files)
             environment |= server.environment(tmp_path / "home")
