@@ -60,9 +60,9 @@ class NASLoRAConfig(PhasedConfig):
     A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)` and
     `V: (in_features, r)`. Every bias of the backbone has a delta, those of norms too. The search trains all of it, and
     averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
-    removed until what is left costs at most `parameter_budget`. Units are entries; with `granularity="structured"` they
-    are columns of U and V, and whole bias vectors. What is left, and the head, go back to their initial values and
-    train again with a fresh optimizer.
+    removed until what is left costs at most `parameter_budget`. Units are entries; with `granularity="structured"`
+    they are columns of U and V, and whole bias vectors. What is left, and the head, go back to their initial values
+    and train again with a fresh optimizer.
 
     The head is outside the budget and the search space, as the paper counts.
 

