@@ -111,19 +111,19 @@ class PhasedModel(TargetChoice):
         optimizer: object = None,
         wrapper: nn.Module | None = None,
     ) -> list[PhaseStart]:
-        """Lay the adapter's phases over the training that is about to begin. For loops without `PhaseCallback`.
+        """Lay the adapter's phases over the training that is about to begin. Call it in loops without `PhaseCallback`.
 
         Args:
             total_steps: optimizer steps of the whole training.
             steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
-            global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
-                adapter's config remembers stay as they are.
-            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and
-                Learners that fold can't do without while a boundary lies ahead, at which its state changes with the
-                parameters. Of other Learners the state of what freezes is freed; without it that state stays.
-            wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
-                or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
-                module (FSDP, an engine) is left alone.
+            global_step: optimizer steps that a resumed run has finished. The boundaries that the adapter's config
+                remembers stay as they are.
+            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and Learners that
+                fold need it while a boundary lies ahead, because its state changes with the parameters. For other
+                Learners it frees the state of what freezes.
+            wrapper: with several processes, what forward is called on: the model as `DistributedDataParallel` or
+                `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary. Any other module
+                (FSDP, an engine) is left alone.
 
         Raises:
             ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, or an
@@ -138,7 +138,7 @@ class PhasedModel(TargetChoice):
         )
 
     def update_and_allocate(self, global_step: int) -> list[PhaseStart]:
-        """To be called once per optimizer step, after `optimizer.step()` and with the step counted.
+        """Move on to the next phase if it begins here. Call it after each `optimizer.step()`, with the step counted.
 
         Args:
             global_step: finished optimizer steps.
@@ -149,22 +149,25 @@ class PhasedModel(TargetChoice):
         return PhaseDriver.of(self).update(global_step)
 
     def prepare_optimizer(self) -> None:
-        """To be called before the optimizer is made, where a loop loads an optimizer's state after an adapter.
+        """Let all parts train that train in any phase, as the optimizer's state in a checkpoint does.
 
-        The state of a checkpoint covers all that trains in any phase. `PhaseCallback` does this by itself.
+        Call it in a loop that resumes, after the adapter is loaded and before the optimizer is made. `PhaseCallback`
+        does this by itself.
         """
         PhaseDriver.of(self).prepare()
 
     def finish_phases(self) -> None:
-        """The training is over. For loops that end before `set_schedule`'s `total_steps`, or did not give them: until
-        then saved adapters are taken for checkpoints, which `save_dtype` leaves as they are."""
+        """Say that the training is over, in loops that end before the `total_steps` of `set_schedule`, or gave none.
+
+        Until then a saved adapter counts as a checkpoint, which `save_dtype` leaves in full precision.
+        """
         PhaseDriver.of(self).finish()
 
     def restart_phases(self) -> None:
         """Let the active adapters go through all their phases again in the next training.
 
-        Parameters that a boundary made smaller grow again. The optimizer that the last training handed over drops its
-        state for them; make any other one anew.
+        Parameters that a boundary made smaller grow again. The optimizer that was handed over to the last training
+        drops its state for them. Make any other optimizer anew.
         """
         PhaseDriver.of(self).restart()
 
@@ -262,7 +265,7 @@ class PhasedModel(TargetChoice):
         """What an adapter trains, holds in training and saves in each of its phases.
 
         Args:
-            adapter_name: None: the first active adapter.
+            adapter_name: the adapter; by default the first active one.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         layers = {place: layer for place, layer in self.model.named_modules() if isinstance(layer, DeltaLayer)}
@@ -434,8 +437,8 @@ class PhasedModel(TargetChoice):
     ) -> None:
         """Add an adapter whose update is `sum_i weights[i] * update_i`, in its last phase, frozen and not active.
 
-        Biases, norms and dense deltas are summed. As in PEFT, several of the adapters may not have a copy each of the
-        same whole module (a head).
+        Biases, norms and dense deltas are summed. As in PEFT, no two of the adapters may have a copy of the same whole
+        module (a head).
 
         Args:
             adapters: names of adapters of the model.
@@ -443,11 +446,11 @@ class PhasedModel(TargetChoice):
             adapter_name: name of the new adapter.
             combination_type: "svd" (PEFT's default): low-rank updates become the nearest one of rank `svd_rank`;
                 "cat": they are put side by side, exact, and their ranks add up.
-            svd_rank: None: the largest rank among the adapters, layer by layer.
+            svd_rank: by default the largest rank among the adapters, layer by layer.
 
         Raises:
-            ValueError: see above, and other arguments that can't be right.
-            NotImplementedError: the sum of such adapters is no adapter of their kind.
+            ValueError: two adapters with a copy of the same module, or an argument that can't be right.
+            NotImplementedError: the sum of such adapters is not an adapter of their kind.
         """
         from .weighted_sum import add_combined  # few ask for it, and each import delays all
 

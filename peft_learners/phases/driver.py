@@ -44,7 +44,8 @@ class PhaseStart:
         adapter: the adapter's name.
         phase: the phase's name.
         first_step: finished optimizer steps at which it begins.
-        trained_before, trained_after: trained parameters of the whole model, before and after the boundary.
+        trained_before: trained parameters of the whole model before the boundary.
+        trained_after: the same after the boundary.
         begins_anew: whether a training of its own begins (see `Phase`), and not the run's first.
     """
 
