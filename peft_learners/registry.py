@@ -110,6 +110,13 @@ def methods() -> dict[str, Any]:
     return dict(_METHODS)
 
 
+def config_with_field(name: str) -> str | None:
+    """Name of a config of PEFT's own that has a field of this name: LoRA's, if it is one; None if there is none."""
+    kinds = [kind for kind in tables.PEFT_TYPE_TO_CONFIG_MAPPING.values() if kind not in _METHODS.values()]
+    kinds.sort(key=lambda kind: kind.__name__ != "LoraConfig")
+    return next((kind.__name__ for kind in kinds if name in getattr(kind, "__dataclass_fields__", {})), None)
+
+
 def tuner_of(config: PeftConfig) -> Any:
     """The tuner class that a config belongs to."""
     return tables.PEFT_TYPE_TO_TUNER_MAPPING[PeftType(config.peft_type)]

@@ -67,6 +67,17 @@ class LearnerConfig(PhasedConfig):
         "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
     )
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "Here it is `scaling`: scaling = lora_alpha / r",
+        "alpha": "Here it is `scaling`: scaling = alpha / r",
+        "use_rslora": "Here it is `scaling`: scaling = lora_alpha / sqrt(r)",
+        "lora_dropout": "Here it is `learner_dropout`",
+        "bias": "Here it is `train_biases`: True or False",
+        "lora_bias": "Here it is `train_biases`",
+        "alpha_pattern": "`scaling` is one number for all layers; ranks differ by `rank_pattern`",
+        "init_lora_weights": "A fresh Learner changes nothing of the output, as LoRA with init_lora_weights=True",
+    }
+
     r: int = option(
         64,
         "Rank of the Learner modules (the paper's hidden size l).",
