@@ -548,12 +548,13 @@ class PhasedModel(TargetChoice):
         refuse_missing(names, adapter_name, state_dict)
         state = model.state_dict()
         whole = {full: state[full] for full in names.values() if full in state}
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
         state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
         cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
             # before the adapter changes its form
             shapes = {key: tuple(value.shape) for key, value in whole.items()}
-            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict, whole, labels)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
@@ -567,7 +568,8 @@ class PhasedModel(TargetChoice):
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
         def check_shapes(values: dict[str, torch.Tensor]) -> None:
-            refuse_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()}, adapter_name, values)
+            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            refuse_shapes(shapes, adapter_name, values, whole, labels)
             cls._take_aside(model, adapter_name, config, given)
 
         before_next_load(model, check_shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -143,6 +144,13 @@ def convert(folder: Path) -> None:
         convert_to_lora(learner("bert", init_weights=False), rank=2)
 
 
+def two_labels_of_three(folder: Path) -> None:
+    config = copy.deepcopy(zoo.build("bert").config)
+    config.num_labels = 3
+    get_peft_model(type(zoo.build("bert"))(config), LearnerConfig(r=2, task_type="SEQ_CLS")).save_pretrained(folder)
+    zoo.build("bert").load_adapter(folder)
+
+
 #: What others say about our adapters, provoked for real.
 FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Mixed batching is only supported for the following modules: ...": mixed_with_a_head_of_several_layers,
@@ -154,6 +162,7 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Only one adapter can be set at a time for ModulesToSaveWrapper": two_heads,
     "TypeError: unhashable type: 'list'": several_by_name,
     "Some module types on this model do not support LoRA conversion": convert,
+    "You set `ignore_mismatched_sizes` to `False`, thus raising an error.": two_labels_of_three,
     "Old embeddings are of type ..., which is not an instance of": lambda folder: far("bert").resize_token_embeddings(
         70
     ),
