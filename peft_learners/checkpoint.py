@@ -90,16 +90,15 @@ def refuse_shapes(
     if not differ:
         return
     first, shape = next(iter(differ.items()))
-    what = (
-        f"{len(differ)} shapes differ (size mismatch for {first}: {shape} in the file, {expected[first]} in the model)"
-    )
+    sizes = f"{shape} in the file, {expected[first]} in the model"
+    what = f"{len(differ)} shapes differ (size mismatch for {first}: {sizes})"
     rows = {own[:1] for own in differ.values()}
     of_labels = (expected[key] == (num_labels, *own[1:]) for key, own in differ.items())
     if differ.keys() <= set(whole) and len(rows) == 1 and all(of_labels):
         raise ValueError(
-            f"The checkpoint does not fit the adapter {adapter!r}: {what}. Nothing was loaded. Its head has {shape[0]} "
-            f"labels, and the base model was loaded with {num_labels}: load the base model with num_labels={shape[0]}, "
-            f"AutoModelFor....from_pretrained(..., num_labels={shape[0]})."
+            f"The checkpoint does not fit the adapter {adapter!r}: {what}. Nothing was loaded. Its head has "
+            f"{shape[0]} labels, and the base model was loaded with {num_labels}: load the base model with "
+            f"num_labels={shape[0]}, AutoModelFor....from_pretrained(..., num_labels={shape[0]})."
         )
     raise ValueError(_misfit(adapter, what))
 
