@@ -19,6 +19,7 @@ from forks import Warm
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
 from training import Rows, arguments, far, learner, nas, trainer
+from transformers.utils import check_peft_version
 from zoo import causal_lm, logits_of
 
 from peft_learners import BottleneckConfig, LearnerConfig
@@ -162,6 +163,10 @@ FOREIGN: dict[str, Callable[[Path], Any]] = {
     "Only one adapter can be set at a time for ModulesToSaveWrapper": two_heads,
     "TypeError: unhashable type: 'list'": several_by_name,
     "Some module types on this model do not support LoRA conversion": convert,
+    # What transformers 5.24.0 calls in its own verbs; an older one asks for less there.
+    "ValueError: The version of PEFT you are using is not compatible, please use a version >= 0.22.0": (
+        lambda folder: check_peft_version(min_version="0.22.0")
+    ),
     "You set `ignore_mismatched_sizes` to `False`, thus raising an error.": two_labels_of_three,
     "Old embeddings are of type ..., which is not an instance of": lambda folder: far("bert").resize_token_embeddings(
         70
