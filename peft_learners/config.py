@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Optional, TypeVar, Union
 
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.utils import PeftType
 
 from .phases.schedule import Schedule, ScheduleError, lay_out

@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import peft.mapping as tables
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.utils import PeftType, register_peft_method
 
 #: Config classes by the names of their methods.

@@ -10,9 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
-from peft import PeftModel
-from peft.config import PeftConfig
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .checkpoint import (

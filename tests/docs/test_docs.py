@@ -66,6 +66,25 @@ def test_fields_table_mended(tmp_path: Path):
         field_tables.main(["--docs", str(tmp_path)])
 
 
+# -- private names ----------------------------------------------------------------------------------------------------
+
+
+def private_names() -> set[str]:
+    """Names with an underscore, or in a module with one, that the package imports from PEFT and transformers."""
+    found = set()
+    for path in (ROOT / "peft_learners").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in ("peft", "transformers"):
+                found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if "._" in name}
+
+
+def test_private_names():
+    """design.md lists the private names that are left, and no other."""
+    section = (ROOT / "docs" / "design.md").read_text().partition("## Private names of PEFT")[2].partition("## ")[0]
+    assert private_names() == set(re.findall(r"^\| `([\w.]+)` \|", section, re.M))
+
+
 # -- messages --------------------------------------------------------------------------------------------------------
 
 
