@@ -176,6 +176,16 @@ class PhasedModel(TargetChoice):
         """
 
     @classmethod
+    def check_learning_rate(
+        cls, adapter: str, config: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Refuse a learning rate of the first step, in a training from the start, that a phase can't do with.
+
+        Raises:
+            ScheduleError: a phase of one step, whose rate is 0.
+        """
+
+    @classmethod
     def passing_parts(cls, config: Any) -> tuple[str, ...]:
         """Parts that an adapter has in some phases only."""
         return ()

@@ -25,7 +25,7 @@ from ..config import (
     option,
     regex_in,
 )
-from ..phases.schedule import Schedule, epochs_to_steps, lay_out
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
 #: The container of the primed dense deltas.
@@ -214,17 +214,23 @@ class LearnerConfig(PhasedConfig):
         """Priming, then learning."""
         if self.priming_steps is not None:
             steps = self.priming_steps
-            advice = f"Set priming_steps to at most {total_steps}, or train longer."
+            advice = f"Set priming_steps to at most {(total_steps or 1) - 1}, or train longer."
         elif self.priming_epochs == 0:
             steps, advice = 0, ""
         else:
             in_steps = "Give priming in steps: LearnerConfig(priming_steps=...)."
             per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
             steps = epochs_to_steps(self.priming_epochs, per_epoch)
-            most = (total_steps or 0) / per_epoch
+            epochs = (total_steps or 0) / per_epoch
+            half = epochs / 2 if (total_steps or 0) > 1 else 0
             advice = (
-                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set "
-                f"priming_epochs to at most {most:.4g}, or train longer."
+                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long for {epochs:.4g} "
+                f"epochs: set it lower, for example LearnerConfig(priming_epochs={half:.4g}), or train longer."
+            )
+        if total_steps is not None and 0 < steps == total_steps:
+            raise ScheduleError(
+                f"priming needs {steps} of the training's {total_steps} optimizer steps, which leaves none for "
+                f"learning. {advice}"
             )
         return self._phases(steps, total_steps, advice)
 

@@ -242,6 +242,8 @@ class PhaseDriver:
             if schedule.phase_at(global_step) is not schedule.phases[-1]:
                 self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
                 self._check_optimizer(name, tuner.why_optimizer(config), schedule.phase_at(global_step), raw)
+                if raw is not None and global_step == 0:
+                    tuner.check_learning_rate(name, config, schedule, raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
