@@ -410,6 +410,10 @@ class PhasedConfig(PeftConfig):
         """Whether the adapter is in its last phase."""
         return True
 
+    def boundary_facts(self) -> str:
+        """What the line about a boundary that was just crossed has beside the sizes."""
+        return ""
+
     @property
     def present_phase(self) -> str:
         """Name of the phase that the adapter is in: the one that training began or goes on with."""

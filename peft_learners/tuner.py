@@ -283,7 +283,10 @@ class PhasedModel(TargetChoice):
         return phase_costs(by_phase, config, saved_copies(self.model, name), held / count if count else FLOAT32)
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line of trained parameters, and one for each phase of each active adapter.
+        """Print PEFT's line of trained parameters with the phase that they are of, and a line for each phase.
+
+        `PeftModel.print_trainable_parameters()` prints the same number without a word of phases: call this one,
+        `model.base_model.print_trainable_parameters()`.
 
         A phase's line has the parameters that train in it (the head among them), the bytes that training holds for the
         adapter (of each trained parameter the value, the gradient and AdamW's two moments; of what is frozen the
@@ -291,11 +294,12 @@ class PhasedModel(TargetChoice):
         """
         model: Any = self.model
         trained, every = PeftModel.get_nb_trainable_parameters(model)
-        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
-        for name in self.active_adapters:
-            config = self.peft_config.get(name)
-            if not isinstance(config, PhasedConfig):
-                continue
+        configs = [(name, self.peft_config.get(name)) for name in self.active_adapters]
+        phased = [(name, config) for name, config in configs if isinstance(config, PhasedConfig)]
+        phases = {c.present_phase for _, c in phased if len(c.phase_names) > 1 and not c.inference_mode}
+        line = f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+        print(f"{line} || in the phase {' and '.join(map(repr, sorted(phases)))}" if phases else line)
+        for name, config in phased:
             now = "" if config.inference_mode else config.present_phase
             for cost in self.costs_by_phase(name):
                 mark = " (now)" if cost.phase == now else ""

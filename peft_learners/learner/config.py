@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
@@ -233,6 +234,16 @@ class LearnerConfig(PhasedConfig):
                 f"learning. {advice}"
             )
         return self._phases(steps, total_steps, advice)
+
+    def boundary_facts(self) -> str:
+        kept = self.kept_energy if self.is_folded else None
+        if not kept:
+            return ""
+        least = min(kept, key=lambda name: kept[name])
+        return (
+            f"{len(kept)} layers folded, kept energy: least {kept[least]:.4f} ({least}), "
+            f"median {statistics.median(kept.values()):.4f}"
+        )
 
     def outline(self) -> Schedule:
         return self._phases(int(self.primes))

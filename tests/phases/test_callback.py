@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from pathlib import Path
 
@@ -98,17 +97,6 @@ def test_weight_decay(tmp_path: Path):
         "bias_delta",
         "layernorm_delta",
     }
-
-
-def test_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """One line goes to the log."""
-    with caplog.at_level(logging.INFO, logger="peft_learners"):
-        trainer(learner(), arguments(tmp_path)).train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "peft_learners"]
-    assert lines[1:] == [
-        "adapter 'default' enters phase 'learning' at step 2: trained parameters "
-        f"{PRIMED} -> {UNPRIMED}"
-    ]  # fmt: skip
 
 
 def test_trainer_logs(tmp_path: Path):
