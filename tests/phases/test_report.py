@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import processes
 import pytest
 from training import arguments, far, learner, nas, trainer
 from transformers import TrainerCallback
@@ -94,6 +97,18 @@ def test_other_ranks(capsys: pytest.CaptureFixture):
     assert capsys.readouterr().out == ""
     tell([start], SimpleNamespace(disable_tqdm=True), SimpleNamespace(is_world_process_zero=True))
     assert "phase 'learning' begins; trained parameters 10 -> 5\n" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_two_processes(tmp_path: Path):
+    """Of two processes one prints the line, beside its bar."""
+    torchrun = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    run = (str(processes.TESTS / "runs" / "train_tiny.py"), str(tmp_path), "--tuner", "learner")
+    settings = ("--set", 'save_strategy="no"', 'logging_strategy="no"', "disable_tqdm=false")
+    done = subprocess.run([*torchrun, *run, *settings], env=processes.environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("phase 'learning' begins") == 1
+    assert "trained parameters 4,498 -> 2,450" in done.stdout
 
 
 # -- reporters ------------------------------------------------------------------------------------------------------
