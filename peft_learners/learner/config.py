@@ -223,11 +223,10 @@ class LearnerConfig(PhasedConfig):
             in_steps = "Give priming in steps: LearnerConfig(priming_steps=...)."
             per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
             steps = epochs_to_steps(self.priming_epochs, per_epoch)
-            epochs = (total_steps or 0) / per_epoch
-            half = epochs / 2 if (total_steps or 0) > 1 else 0
+            half = (total_steps or 0) / 2 / per_epoch if (total_steps or 0) > 1 else 0
             advice = (
-                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long for {epochs:.4g} "
-                f"epochs: set it lower, for example LearnerConfig(priming_epochs={half:.4g}), or train longer."
+                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set it lower, for "
+                f"example LearnerConfig(priming_epochs={half:.2g}), or train longer."
             )
         if total_steps is not None and 0 < steps == total_steps:
             raise ScheduleError(

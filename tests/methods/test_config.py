@@ -13,6 +13,7 @@ import zoo
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
+import peft_learners
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.registry import methods
 
@@ -100,6 +101,14 @@ def test_elsewhere():
         own = {field.name for field in dataclasses.fields(config)}
         assert not own & set(config.elsewhere)
         assert all(set(re.findall(r"`(\w+)`", text)) <= own for text in config.elsewhere.values())
+
+
+def test_public_names():
+    """`dir()` shows what is imported late, too, and all that it shows is there."""
+    assert {"PhaseCallback", "get_phased_scheduler", *(config.__name__ for config in methods().values())} <= set(
+        dir(peft_learners)
+    )
+    assert all(hasattr(peft_learners, name) for name in dir(peft_learners))
 
 
 def test_newer_version(tmp_path: Path):

@@ -378,8 +378,8 @@ def test_too_few_steps(tmp_path: Path):
     """Fewer steps than priming needs are told."""
     run = trainer(learner(priming_epochs=4), arguments(tmp_path))
     with pytest.raises(ScheduleError, match=r"priming needs 8 optimizer steps, but training has only 6\. "
-                                            r"priming_epochs=4 at 2 steps per epoch is too long for 3 epochs: set it "
-                                            r"lower, for example LearnerConfig\(priming_epochs=1\.5\)"):  # fmt: skip
+                                            r"priming_epochs=4 at 2 steps per epoch is too long: set it lower, "
+                                            r"for example LearnerConfig\(priming_epochs=1\.5\)"):  # fmt: skip
         run.train()
     assert run.state.global_step == 0
 
