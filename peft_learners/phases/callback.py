@@ -24,8 +24,9 @@ class PhaseCallback(TrainerCallback, ExportableState):
     """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
 
     At a boundary, between two optimizer steps, what the next phase does not train freezes, its gradients and
-    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The boundaries are kept in
-    Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
+    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. One line on the console says so.
+    Logged losses carry `phase` and `trained_parameters`. The boundaries are kept in Trainer's checkpoints, so a
+    resumed run keeps them, whatever else was changed.
 
     Args:
         stop_at_boundary: end the run right at each boundary, with a checkpoint of the adapter as the next phase finds
