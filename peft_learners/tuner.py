@@ -10,9 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
-from peft import PeftModel
-from peft.config import PeftConfig
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .checkpoint import (
@@ -180,6 +179,16 @@ class PhasedModel(TargetChoice):
         """
 
     @classmethod
+    def check_learning_rate(
+        cls, adapter: str, config: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Refuse a learning rate of the first step, in a training from the start, that a phase can't do with.
+
+        Raises:
+            ScheduleError: a phase of one step, whose rate is 0.
+        """
+
+    @classmethod
     def passing_parts(cls, config: Any) -> tuple[str, ...]:
         """Parts that an adapter has in some phases only."""
         return ()
@@ -277,7 +286,10 @@ class PhasedModel(TargetChoice):
         return phase_costs(by_phase, config, saved_copies(self.model, name), held / count if count else FLOAT32)
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line of trained parameters, and one for each phase of each active adapter.
+        """Print PEFT's line of trained parameters with the phase that they are of, and a line for each phase.
+
+        `PeftModel.print_trainable_parameters()` prints the same number without a word of phases: call this one,
+        `model.base_model.print_trainable_parameters()`.
 
         A phase's line has the parameters that train in it (the head among them), the bytes that training holds for the
         adapter (of each trained parameter the value, the gradient and AdamW's two moments; of what is frozen the
@@ -285,11 +297,12 @@ class PhasedModel(TargetChoice):
         """
         model: Any = self.model
         trained, every = PeftModel.get_nb_trainable_parameters(model)
-        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
-        for name in self.active_adapters:
-            config = self.peft_config.get(name)
-            if not isinstance(config, PhasedConfig):
-                continue
+        configs = [(name, self.peft_config.get(name)) for name in self.active_adapters]
+        phased = [(name, config) for name, config in configs if isinstance(config, PhasedConfig)]
+        phases = {c.present_phase for _, c in phased if len(c.phase_names) > 1 and not c.inference_mode}
+        line = f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+        print(f"{line} || in the phase {' and '.join(map(repr, sorted(phases)))}" if phases else line)
+        for name, config in phased:
             now = "" if config.inference_mode else config.present_phase
             for cost in self.costs_by_phase(name):
                 mark = " (now)" if cost.phase == now else ""
@@ -551,12 +564,13 @@ class PhasedModel(TargetChoice):
         refuse_missing(names, adapter_name, state_dict)
         state = model.state_dict()
         whole = {full: state[full] for full in names.values() if full in state}
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
         state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
         cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
             # before the adapter changes its form
             shapes = {key: tuple(value.shape) for key, value in whole.items()}
-            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict, whole, labels)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
@@ -570,7 +584,8 @@ class PhasedModel(TargetChoice):
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
         def check_shapes(values: dict[str, torch.Tensor]) -> None:
-            refuse_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()}, adapter_name, values)
+            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            refuse_shapes(shapes, adapter_name, values, whole, labels)
             cls._take_aside(model, adapter_name, config, given)
 
         before_next_load(model, check_shapes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
@@ -58,6 +59,14 @@ class BottleneckConfig(PhasedConfig):
         "A bottleneck adapter is not linear, so that no weight of the base model can hold it. Keep it beside the "
         "model; model.unload() takes it off, and `with model.disable_adapter():` calls the base model without it."
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("r", "rank"), "Here it is `bottleneck_dim`"),
+        "lora_alpha": "Here it is `scaling`, which multiplies the adapters' output as it is",
+        "lora_dropout": "Here it is `dropout`",
+        "act_fn": "Here it is `non_linearity`",
+        "reduction_factor": "Here it is `bottleneck_dim`, the hidden size divided by reduction_factor",
+    }
 
     mode: Literal["sequential", "parallel"] = option(
         "sequential",

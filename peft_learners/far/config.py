@@ -73,6 +73,16 @@ class FARConfig(PhasedConfig):
         "([Vucetic et al., 2022](https://arxiv.org/abs/2205.01541))."
     )
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("r", "rank", "lora_alpha", "lora_dropout", "rank_pattern"),
+            "FAR trains whole weights, not low-rank updates: how many nodes is `retention_ratio`. Low-rank updates "
+            "are LearnerConfig(r=64)",
+        ),
+        "bias": "Here it is `train_biases`: True or False",
+        "feedforward_modules": "Here it is `ffn_modules`, e.g. ffn_modules=[['fc_in', 'fc_out']]",
+    }
+
     retention_ratio: float = option(
         0.10,
         "Share of the nodes of each FFN layer that go on training, rounded to nearest.",

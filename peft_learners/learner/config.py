@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
@@ -25,7 +26,7 @@ from ..config import (
     option,
     regex_in,
 )
-from ..phases.schedule import Schedule, epochs_to_steps, lay_out
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
 #: The container of the primed dense deltas.
@@ -67,6 +68,17 @@ class LearnerConfig(PhasedConfig):
         "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
     )
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "Here it is `scaling`: scaling = lora_alpha / r",
+        "alpha": "Here it is `scaling`: scaling = alpha / r",
+        "use_rslora": "Here it is `scaling`: scaling = lora_alpha / sqrt(r)",
+        "lora_dropout": "Here it is `learner_dropout`",
+        "bias": "Here it is `train_biases`: True or False",
+        "lora_bias": "Here it is `train_biases`",
+        "alpha_pattern": "`scaling` is one number for all layers; ranks differ by `rank_pattern`",
+        "init_lora_weights": "A fresh Learner changes nothing of the output, as LoRA with init_lora_weights=True",
+    }
+
     r: int = option(
         64,
         "Rank of the Learner modules (the paper's hidden size l).",
@@ -90,7 +102,8 @@ class LearnerConfig(PhasedConfig):
     priming_lr_scale: float = option(
         1.0,
         "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
-        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups.",
+        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups. "
+        "Take 0.1 above a rate of 1e-4: the primed weights want one of full fine-tuning's size.",
         Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
     priming_modules: Union[list[int], list[str], str] = option(
@@ -203,19 +216,34 @@ class LearnerConfig(PhasedConfig):
         """Priming, then learning."""
         if self.priming_steps is not None:
             steps = self.priming_steps
-            advice = f"Set priming_steps to at most {total_steps}, or train longer."
+            advice = f"Set priming_steps to at most {(total_steps or 1) - 1}, or train longer."
         elif self.priming_epochs == 0:
             steps, advice = 0, ""
         else:
             in_steps = "Give priming in steps: LearnerConfig(priming_steps=...)."
             per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
             steps = epochs_to_steps(self.priming_epochs, per_epoch)
-            most = (total_steps or 0) / per_epoch
+            half = (total_steps or 0) / 2 / per_epoch if (total_steps or 0) > 1 else 0
             advice = (
-                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set "
-                f"priming_epochs to at most {most:.4g}, or train longer."
+                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set it lower, for "
+                f"example LearnerConfig(priming_epochs={half:.2g}), or train longer."
+            )
+        if total_steps is not None and 0 < steps == total_steps:
+            raise ScheduleError(
+                f"priming needs {steps} of the training's {total_steps} optimizer steps, which leaves none for "
+                f"learning. {advice}"
             )
         return self._phases(steps, total_steps, advice)
+
+    def boundary_facts(self) -> str:
+        kept = self.kept_energy if self.is_folded else None
+        if not kept:
+            return ""
+        least = min(kept, key=lambda name: kept[name])
+        return (
+            f"{len(kept)} layers folded, kept energy: least {kept[least]:.4f} ({least}), "
+            f"median {statistics.median(kept.values()):.4f}"
+        )
 
     def outline(self) -> Schedule:
         return self._phases(int(self.primes))

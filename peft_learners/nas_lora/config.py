@@ -80,6 +80,16 @@ class NASLoRAConfig(PhasedConfig):
         "*retraining* ([Lawton et al., 2023](https://arxiv.org/abs/2305.16597))."
     )
 
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "NAS-LoRA has no scaling: its updates count as those of LoRA with lora_alpha = r",
+        "lora_dropout": "NAS-LoRA has no dropout",
+        "bias": "Here it is `train_biases`: True or False",
+        "lora_bias": "Here it is `train_biases`",
+        "init_r": "Here the rank of the search is `r`",
+        "target_r": "Here it is `parameter_budget`: a number of parameters, or a share of the search space",
+        "init_lora_weights": "Here LoRA's initial values are init='lora'",
+    }
+
     r: int = option(
         16,
         "Rank of the low-rank updates in the search; 0: biases alone.",

@@ -15,6 +15,7 @@ from ..hub.short_card import warn_of_local_base
 from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
+from .report import tell
 from .schedule import ScheduleError
 from .whole_checkpoints import Record, record_of, refuse_half_loaded, warn_if_half_written
 
@@ -23,8 +24,9 @@ class PhaseCallback(TrainerCallback, ExportableState):
     """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
 
     At a boundary, between two optimizer steps, what the next phase does not train freezes, its gradients and
-    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The boundaries are kept in
-    Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
+    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. One line on the console says so.
+    Logged losses carry `phase` and `trained_parameters`. The boundaries are kept in Trainer's checkpoints, so a
+    resumed run keeps them, whatever else was changed.
 
     Args:
         stop_at_boundary: end the run right at each boundary, with a checkpoint of the adapter as the next phase finds
@@ -112,6 +114,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
             optimizer=kwargs.get("optimizer"),
             wrappers=search_ddp_wrappers(model) or [model],  # under FSDP, or in an engine, there is no DDP to rebuild
             ends_by_itself=False,  # Trainer saves after the last step
+            log=False,
         )
         self.first_steps = {**recorded.get("first_steps", {}), **driver.first_steps()}
         self.fixed = {**recorded.get("fixed", {}), **{n: config.fixed_in_training() for n, config in configs.items()}}
@@ -130,6 +133,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
         if any(start.begins_anew for start in starts):
             self._forget_best(state)
         self._record(self._driver, state, starts)
+        tell(starts, args, state)
         if starts and self.stop_at_boundary and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
 

@@ -27,7 +27,8 @@ from ..layers.base import adapter_parameters, tuner_layers
 from ..layers.value import Value, is_sharded
 from ..registry import tuner_of
 from .ddp import ddp_modules, holds, is_first_process, processes, rebuild_reducer, unwrapped
-from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
+from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer, state_bytes
+from .report import in_units
 from .schedule import Phase, Schedule, ScheduleError
 
 logger = logging.getLogger("peft_learners")
@@ -47,6 +48,10 @@ class PhaseStart:
         trained_before: trained parameters of the whole model before the boundary.
         trained_after: the same after the boundary.
         begins_anew: whether a training of its own begins (see `Phase`), and not the run's first.
+        step: finished optimizer steps at the entry: more than `first_step` where a resumed run goes on in the phase.
+        optimizer_before, optimizer_after: bytes of this process's optimizer state, before and after; None without an
+            optimizer.
+        facts: what else there is to say of the boundary, for instance the energy that a fold kept.
     """
 
     adapter: str
@@ -55,6 +60,22 @@ class PhaseStart:
     trained_before: int
     trained_after: int
     begins_anew: bool = False
+    step: int = 0
+    optimizer_before: int | None = None
+    optimizer_after: int | None = None
+    facts: str = ""
+
+    def __str__(self) -> str:
+        verb = "begins" if self.step <= self.first_step else "goes on"
+        line = f"step {self.step}, adapter {self.adapter!r}: phase {self.phase!r} {verb}; trained parameters "
+        line += _change(f"{self.trained_before:,}", f"{self.trained_after:,}")
+        if self.optimizer_before is not None and self.optimizer_after is not None and self.optimizer_before:
+            line += f"; optimizer state {_change(in_units(self.optimizer_before), in_units(self.optimizer_after))}"
+        return f"{line}; {self.facts}" if self.facts else line
+
+
+def _change(before: str, after: str) -> str:
+    return f"{before} -> {after}" if before != after else after
 
 
 @dataclass(frozen=True)
@@ -120,6 +141,7 @@ class PhaseDriver:
         #: Whether an optimizer is yet to be made that holds all that ever trains.
         self.prepared = False
         self._ends_by_itself = True
+        self._log = True
         #: Whether anybody has said, since the start, that a step is finished.
         self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
@@ -214,6 +236,7 @@ class PhaseDriver:
         optimizer: object = None,
         wrappers: Sequence[nn.Module] = (),
         ends_by_itself: bool = True,
+        log: bool = True,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
@@ -222,6 +245,7 @@ class PhaseDriver:
                 in the adapters' configs, where `global_step` is above 0.
             wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
+            log: whether each phase that begins is a line in the log; False: whoever drives tells the user.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
         for name, config in configs.items():
@@ -243,6 +267,8 @@ class PhaseDriver:
             if schedule.phase_at(global_step) is not schedule.phases[-1]:
                 self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
                 self._check_optimizer(name, tuner.why_optimizer(config), schedule.phase_at(global_step), raw)
+                if raw is not None and global_step == 0:
+                    tuner.check_learning_rate(name, config, schedule, raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
@@ -253,6 +279,7 @@ class PhaseDriver:
         self._groups = GroupState(raw, resumed=global_step > 0) if raw is not None and anew else None
         self._ddp = ddp_modules(self.root, wrappers)
         self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
+        self._log = log
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
         return self._move_to(global_step, "new" if global_step == 0 else "resumed")
@@ -476,7 +503,7 @@ class PhaseDriver:
         root, optimizer = self.root, self.optimizer
         for name in entering:
             self._refuse_merged(name)
-        before = trained_parameters(root)
+        before, bytes_before = trained_parameters(root), state_bytes(optimizer)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
             tuner, config, schedule = tuner_of(configs[name]), configs[name], self.schedules[name]
@@ -502,19 +529,19 @@ class PhaseDriver:
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         for ddp in self._ddp:
             rebuild_reducer(ddp, constant_buffers(root))
-        after = trained_parameters(root)
+        after, bytes_after = trained_parameters(root), state_bytes(optimizer)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         anew = entry == "crossed"
         starts = [
-            PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
+            PhaseStart(
+                name, phase.name, phase.first_step, before, after, anew and phase.begins_anew, global_step,
+                bytes_before, bytes_after, configs[name].boundary_facts() if entry == "crossed" else "",
+            )
             for name, phase in entering.items()
-        ]
-        if is_first_process():
+        ]  # fmt: skip
+        if self._log and is_first_process():
             for start in starts:
-                logger.info(
-                    "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
-                    *(start.adapter, start.phase, global_step, start.trained_before, start.trained_after),
-                )
+                logger.info("%s", start)
         if entry == "crossed":
             self._warn_of_copies(starts)
         return starts

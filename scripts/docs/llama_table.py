@@ -23,7 +23,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
-from peft_learners.costs import COPIES_IN_TRAINING, FLOAT32, PhaseCost, base_bytes, in_units
+from peft_learners.costs import COPIES_IN_TRAINING, FLOAT32, PhaseCost, base_bytes
+from peft_learners.phases.report import in_units
 from scripts.docs.pages import ROOT, Lines, markdown, spliced
 
 PAGE = ROOT / "docs" / "llm.md"
