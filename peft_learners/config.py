@@ -445,3 +445,25 @@ class PhasedConfig(PeftConfig):
     def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Further sections of the adapter's card: Markdown by heading."""
         return {}
+
+    # -- what `peft-learners show` says of it ------------------------------------------------------------------------
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """What the adapter has in each module: rows with `module`, `parameters`, and what the method tells of it.
+
+        Args:
+            shapes: of the values in its file, by name.
+        """
+        return [
+            {"module": module, "parameters": sum(map(math.prod, parts.values()))}
+            for module, parts in self._parts_by_module(shapes).items()
+        ]
+
+    def _parts_by_module(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes in the adapter's file by module of the base model and, there, by what follows the module's name."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, shape in shapes.items():
+            module, prefix, part = key.rpartition(f".{self.method}_")
+            if prefix:
+                found.setdefault(module.removeprefix("base_model.model."), {})[f"{prefix[1:]}{part}"] = shape
+        return found

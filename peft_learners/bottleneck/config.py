@@ -109,6 +109,13 @@ class BottleneckConfig(PhasedConfig):
     def savings(self) -> dict[str, str]:
         return {"bottleneck_dim": "smaller adapters", **super().savings()}
 
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        rows = super().module_rows(shapes)
+        for row, parts in zip(rows, self._parts_by_module(shapes).values(), strict=True):
+            if down := parts.get("bottleneck_down.weight"):
+                row["bottleneck_dim"] = down[0]
+        return rows
+
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}
 

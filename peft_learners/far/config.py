@@ -215,3 +215,24 @@ class FARConfig(PhasedConfig):
         if not self.reconfigured:
             return {PRIMING: trained, RECONFIGURED: None}
         return {PRIMING: None if self.discard_unkept else trained + rest, RECONFIGURED: trained}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """With `nodes` of FFN layers that are kept, `of_nodes` (None where the file does not tell)."""
+        rows = []
+        for module, parts in self._parts_by_module(shapes).items():
+            trained = sum(math.prod(shape) for part, shape in parts.items() if part.startswith(PARTS))
+            row: dict[str, Any] = {"module": module, "parameters": trained}
+            if kept := parts.get("far_kept"):
+                row["nodes"] = kept[0]
+                row["of_nodes"] = _nodes(kept[0], parts["far_delta.weight"], parts.get("far_rest"))
+            rows.append(row)
+        return rows
+
+
+def _nodes(kept: int, delta: tuple[int, ...], rest: Optional[tuple[int, ...]]) -> Optional[int]:
+    """How many nodes a layer has of which some are kept, by the shapes of both parts of its delta."""
+    if rest is None:
+        return None
+    if kept == 0:
+        return rest[delta.index(0)]
+    return kept + kept * math.prod(rest) // math.prod(delta)

@@ -262,3 +262,13 @@ class LearnerConfig(PhasedConfig):
         if self.is_folded:
             return {PRIMING: None, LEARNING: count}
         return {phase: count if phase == PRIMING else count - dense for phase in self.phase_names}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        rows, energies = super().module_rows(shapes), self.kept_energy or {}
+        for row, parts in zip(rows, self._parts_by_module(shapes).values(), strict=True):
+            if factor := parts.get("learner_P1.weight"):
+                row["rank"] = factor[0]
+                row["primed"] = f"{DENSE_PART}.weight" in parts or row["module"] in energies
+            if row["module"] in energies:
+                row["kept_energy"] = energies[row["module"]]
+        return rows

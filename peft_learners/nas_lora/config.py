@@ -348,6 +348,21 @@ class NASLoRAConfig(PhasedConfig):
         text = f"{table}\n\nThe budget is {found.budget:,} parameters. {head} {origin}"
         return {"What is kept": text.rstrip()}
 
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """Of each update (`kind`: "low_rank" or "bias") the `parameters` that are kept, `of_parameters`; with whole
+        columns also the `rank`. Before the first pruning, of each module all that there is."""
+        if self.architecture is not None:
+            names = {"of": "of_parameters"}
+            found = Architecture.of(self, {}).rows()
+            wanted = ("module", "kind", "parameters", "of", "rank")
+            return [{names.get(key, key): row[key] for key in wanted if key in row} for row in found]
+        own = {key: shape for key, shape in shapes.items() if not key.endswith("_scores")}
+        rows = super().module_rows(own)
+        for row, parts in zip(rows, self._parts_by_module(own).values(), strict=True):
+            if factor := parts.get("nas_lora_U.weight"):
+                row["rank"] = factor[1]
+        return rows
+
 
 def _head_size(shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(math.prod(shape) for name, shape in shapes.items() if ".nas_lora_" not in name)

@@ -4,10 +4,11 @@
     python -m scripts.docs.report --check    # writes nothing; fails if a page or a picture is not up to date
 
 All of it comes from committed files: results/sweep (scripts/sweep), results/bench (scripts/bench),
-results/architectures (scripts/glue/plot_architecture.py), results/fold (scripts/glue/fold.py, scripts/decoder/run.py)
-and results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->,
-so does a picture, as picture-NAME, and those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A
-picture's file says what it was drawn from, so that only those are drawn again that show something else by now.
+results/architectures (of adapters that `peft-learners plot` drew), results/fold (scripts/glue/fold.py,
+scripts/decoder/run.py) and results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME -->
+and <!-- report:end -->, so does a picture, as picture-NAME, and those of the benchmark between <!-- bench:NAME --> and
+<!-- bench:end -->. A picture's file says what it was drawn from, so that only those are drawn again that
+show something else by now.
 """
 
 from __future__ import annotations
