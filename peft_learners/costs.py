@@ -15,10 +15,11 @@ from typing import NamedTuple
 import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .config import PhasedConfig
+from .phases.report import in_units
 from .structure.modules import original_of, walk
 from .structure.targets import is_all_linear
 from .structure.weights import base_of, shape_of
@@ -175,13 +176,3 @@ def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 def _bytes_of(parameter: torch.Tensor) -> int:
     return shape_of(parameter).numel() * parameter.element_size()
-
-
-def in_units(count: float) -> str:
-    """A number of bytes to three digits, in units of 1000."""
-    units = iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while count >= 999.5 and unit != "TB":
-        count, unit = count / 1000, next(units)
-    digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
-    return f"{count:.{digits}f} {unit}"

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 

@@ -37,7 +37,8 @@ from .ddp import (
     rebuild_reducer,
     unwrapped,
 )
-from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, is_offloaded, raw_optimizer
+from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, is_offloaded, raw_optimizer, state_bytes
+from .report import in_units
 from .schedule import Phase, Schedule, ScheduleError
 from .shards import is_sharded
 
@@ -55,8 +56,13 @@ class PhaseStart:
         adapter: the adapter's name.
         phase: the phase's name.
         first_step: finished optimizer steps at which it begins.
-        trained_before, trained_after: trained parameters of the whole model, before and after the boundary.
+        trained_before: trained parameters of the whole model before the boundary.
+        trained_after: the same after the boundary.
         begins_anew: whether a training of its own begins (see `Phase`), and not the run's first.
+        step: finished optimizer steps at the entry: more than `first_step` where a resumed run goes on in the phase.
+        optimizer_before, optimizer_after: bytes of this process's optimizer state, before and after; None without an
+            optimizer.
+        facts: what else there is to say of the boundary, for instance the energy that a fold kept.
     """
 
     adapter: str
@@ -65,6 +71,22 @@ class PhaseStart:
     trained_before: int
     trained_after: int
     begins_anew: bool = False
+    step: int = 0
+    optimizer_before: int | None = None
+    optimizer_after: int | None = None
+    facts: str = ""
+
+    def __str__(self) -> str:
+        verb = "begins" if self.step <= self.first_step else "goes on"
+        line = f"step {self.step}, adapter {self.adapter!r}: phase {self.phase!r} {verb}; trained parameters "
+        line += _change(f"{self.trained_before:,}", f"{self.trained_after:,}")
+        if self.optimizer_before is not None and self.optimizer_after is not None and self.optimizer_before:
+            line += f"; optimizer state {_change(in_units(self.optimizer_before), in_units(self.optimizer_after))}"
+        return f"{line}; {self.facts}" if self.facts else line
+
+
+def _change(before: str, after: str) -> str:
+    return f"{before} -> {after}" if before != after else after
 
 
 @dataclass(frozen=True)
@@ -130,13 +152,14 @@ class PhaseDriver:
         #: Whether an optimizer is yet to be made that holds all that ever trains.
         self.prepared = False
         self._ends_by_itself = True
+        self._log = True
         #: Whether anybody has said, since the start, that a step is finished.
         self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
         self._groups: GroupState | None = None
-        #: Adapters that stop at their next boundary, since an engine can't cross it, and whether they are there.
+        #: Adapters that stop at their next boundary, since an engine can't cross it, and what to tell once they have.
         self._stopping: set[str] = set()
-        self.has_stopped = False
+        self.stopped: list[str] = []
         #: Models that were copied from this one.
         self._copies: list[weakref.ref[nn.Module]] = []
 
@@ -234,6 +257,7 @@ class PhaseDriver:
         wrappers: Sequence[nn.Module] = (),
         ends_by_itself: bool = True,
         stops: bool = False,
+        log: bool = True,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
@@ -244,13 +268,14 @@ class PhaseDriver:
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
             stops: whether training ends at the next boundary. One that an engine can't cross is left to the next
                 training then.
+            log: whether each phase that begins is a line in the log; False: whoever drives tells the user.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
         engines = {name: self._engine_in_the_way(name, config, optimizer) for name, config in configs.items()}
         for name, config in configs.items():
             if config.next_phase is not None and engines[name] is not None:
                 raise ScheduleError(_too_late(name, config.next_phase, engines[name]))
-        self.enter_next_phases()
+        self._tell(self.enter_next_phases())
         for name, config in configs.items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
@@ -279,6 +304,8 @@ class PhaseDriver:
             if now is not schedule.phases[-1]:
                 if not is_deepspeeds(optimizer):  # which holds flat tensors
                     self._check_optimizer(name, tuner.why_optimizer(config), now, raw)
+                    if raw is not None and global_step == 0:
+                        tuner.check_learning_rate(name, config, schedule, raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
@@ -288,8 +315,9 @@ class PhaseDriver:
         anew = any(phase.begins_anew for schedule in schedules.values() for phase in schedule.phases)
         self._groups = GroupState(raw, resumed=global_step > 0) if raw is not None and anew else None
         self._ddp = ddp_modules(self.root, wrappers)
-        self._stopping, self.has_stopped = {name for name, engine in engines.items() if engine is not None}, False
+        self._stopping, self.stopped = {name for name, engine in engines.items() if engine is not None}, []
         self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
+        self._log = log
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
         starts = self._move_to(global_step, "new" if global_step == 0 else "resumed")
@@ -321,22 +349,22 @@ class PhaseDriver:
         """Leave a boundary to the next training, if one lies here that an engine can't cross."""
         ahead = {name: self.schedules[name].phase_at(global_step) for name in self._stopping & {*self.schedules}}
         ahead = {name: phase for name, phase in ahead.items() if phase is not self._phase[name]}
-        for name, phase in ahead.items():
-            if is_first_process() and not self.has_stopped:
-                logger.info(
-                    "adapter %r: its phase %r ends at step %d; %r begins with the next training of what is saved now",
-                    *(name, self._phase[name].name, global_step, phase.name),
-                )
-            self.root.peft_config[name].write("next_phase", phase.name)  # type: ignore[union-attr, index]
         if not ahead:
             return False
-        if self.has_stopped:
+        if self.stopped:
             raise ScheduleError(
                 f"The training was to end at step {self.global_step}, where an engine can't cross the boundary of the "
                 f"adapter {next(iter(ahead))!r}, but step {global_step} is finished. Save the adapter there, and let "
                 "another training go on."
             )
-        self.global_step, self.has_stopped = global_step, True
+        for name, phase in ahead.items():
+            self.root.peft_config[name].write("next_phase", phase.name)  # type: ignore[union-attr, index]
+            self.stopped.append(
+                f"step {global_step}, adapter {name!r}: phase {self._phase[name].name!r} ends; {phase.name!r} begins "
+                "with the next training of what is saved now"
+            )
+        self._tell(self.stopped)
+        self.global_step = global_step
         self.collect()
         return True
 
@@ -345,8 +373,9 @@ class PhaseDriver:
         for observer, _ in self._observing.values():
             observer.collect()
 
-    def enter_next_phases(self) -> None:
+    def enter_next_phases(self) -> list[PhaseStart]:
         """Cross the boundaries that the last training has stopped at, before an engine takes hold of parameters."""
+        starts = []
         for name, config in self.configs().items():
             if config.next_phase is None:
                 continue
@@ -354,17 +383,18 @@ class PhaseDriver:
             index = config.phase_names.index(config.next_phase)
             before = trained_parameters(self.root)
             tuner.check_trained(self.root, name, config, phases[index - 1])
-            training = Training(phases[index].first_step, None, all_ranks())
-            tuner.enter_phase(self.root, name, config, phases[index], "crossed", training)
+            tuner.enter_phase(self.root, name, config, phases[index], "crossed", Training(0, None, all_ranks()))
             self.freeze_for(name, phases[index])
             config.write("completed_phases", config.phase_names[:index])
             config.write("next_phase", None)
-            if is_first_process():
-                after = trained_parameters(self.root)
-                logger.info(
-                    "adapter %r, whose last training stopped before phase %r, enters it: trained parameters %d -> %d",
-                    *(name, phases[index].name, before, after),
-                )
+            after = trained_parameters(self.root)
+            starts.append(PhaseStart(name, phases[index].name, 0, before, after, facts=config.boundary_facts()))
+        return starts
+
+    def _tell(self, lines: Sequence[object]) -> None:
+        if self._log and is_first_process():
+            for line in lines:
+                logger.info("%s", line)
 
     def go_back_to(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
@@ -372,7 +402,7 @@ class PhaseDriver:
 
     def prepare(self) -> None:
         """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
-        self.enter_next_phases()
+        self._tell(self.enter_next_phases())
         self.prepared = True
         for name, config in self.configs().items():
             tuner_of(config).make_whole(self.root, name, config)
@@ -580,7 +610,7 @@ class PhaseDriver:
         root, optimizer = self.root, self.optimizer
         for name in entering:
             self._refuse_merged(name)
-        before = trained_parameters(root)
+        before, bytes_before = trained_parameters(root), state_bytes(optimizer)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
             tuner, config, schedule = tuner_of(configs[name]), configs[name], self.schedules[name]
@@ -606,19 +636,17 @@ class PhaseDriver:
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         for ddp in self._ddp:
             rebuild_reducer(ddp, constant_buffers(root))
-        after = trained_parameters(root)
+        after, bytes_after = trained_parameters(root), state_bytes(optimizer)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         anew = entry == "crossed"
         starts = [
-            PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
+            PhaseStart(
+                name, phase.name, phase.first_step, before, after, anew and phase.begins_anew, global_step,
+                bytes_before, bytes_after, configs[name].boundary_facts() if entry == "crossed" else "",
+            )
             for name, phase in entering.items()
-        ]
-        if is_first_process():
-            for start in starts:
-                logger.info(
-                    "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
-                    *(start.adapter, start.phase, global_step, start.trained_before, start.trained_after),
-                )
+        ]  # fmt: skip
+        self._tell(starts)
         if entry == "crossed":
             self._warn_of_copies(starts)
         return starts

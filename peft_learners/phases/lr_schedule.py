@@ -121,17 +121,17 @@ def get_phased_scheduler(
     warmup_steps: float = 0.0,
     settings: Mapping[str, Any] | None = None,
 ) -> LambdaLR:
-    """`transformers.get_scheduler` for loops without Trainer, beginning anew where the phases of `model` do.
+    """`transformers.get_scheduler` for loops without Trainer: the schedule begins anew where the phases of `model` do.
 
-    Its `step()` is to be called once per optimizer step. Leave it out of `accelerator.prepare`, which would have it
-    called once per process.
+    Call its `step()` once per optimizer step. Leave it out of `accelerator.prepare`, which would call it once per
+    process.
 
     Args:
         name: "linear", "cosine", "constant", ... of transformers.
         optimizer: the optimizer.
         model: a model whose schedule has been set, by `set_schedule(total_steps=...)`.
         warmup_steps: of each phase: a number of steps, or a share below 1 of its steps.
-        settings: further arguments of the kind.
+        settings: further arguments of that kind of schedule.
 
     Raises:
         ScheduleError: no schedule was set, its number of steps is unknown, or the kind is no function of the step.

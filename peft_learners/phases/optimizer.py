@@ -47,6 +47,16 @@ def is_offloaded(optimizer: object) -> bool:
     return False
 
 
+def state_bytes(optimizer: torch.optim.Optimizer | None) -> int | None:
+    """Bytes that an optimizer holds beside the parameters, on this process; None without one."""
+    if optimizer is None:
+        return None
+    values = (value for state in optimizer.state.values() for value in state.values())
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    local: list[torch.Tensor] = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
+    return sum(value.numel() * value.element_size() for value in local)
+
+
 def resize(
     parameter: nn.Parameter,
     value: torch.Tensor,
