@@ -69,19 +69,38 @@ def refuse_missing(whole: Mapping[str, str], adapter: str, state_dict: Mapping[s
         raise ValueError(_misfit(adapter, f"{len(missing)} of {len(whole)} {what} (first: {missing[0]})"))
 
 
-def refuse_shapes(expected: Shapes, adapter: str, state_dict: dict[str, torch.Tensor]) -> None:
+def refuse_shapes(
+    expected: Shapes,
+    adapter: str,
+    state_dict: dict[str, torch.Tensor],
+    whole: Collection[str] = (),
+    num_labels: int | None = None,
+) -> None:
     """Compare the shapes of values in a file with those they should have.
+
+    Args:
+        whole: names of the values of modules that are saved whole.
+        num_labels: of the model's config, for telling that only the number of labels differs.
 
     Raises:
         ValueError: some differ.
     """
-    shapes = [
-        f"{key}: {tuple(value.shape)} in the file, {expected[key]} in the model"
-        for key, value in state_dict.items()
-        if key in expected and expected[key] != tuple(value.shape)
-    ]
-    if shapes:
-        raise ValueError(_misfit(adapter, f"{len(shapes)} shapes differ (size mismatch for {shapes[0]})"))
+    given = {key: tuple(value.shape) for key, value in state_dict.items() if key in expected}
+    differ = {key: shape for key, shape in given.items() if shape != expected[key]}
+    if not differ:
+        return
+    first, shape = next(iter(differ.items()))
+    sizes = f"{shape} in the file, {expected[first]} in the model"
+    what = f"{len(differ)} shapes differ (size mismatch for {first}: {sizes})"
+    rows = {own[:1] for own in differ.values()}
+    of_labels = (expected[key] == (num_labels, *own[1:]) for key, own in differ.items())
+    if differ.keys() <= set(whole) and len(rows) == 1 and all(of_labels):
+        raise ValueError(
+            f"The checkpoint does not fit the adapter {adapter!r}: {what}. Nothing was loaded. Its head has "
+            f"{shape[0]} labels, and the base model was loaded with {num_labels}: load the base model with "
+            f"num_labels={shape[0]}, AutoModelFor....from_pretrained(..., num_labels={shape[0]})."
+        )
+    raise ValueError(_misfit(adapter, what))
 
 
 def refuse_other_form(own: Shapes, given: Shapes, adapter: str, passing: tuple[str, ...] = ()) -> None:

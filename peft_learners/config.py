@@ -12,10 +12,11 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Optional, TypeVar, Union
 
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.utils import PeftType
 
 from .phases.schedule import Schedule, ScheduleError, lay_out
+from .registry import config_with_field
 from .structure.patterns import first_fault
 
 #: Largest absolute value of a factor or a number of epochs, and largest whole number.
@@ -34,7 +35,7 @@ C = TypeVar("C", bound=type)
 
 
 def names_unknown_fields(cls: C) -> C:
-    """Class decorator for a dataclass: an unknown field is refused with the nearest known one."""
+    """Class decorator for a config: an unknown field is refused, with what it is called here."""
     init = cls.__init__  # type: ignore[misc]
 
     @functools.wraps(init)
@@ -42,14 +43,27 @@ def names_unknown_fields(cls: C) -> C:
         known = [f.name for f in fields(cls) if f.init]
         for name in kwargs:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1)
-                hint = f"Did you mean {near[0]!r}?" if near else f"It has: {', '.join(known)}."
                 # PEFT recognises configs of newer versions by the first words of this sentence.
-                raise TypeError(f"{cls.__name__} got an unexpected keyword argument {name!r}. {hint}")
+                raise TypeError(
+                    f"{cls.__name__} got an unexpected keyword argument {name!r}. {_hint(cls, name, known)}"
+                )
         init(self, *args, **kwargs)
 
     cls.__init__ = checked  # type: ignore[misc]
     return cls
+
+
+def _hint(cls: Any, name: str, known: list[str]) -> str:
+    """What an unknown field of a config is called here, if anything."""
+    if name in cls.elsewhere:
+        return f"{cls.elsewhere[name]}."
+    near = difflib.get_close_matches(name, known, n=1)
+    if near:
+        return f"Did you mean {near[0]!r}?"
+    owner = config_with_field(name)
+    if owner is not None:
+        return f"It is a field of PEFT's {owner}, and {cls.__name__} has none like it: leave it out."
+    return f"It has: {', '.join(known)}."
 
 
 @dataclass(frozen=True)
@@ -159,9 +173,9 @@ INHERITED = {
 class PhasedConfig(PeftConfig):
     """Fields that every tuner of this package has.
 
-    `completed_phases` and `phase_first_steps` are written by training and saved with the adapter: one whose phases are
-    complete goes on in its last phase when it is loaded for more training. `model.base_model.restart_phases()` starts
-    them again.
+    `completed_phases`, `next_phase` and `phase_first_steps` are written by training and saved with the adapter: one
+    whose phases are complete goes on in its last phase when it is loaded for more training.
+    `model.base_model.restart_phases()` starts them again.
 
     Raises:
         ValueError: a field with a value that can't be right; the sentence names field, value and what would be.
@@ -179,6 +193,8 @@ class PhasedConfig(PeftConfig):
     #: Fields by which a user chooses what is adapted or primed: while all of them have their defaults, he may not know
     #: what the adapter costs.
     narrowing: ClassVar[tuple[str, ...]] = ("target_modules", "exclude_modules", "layers_to_transform")
+    #: Fields of other PEFT methods' configs: what they are called here.
+    elsewhere: ClassVar[Mapping[str, str]] = {}
     #: Sentence of an error: why nothing can hold what the adapter does but itself; "" where a weight can.
     unmergeable: ClassVar[str] = ""
 
@@ -231,6 +247,12 @@ class PhasedConfig(PeftConfig):
         "Phases that are over. Written by training; not for the user.",
         Check(lambda value: isinstance(value, list) and is_names(value), "a list of names of phases"),
     )
+    next_phase: Optional[str] = option(
+        None,
+        "Phase whose boundary the last run has stopped at, under an engine that can't cross it: the next training "
+        "begins with it. Written by training; not for the user.",
+        Check(lambda value: value is None or isinstance(value, str), "None or the name of a phase"),
+    )
     phase_first_steps: Optional[dict[str, int]] = option(
         None,
         "First optimizer step of each phase. Written when training starts; not for the user.",
@@ -263,8 +285,9 @@ class PhasedConfig(PeftConfig):
     def _check_phases(self) -> None:
         """Phases that are recorded must be those of the method."""
         known = self._all_phases()
-        for name in ("completed_phases", "phase_first_steps"):
-            unknown = [phase for phase in getattr(self, name) or () if phase not in known]
+        for name in ("completed_phases", "phase_first_steps", "next_phase"):
+            phases = getattr(self, name) or ()
+            unknown = [phase for phase in ([phases] if isinstance(phases, str) else phases) if phase not in known]
             if unknown:
                 raise ValueError(
                     f"{type(self).__name__}: `{name}` must name phases of the method, which are {', '.join(known)}, "
@@ -394,6 +417,10 @@ class PhasedConfig(PeftConfig):
         """Whether the adapter is in its last phase."""
         return True
 
+    def boundary_facts(self) -> str:
+        """What the line about a boundary that was just crossed has beside the sizes."""
+        return ""
+
     @property
     def present_phase(self) -> str:
         """Name of the phase that the adapter is in: the one that training began or goes on with."""
@@ -425,3 +452,25 @@ class PhasedConfig(PeftConfig):
     def card_sections(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]:
         """Further sections of the adapter's card: Markdown by heading."""
         return {}
+
+    # -- what `peft-learners show` says of it ------------------------------------------------------------------------
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """What the adapter has in each module: rows with `module`, `parameters`, and what the method tells of it.
+
+        Args:
+            shapes: of the values in its file, by name.
+        """
+        return [
+            {"module": module, "parameters": sum(map(math.prod, parts.values()))}
+            for module, parts in self._parts_by_module(shapes).items()
+        ]
+
+    def _parts_by_module(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, tuple[int, ...]]]:
+        """Shapes in the adapter's file by module of the base model and, there, by what follows the module's name."""
+        found: dict[str, dict[str, tuple[int, ...]]] = {}
+        for key, shape in shapes.items():
+            module, prefix, part = key.rpartition(f".{self.method}_")
+            if prefix:
+                found.setdefault(module.removeprefix("base_model.model."), {})[f"{prefix[1:]}{part}"] = shape
+        return found

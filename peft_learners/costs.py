@@ -15,13 +15,14 @@ from typing import NamedTuple
 import psutil
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import nn
 
 from .config import PhasedConfig
+from .phases.report import in_units
 from .structure.modules import original_of, walk
 from .structure.targets import is_all_linear
-from .structure.weights import base_of
+from .structure.weights import base_of, shape_of
 
 #: Value, gradient and AdamW's two moments.
 COPIES_IN_TRAINING = 4
@@ -84,7 +85,7 @@ def phase_costs(
         width: bytes of a value in its layers (the mean, where they differ).
     """
     parameters = [parameter for module in saved for parameter in module.parameters()]
-    head, head_bytes = sum(p.numel() for p in parameters), sum(map(_bytes_of, parameters))
+    head, head_bytes = sum(shape_of(p).numel() for p in parameters), sum(map(_bytes_of, parameters))
     dtype = getattr(torch, config.save_dtype) if config.save_dtype is not None else None
     costs = []
     for phase, own in values.items():
@@ -174,14 +175,4 @@ def _base_parameters(model: nn.Module) -> list[nn.Parameter]:
 
 
 def _bytes_of(parameter: torch.Tensor) -> int:
-    return parameter.numel() * parameter.element_size()
-
-
-def in_units(count: float) -> str:
-    """A number of bytes to three digits, in units of 1000."""
-    units = iter(("B", "kB", "MB", "GB", "TB"))
-    unit = next(units)
-    while count >= 999.5 and unit != "TB":
-        count, unit = count / 1000, next(units)
-    digits = 0 if unit == "B" or count >= 99.95 else 1 if count >= 9.995 else 2
-    return f"{count:.{digits}f} {unit}"
+    return shape_of(parameter).numel() * parameter.element_size()

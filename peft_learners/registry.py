@@ -12,7 +12,7 @@ import sys
 from typing import Any
 
 import peft.mapping as tables
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.utils import PeftType, register_peft_method
 
 #: Config classes by the names of their methods.
@@ -108,6 +108,13 @@ def register(config_cls: type, model_cls: type) -> None:
 def methods() -> dict[str, Any]:
     """The config classes of all methods by name, in the order of their registration: what tools iterate over."""
     return dict(_METHODS)
+
+
+def config_with_field(name: str) -> str | None:
+    """Name of a config of PEFT's own that has a field of this name: LoRA's, if it is one; None if there is none."""
+    kinds = [kind for kind in tables.PEFT_TYPE_TO_CONFIG_MAPPING.values() if kind not in _METHODS.values()]
+    kinds.sort(key=lambda kind: kind.__name__ != "LoraConfig")
+    return next((kind.__name__ for kind in kinds if name in getattr(kind, "__dataclass_fields__", {})), None)
 
 
 def tuner_of(config: PeftConfig) -> Any:

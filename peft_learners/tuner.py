@@ -10,9 +10,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, Optional
 
 import torch
-from peft import PeftModel
-from peft.config import PeftConfig
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft import PeftConfig, PeftModel
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from .checkpoint import (
@@ -45,7 +44,7 @@ from .phases.schedule import Phase, Schedule
 from .registry import tuner_of
 from .structure.modules import walk
 from .structure.targets import TargetChoice
-from .structure.weights import base_of
+from .structure.weights import base_of, shape_of
 from .wrapping import original_model, put_back_empty, take_out
 
 if TYPE_CHECKING:
@@ -82,7 +81,7 @@ class PhasedModel(TargetChoice):
 
     Args:
         model: the model to adapt.
-        config: the method's config.
+        peft_config: the method's config, or `{adapter name: config}`.
         adapter_name: the adapter's name.
     """
 
@@ -90,6 +89,8 @@ class PhasedModel(TargetChoice):
     merges_shared_weights: ClassVar[bool] = False
     #: Why a training with a boundary ahead must hand over its optimizer (predicate of a sentence); "": it need not.
     needs_optimizer: ClassVar[str] = ""
+    #: Whether it reads gradients as the optimizer does, before its steps.
+    reads_gradients: ClassVar[bool] = False
     #: Whether parameters have other shapes after a boundary (see `reshapes`).
     cuts_parameters: ClassVar[bool] = False
     _to_merge: list[str] | None = None
@@ -110,24 +111,28 @@ class PhasedModel(TargetChoice):
         global_step: int = 0,
         optimizer: object = None,
         wrapper: nn.Module | None = None,
+        stop_at_boundary: bool = False,
     ) -> list[PhaseStart]:
-        """Lay the adapter's phases over the training that is about to begin. For loops without `PhaseCallback`.
+        """Lay the adapter's phases over the training that is about to begin. Call it in loops without `PhaseCallback`.
 
         Args:
             total_steps: optimizer steps of the whole training.
             steps_per_epoch: optimizer steps of one epoch (batches divided by accumulation steps).
-            global_step: optimizer steps that are finished already (a resumed run): then the boundaries that the
-                adapter's config remembers stay as they are.
-            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and
-                Learners that fold can't do without while a boundary lies ahead, at which its state changes with the
-                parameters. Of other Learners the state of what freezes is freed; without it that state stays.
-            wrapper: what forward is called on, where several processes train: the model as `DistributedDataParallel`
-                or `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary; any other
-                module (FSDP, an engine) is left alone.
+            global_step: optimizer steps that a resumed run has finished. The boundaries that the adapter's config
+                remembers stay as they are.
+            optimizer: the one that trains the adapter, or accelerate's wrapper of it. FAR, NAS-LoRA and Learners that
+                fold need it while a boundary lies ahead, because its state changes with the parameters. For other
+                Learners it frees the state of what freezes.
+            wrapper: with several processes, what forward is called on: the model as `DistributedDataParallel` or
+                `accelerator.prepare` returned it. DDP is rebuilt at the start and at each boundary. Any other module
+                (FSDP, an engine) is left alone.
+            stop_at_boundary: the loop ends at the next boundary and saves the adapter there. One that an engine can't
+                cross is left to the next training, of the adapter as it was saved: call `prepare_optimizer()` then,
+                before the engine takes the model.
 
         Raises:
-            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, or an
-                optimizer or wrapper that is needed and was not handed over.
+            ScheduleError: fewer steps than the phases need, nothing to train in one of them, a merged adapter, an
+                optimizer or wrapper that is needed and was not handed over, or an engine that can't cross a boundary.
         """
         return PhaseDriver.of(self).start(
             total_steps=total_steps,
@@ -135,10 +140,11 @@ class PhasedModel(TargetChoice):
             global_step=global_step,
             optimizer=optimizer,
             wrappers=() if wrapper is None else (wrapper,),
+            stops=stop_at_boundary,
         )
 
     def update_and_allocate(self, global_step: int) -> list[PhaseStart]:
-        """To be called once per optimizer step, after `optimizer.step()` and with the step counted.
+        """Move on to the next phase if it begins here. Call it after each `optimizer.step()`, with the step counted.
 
         Args:
             global_step: finished optimizer steps.
@@ -149,22 +155,26 @@ class PhasedModel(TargetChoice):
         return PhaseDriver.of(self).update(global_step)
 
     def prepare_optimizer(self) -> None:
-        """To be called before the optimizer is made, where a loop loads an optimizer's state after an adapter.
+        """Let all parts train that train in any phase, as the optimizer's state in a checkpoint does.
 
-        The state of a checkpoint covers all that trains in any phase. `PhaseCallback` does this by itself.
+        Call it in a loop that resumes, after the adapter is loaded and before the optimizer is made. If the last
+        training stopped at a boundary, call it before FSDP or DeepSpeed takes the model: the boundary is crossed here.
+        `PhaseCallback` does this by itself.
         """
         PhaseDriver.of(self).prepare()
 
     def finish_phases(self) -> None:
-        """The training is over. For loops that end before `set_schedule`'s `total_steps`, or did not give them: until
-        then saved adapters are taken for checkpoints, which `save_dtype` leaves as they are."""
+        """Say that the training is over, in loops that end before the `total_steps` of `set_schedule`, or gave none.
+
+        Until then a saved adapter counts as a checkpoint, which `save_dtype` leaves in full precision.
+        """
         PhaseDriver.of(self).finish()
 
     def restart_phases(self) -> None:
         """Let the active adapters go through all their phases again in the next training.
 
-        Parameters that a boundary made smaller grow again. The optimizer that the last training handed over drops its
-        state for them; make any other one anew.
+        Parameters that a boundary made smaller grow again. The optimizer that was handed over to the last training
+        drops its state for them. Make any other optimizer anew.
         """
         PhaseDriver.of(self).restart()
 
@@ -174,6 +184,16 @@ class PhasedModel(TargetChoice):
 
         Raises:
             ScheduleError: for instance a phase whose own parts exist in no layer.
+        """
+
+    @classmethod
+    def check_learning_rate(
+        cls, adapter: str, config: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Refuse a learning rate of the first step, in a training from the start, that a phase can't do with.
+
+        Raises:
+            ScheduleError: a phase of one step, whose rate is 0.
         """
 
     @classmethod
@@ -262,7 +282,7 @@ class PhasedModel(TargetChoice):
         """What an adapter trains, holds in training and saves in each of its phases.
 
         Args:
-            adapter_name: None: the first active adapter.
+            adapter_name: the adapter; by default the first active one.
         """
         name = self.active_adapters[0] if adapter_name is None else adapter_name
         layers = {place: layer for place, layer in self.model.named_modules() if isinstance(layer, DeltaLayer)}
@@ -274,7 +294,10 @@ class PhasedModel(TargetChoice):
         return phase_costs(by_phase, config, saved_copies(self.model, name), held / count if count else FLOAT32)
 
     def print_trainable_parameters(self) -> None:
-        """Print PEFT's line of trained parameters, and one for each phase of each active adapter.
+        """Print PEFT's line of trained parameters with the phase that they are of, and a line for each phase.
+
+        `PeftModel.print_trainable_parameters()` prints the same number without a word of phases: call this one,
+        `model.base_model.print_trainable_parameters()`.
 
         A phase's line has the parameters that train in it (the head among them), the bytes that training holds for the
         adapter (of each trained parameter the value, the gradient and AdamW's two moments; of what is frozen the
@@ -282,11 +305,12 @@ class PhasedModel(TargetChoice):
         """
         model: Any = self.model
         trained, every = PeftModel.get_nb_trainable_parameters(model)
-        print(f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}")
-        for name in self.active_adapters:
-            config = self.peft_config.get(name)
-            if not isinstance(config, PhasedConfig):
-                continue
+        configs = [(name, self.peft_config.get(name)) for name in self.active_adapters]
+        phased = [(name, config) for name, config in configs if isinstance(config, PhasedConfig)]
+        phases = {c.present_phase for _, c in phased if len(c.phase_names) > 1 and not c.inference_mode}
+        line = f"trainable params: {trained:,d} || all params: {every:,d} || trainable%: {100 * trained / every:.4f}"
+        print(f"{line} || in the phase {' and '.join(map(repr, sorted(phases)))}" if phases else line)
+        for name, config in phased:
             now = "" if config.inference_mode else config.present_phase
             for cost in self.costs_by_phase(name):
                 mark = " (now)" if cost.phase == now else ""
@@ -434,8 +458,8 @@ class PhasedModel(TargetChoice):
     ) -> None:
         """Add an adapter whose update is `sum_i weights[i] * update_i`, in its last phase, frozen and not active.
 
-        Biases, norms and dense deltas are summed. As in PEFT, several of the adapters may not have a copy each of the
-        same whole module (a head).
+        Biases, norms and dense deltas are summed. As in PEFT, no two of the adapters may have a copy of the same whole
+        module (a head).
 
         Args:
             adapters: names of adapters of the model.
@@ -443,11 +467,11 @@ class PhasedModel(TargetChoice):
             adapter_name: name of the new adapter.
             combination_type: "svd" (PEFT's default): low-rank updates become the nearest one of rank `svd_rank`;
                 "cat": they are put side by side, exact, and their ranks add up.
-            svd_rank: None: the largest rank among the adapters, layer by layer.
+            svd_rank: by default the largest rank among the adapters, layer by layer.
 
         Raises:
-            ValueError: see above, and other arguments that can't be right.
-            NotImplementedError: the sum of such adapters is no adapter of their kind.
+            ValueError: two adapters with a copy of the same module, or an argument that can't be right.
+            NotImplementedError: the sum of such adapters is not an adapter of their kind.
         """
         from .weighted_sum import add_combined  # few ask for it, and each import delays all
 
@@ -548,12 +572,13 @@ class PhasedModel(TargetChoice):
         refuse_missing(names, adapter_name, state_dict)
         state = model.state_dict()
         whole = {full: state[full] for full in names.values() if full in state}
+        labels = getattr(getattr(model, "config", None), "num_labels", None)
         state_dict = without_others(model, adapter_name, {*expected, *whole}, state_dict)
         cls._check_values(model, adapter_name, config, state_dict, whole)
         if expected != cls._own_shapes(model, adapter_name):
             # before the adapter changes its form
             shapes = {key: tuple(value.shape) for key, value in whole.items()}
-            refuse_shapes({**expected, **shapes}, adapter_name, state_dict)
+            refuse_shapes({**expected, **shapes}, adapter_name, state_dict, whole, labels)
             driver = PhaseDriver.find(model)
             optimizer = driver.optimizer if driver is not None else None
             cls._fit_to_file(model, adapter_name, config, state_dict, optimizer)
@@ -567,7 +592,8 @@ class PhasedModel(TargetChoice):
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
         def check_shapes(values: dict[str, torch.Tensor]) -> None:
-            refuse_shapes({key: tuple(value.shape) for key, value in model.state_dict().items()}, adapter_name, values)
+            shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+            refuse_shapes(shapes, adapter_name, values, whole, labels)
             cls._take_aside(model, adapter_name, config, given)
 
         before_next_load(model, check_shapes)
@@ -616,8 +642,8 @@ class PhasedModel(TargetChoice):
     def _shapes_by_key(cls, root: nn.Module, adapter: str) -> Shapes:
         """The same by the keys of the model's state dict."""
         empty = cls._empty_keys(root, adapter)
-        own = ((key, value) for key, value in root.state_dict().items() if cls._is_own(key, adapter))
-        return {key: tuple(value.shape) for key, value in own if key not in empty}
+        own = ((key, value) for key, value in root.state_dict(keep_vars=True).items() if cls._is_own(key, adapter))
+        return {key: tuple(shape_of(value)) for key, value in own if key not in empty}
 
     @staticmethod
     def _empty_keys(root: nn.Module, adapter: str) -> set[str]:

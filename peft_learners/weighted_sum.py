@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper, set_additional_trainable_modules
+from peft.utils import ModulesToSaveWrapper, set_additional_trainable_modules
 from torch import Tensor, nn
 
 from .config import is_number, is_positive_int

@@ -24,7 +24,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> ZipFile:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ("peft_learners", "scripts", "tests"):
         shutil.copytree(ROOT / name, copy / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "peft_learners_cli.py"):
         shutil.copy(ROOT / name, copy)
     build = subprocess.run([sys.executable, "-c", BUILD, "dist"], cwd=copy, capture_output=True, text=True)
     assert build.returncode == 0, build.stderr
@@ -40,10 +40,10 @@ def metadata(wheel: ZipFile) -> Message:
 
 
 def test_contents(wheel):
-    """The wheel holds every module of the package and py.typed: no tests, no scripts."""
+    """The wheel holds every module of the package, py.typed and the command: no tests, no scripts."""
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     modules = {path.relative_to(ROOT).as_posix() for path in (ROOT / "peft_learners").rglob("*.py")}
-    assert names == modules | {"peft_learners/py.typed"}
+    assert names == modules | {"peft_learners/py.typed", "peft_learners_cli.py"}
 
 
 def test_license(wheel):

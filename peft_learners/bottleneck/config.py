@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Optional
 
@@ -29,15 +30,15 @@ DEFAULTS = {"sequential": (256, 1.0), "parallel": (512, 4.0)}
 class BottleneckConfig(PhasedConfig):
     """Configuration of bottleneck adapters, sequential (Houlsby) or parallel (He).
 
-    With `A(z) = W_up f(W_down z + b_down) + b_up`, `W_down: (bottleneck_dim, features)`,
-    `W_up: (features, bottleneck_dim)`, a *sequential* adapter follows the attention's output projection, and another
+    An adapter is `A(z) = W_up f(W_down z + b_down) + b_up`, with `W_down: (bottleneck_dim, features)` and
+    `W_up: (features, bottleneck_dim)`. A *sequential* adapter follows the attention's output projection, and another
     one the last linear layer of the feed-forward network: `h = y + scaling * A(y)`, where y is that layer's output,
-    before dropout and the residual sum. A *parallel* adapter lies beside the feed-forward network:
-    `h = FFN(x) + scaling * A(x)`, one for each. W_down is Kaiming-uniform and all else zero at first, so that a fresh
-    adapter changes no bit of what the model computes. Norms inside the blocks get a delta on their weight and bias,
-    and the new head is trained whole; the base model stays as it is.
+    before dropout and the residual sum. A *parallel* adapter lies beside each feed-forward network:
+    `h = FFN(x) + scaling * A(x)`. W_down is Kaiming-uniform at first and all else zero, so a fresh adapter changes no
+    bit of what the model computes. Norms inside the blocks get a delta on their weight and bias. The new head is
+    trained whole.
 
-    An adapter that is not linear fits into no weight: it can't be merged, nor converted to LoRA.
+    An adapter that is not linear fits into no weight. It can't be merged, nor converted to LoRA.
 
     Source: Houlsby et al., "Parameter-Efficient Transfer Learning for NLP" (arXiv 1902.00751), section 2.1; He et al.,
     "Towards a Unified View of Parameter-Efficient Transfer Learning" (arXiv 2110.04366), section 3.3 ("scaled parallel
@@ -58,6 +59,14 @@ class BottleneckConfig(PhasedConfig):
         "A bottleneck adapter is not linear, so that no weight of the base model can hold it. Keep it beside the "
         "model; model.unload() takes it off, and `with model.disable_adapter():` calls the base model without it."
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(("r", "rank"), "Here it is `bottleneck_dim`"),
+        "lora_alpha": "Here it is `scaling`, which multiplies the adapters' output as it is",
+        "lora_dropout": "Here it is `dropout`",
+        "act_fn": "Here it is `non_linearity`",
+        "reduction_factor": "Here it is `bottleneck_dim`, the hidden size divided by reduction_factor",
+    }
 
     mode: Literal["sequential", "parallel"] = option(
         "sequential",
@@ -99,6 +108,13 @@ class BottleneckConfig(PhasedConfig):
 
     def savings(self) -> dict[str, str]:
         return {"bottleneck_dim": "smaller adapters", **super().savings()}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        rows = super().module_rows(shapes)
+        for row, parts in zip(rows, self._parts_by_module(shapes).values(), strict=True):
+            if down := parts.get("bottleneck_down.weight"):
+                row["bottleneck_dim"] = down[0]
+        return rows
 
     def fixed_in_training(self) -> dict[str, Any]:
         return {"mode": self.mode, "scaling": float(self.scaling or 0), "non_linearity": self.non_linearity}

@@ -12,8 +12,7 @@ from typing import Union
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -114,19 +113,19 @@ def to_lora(
 ) -> LoraExport:
     """A Learner, FAR or NAS-LoRA adapter as a LoRA adapter with scaling 1.
 
-    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are; ranks of which pruning has left nothing are
-      left out. With the biases by `lora_bias`, and norms and head whole, by `modules_to_save`, this is exact.
-    - Dense updates (primed layers of a Learner together with their low-rank part, FAR's linear layers) become the
-      nearest update of a rank: a truncated SVD.
+    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are. Ranks of which pruning has left nothing are
+      dropped. Biases become `lora_bias`; norms and head are stored whole, as `modules_to_save`. This is exact.
+    - Dense updates (primed layers of a Learner with their low-rank part, FAR's linear layers) become the nearest
+      update of a rank: a truncated SVD.
     - Other modules (FAR's embeddings and convolutions) are stored whole, as norms are.
 
     Args:
         model: a `PeftModel`, or a model with an injected adapter.
-        rank: for dense updates alone. An int: the rank; a float in (0, 1]: the share of the energy (the sum of squared
-            singular values) that the rank of each module keeps.
+        rank: for dense updates alone. An int is the rank. A float in (0, 1] is the share of the energy (the sum of
+            squared singular values) that each module keeps.
         adapter_name: which adapter.
-        strict_serving: refuse what servers that know only LoRA's A and B on linear layers don't take (biases, whole
-            modules), and give all modules one rank, padded with zeros, since they read one scaling from the config.
+        strict_serving: for servers that know only LoRA's A and B on linear layers. What they don't take (biases, whole
+            modules) is refused. All modules get one rank, padded with zeros.
 
     Raises:
         ValueError: no such adapter, or one that is merged or offloaded, or inside torch's own encoder layers; dense
@@ -173,7 +172,10 @@ def save_as_lora(
 
     Args:
         path: the folder.
-        model, rank, adapter_name, strict_serving: as for `to_lora`.
+        model: as for `to_lora`, as are all that follow.
+        rank: of dense updates, or the share of their energy.
+        adapter_name: which adapter.
+        strict_serving: refuse what servers that know only LoRA's A and B don't take.
     """
     export = to_lora(model, rank, adapter_name, strict_serving=strict_serving)
     export.save_pretrained(path)

@@ -48,14 +48,15 @@ def _is_pattern(value: object) -> bool:
 class FARConfig(PhasedConfig):
     """Configuration of FAR, Freeze And Reconfigure: after a short priming, only the FFN nodes that moved most train.
 
-    Every trained weight W of the backbone gets a delta D, `y = x (W + D)^T + b + db`, and all of them train in the
-    first `priming_ratio` of the steps. Then the nodes of each FFN layer are ranked by how far their weights moved,
-    `score_i = sum |D|` over the weights of node i (its bias does not count), the `retention_ratio` highest go on
-    training, and the deltas of the others are frozen, or, with `discard_unkept`, dropped. Attention, embeddings,
-    norms, biases and the new head train throughout.
+    Every trained weight W of the backbone gets a delta D: `y = x (W + D)^T + b + db`. All deltas train in the first
+    `priming_ratio` of the steps. Then the nodes of each FFN layer are ranked by how far their weights moved:
+    `score_i = sum |D|` over the weights of node i, without its bias. The `retention_ratio` highest go on training. The
+    deltas of the others freeze; with `discard_unkept` they are dropped. Attention, embeddings, norms, biases and the
+    new head train throughout.
 
-    A node is a hidden unit (its row in the first linear layer, gate and up for gated ones, its bias entry, its column
-    in the second), or, with `granularity="output_node"`, an output row of each linear layer with its bias entry.
+    A node is a hidden unit: its row in the first linear layer (gate and up for gated FFNs), its bias entry, and its
+    column in the second layer. With `granularity="output_node"` it is an output row of each linear layer with its bias
+    entry.
 
     Source: Vucetic et al., "Efficient Fine-Tuning of BERT Models on the Edge" (arXiv 2205.01541), as described and
     re-implemented in arXiv 2208.02070, section 5.
@@ -71,6 +72,16 @@ class FARConfig(PhasedConfig):
         "attention, embeddings, norms, biases and the head "
         "([Vucetic et al., 2022](https://arxiv.org/abs/2205.01541))."
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        **dict.fromkeys(
+            ("r", "rank", "lora_alpha", "lora_dropout", "rank_pattern"),
+            "FAR trains whole weights, not low-rank updates: how many nodes is `retention_ratio`. Low-rank updates "
+            "are LearnerConfig(r=64)",
+        ),
+        "bias": "Here it is `train_biases`: True or False",
+        "feedforward_modules": "Here it is `ffn_modules`, e.g. ffn_modules=[['fc_in', 'fc_out']]",
+    }
 
     retention_ratio: float = option(
         0.10,
@@ -204,3 +215,24 @@ class FARConfig(PhasedConfig):
         if not self.reconfigured:
             return {PRIMING: trained, RECONFIGURED: None}
         return {PRIMING: None if self.discard_unkept else trained + rest, RECONFIGURED: trained}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """With `nodes` of FFN layers that are kept, `of_nodes` (None where the file does not tell)."""
+        rows = []
+        for module, parts in self._parts_by_module(shapes).items():
+            trained = sum(math.prod(shape) for part, shape in parts.items() if part.startswith(PARTS))
+            row: dict[str, Any] = {"module": module, "parameters": trained}
+            if kept := parts.get("far_kept"):
+                row["nodes"] = kept[0]
+                row["of_nodes"] = _nodes(kept[0], parts["far_delta.weight"], parts.get("far_rest"))
+            rows.append(row)
+        return rows
+
+
+def _nodes(kept: int, delta: tuple[int, ...], rest: Optional[tuple[int, ...]]) -> Optional[int]:
+    """How many nodes a layer has of which some are kept, by the shapes of both parts of its delta."""
+    if rest is None:
+        return None
+    if kept == 0:
+        return rest[delta.index(0)]
+    return kept + kept * math.prod(rest) // math.prod(delta)

@@ -19,7 +19,7 @@ from ..layers.module import DeltaModule
 from ..ops.cut import cut_linear, others_of, uncut
 from ..ops.norm import call_with
 from ..ops.terms import Dense
-from ..structure.weights import base_of, readable_weight
+from ..structure.weights import base_of, readable_weight, shape_of
 from .config import PARTS, FARConfig
 from .plan import Nodes, Target
 from .selection import drawn, kept_count
@@ -98,7 +98,7 @@ class FARLayer(DeltaLayer):
 
     def _shape(self, part: str, adapter: str) -> tuple[int, ...]:
         """Shape of the delta in a container."""
-        return tuple(parameter_at(base_of(self), self.far_names[adapter][part][0]).shape)
+        return tuple(shape_of(parameter_at(base_of(self), self.far_names[adapter][part][0])))
 
     def holder(self, part: str, adapter: str) -> FARLayer:
         """The layer that holds the delta: this one, or the one it shares the parameter with."""
@@ -373,13 +373,13 @@ class FARModule(_Transparent, DeltaModule):
         base, names = base_of(self), self.far_names[adapter][part]
         if len(names) == 1:
             return super()._shape(part, adapter)
-        return (sum(parameter_at(base, name).numel() for name in names),)
+        return (sum(shape_of(parameter_at(base, name)).numel() for name in names),)
 
     def _by_parameter(self, part: str, adapter: str, value: Tensor) -> dict[str, Tensor]:
         base, names = base_of(self), self.far_names[adapter][part]
         if len(names) == 1:
             return super()._by_parameter(part, adapter, value)
-        shapes = [parameter_at(base, name).shape for name in names]
+        shapes = [shape_of(parameter_at(base, name)) for name in names]
         pieces = value.reshape(-1).split([shape.numel() for shape in shapes])
         return {name: piece.view(shape) for name, piece, shape in zip(names, pieces, shapes, strict=True)}
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -18,9 +19,10 @@ from ..costs import Values
 from ..layers.base import DeltaLayer, tuner_layers, values_of
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Entry, Training
+from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
 from ..structure.feed_forward import feed_forwards
-from ..structure.modules import is_linear, walk
+from ..structure.modules import is_linear, output_embeddings, walk
 from ..structure.weights import base_of, float_weight, is_offloaded, is_plain_float, stored_as
 from ..tuner import PhasedModel
 from .config import PRIMING, RECONFIGURED, FARConfig
@@ -29,7 +31,7 @@ from .plan import Target, adaptable, frozen_on_purpose, lay_out_targets, named_f
 from .selection import select_nodes
 
 
-class _Steps:
+class _Steps(Observer):
     """Counts the steps of an optimizer."""
 
     count = 0
@@ -90,7 +92,21 @@ class FARModel(PhasedModel):
                 raise ValueError(_no_pair(model, config))
             if not config.inference_mode:
                 self._warn_of_frozen(model)
+        if not config.inference_mode:
+            self._warn_of_trl(model)
         return set(self._far_targets)
+
+    def _warn_of_trl(self, model: nn.Module) -> None:
+        """TRL's trainers end in an error about `target_modules`, which the user may never have set."""
+        head = output_embeddings(model) if "trl" in sys.modules else None
+        names = [name for name, module in self._found.items() if module is head and name in self._far_targets]
+        if names:
+            warnings.warn(
+                f"FAR trains the LM head ({names[0]}) as well, and TRL's trainers refuse an adapter there: they read "
+                "its weight without calling it. For TRL leave it out, with the embeddings: "
+                "FARConfig(train_embeddings=False).",
+                stacklevel=2,
+            )
 
     def _warn_of_frozen(self, model: nn.Module) -> None:
         """Name parameters that train although they were frozen before, and those that stay frozen."""
@@ -254,6 +270,17 @@ class FARModel(PhasedModel):
             raise ScheduleError(f"The adapter {adapter!r}: {_no_pair(root, config)}")
 
     @classmethod
+    def check_learning_rate(cls, adapter: str, config: FARConfig, schedule: Schedule, optimizer: Optimizer) -> None:
+        """Priming for one step moves nothing where a warm-up begins at a rate of 0."""
+        warms_up = all(group.get("initial_lr") and not group["lr"] for group in optimizer.param_groups)
+        if warms_up and schedule.first_steps.get(RECONFIGURED) == 1 and config.selection != "random":
+            raise ScheduleError(
+                f"The adapter {adapter!r} primes for one step, and the warm-up makes the learning rate of that step "
+                "0: nothing would move, so that nodes could not be ranked. Prime for longer, for example "
+                "FARConfig(priming_steps=10), or train without a warm-up."
+            )
+
+    @classmethod
     def enter_phase(
         cls, root: nn.Module, adapter: str, config: FARConfig, phase: Phase, entry: Entry, training: Training
     ) -> None:
@@ -274,7 +301,7 @@ class FARModel(PhasedModel):
             unit: [(layer.value("far_delta", adapter).detach(), layer.far_nodes[adapter]) for layer in members]
             for unit, members in units.items()
         }
-        selections = broadcast_choice(select_nodes(config, adapter, moved), training.ddp)
+        selections = broadcast_choice(select_nodes(config, adapter, moved), training.ranks)
         for unit, members in units.items():
             for layer in members:
                 rows = layer.far_nodes[adapter].rows(selections[unit])

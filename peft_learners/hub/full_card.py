@@ -9,7 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Optional, Union
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+import yaml
+from huggingface_hub import CardData, EvalResult, ModelCard, ModelCardData
 from peft import PeftConfig
 from safetensors import SafetensorError
 
@@ -19,9 +20,9 @@ from .short_card import (
     CARD,
     CONFIG,
     HERE,
-    TAG,
     WEIGHTS,
     auto_class,
+    fill_header,
     first_sentence,
     is_hub_id,
     num_labels_in,
@@ -62,7 +63,7 @@ class Adapter:
         folder: where it lies.
         config: its config.
         shapes: shapes of its values by name.
-        base: name of its base model, to be shown.
+        base: name of its base model, to be shown; "" if nothing tells it.
         base_id: the base model's id on the Hub, if it has one.
     """
 
@@ -82,12 +83,13 @@ class Adapter:
         return self.folder_name if self.folder_name != "adapter" else self.folder.resolve().parent.name
 
 
-def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None) -> Adapter:
+def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None, *, base_needed: bool = True) -> Adapter:
     """The adapter in a folder.
 
     Args:
         folder: of the adapter.
         base_model: id of its base model on the Hub, in place of the name in its config.
+        base_needed: whether an adapter that names no base model is refused.
 
     Raises:
         ValueError: the folder holds no adapter of this package, or the base model is unknown.
@@ -99,15 +101,16 @@ def read_adapter(folder: Union[str, Path], base_model: Optional[str] = None) -> 
         *names, last = (cls.display_name or cls.__name__ for cls in methods().values())
         raise ValueError(f"{folder} must be the folder of a saved {', '.join(names)} or {last} adapter, but {fault}.")
     config: Any = PeftConfig.from_pretrained(str(folder))
-    name = base_model or config.base_model_name_or_path
-    if not name:
+    name = base_model or config.base_model_name_or_path or ""
+    if not name and base_needed:
         raise ValueError(f"The config in {folder} names no base model: give it with `base_model=`.")
     try:
         shapes = shapes_in(folder)
     except SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS} is damaged ({error}).") from error
     beside = folder if base_model is None else None
-    return Adapter(folder, config, shapes, short_name(name, beside), name if is_hub_id(name, beside) else None)
+    shown = short_name(name, beside) if name else ""
+    return Adapter(folder, config, shapes, shown, name if is_hub_id(name, beside) else None)
 
 
 def _fault(folder: Path) -> Optional[str]:
@@ -131,7 +134,10 @@ def write_card(
     results: Optional[Results] = None,
     picture: Union[str, Path, None] = None,
 ) -> ModelCard:
-    """Write the card of a saved adapter into its folder, in place of an earlier README.md.
+    """Write the card of a saved adapter into its folder.
+
+    It replaces the text of an earlier README.md. Of its header it keeps what saving and the user wrote there: tags,
+    `pipeline_tag`, license, ...; earlier results go with the text that told of them.
 
     Args:
         folder: of the adapter.
@@ -148,13 +154,25 @@ def write_card(
     adapter, name = read_adapter(folder, base_model), Path(picture).name if picture else None
     if picture and Path(picture).resolve() != (adapter.folder / str(name)).resolve():
         shutil.copyfile(picture, adapter.folder / str(name))
-    card = make_card(adapter, results, name)
+    card = make_card(adapter, results, name, header=header_in(adapter.folder / CARD))
     card.save(adapter.folder / CARD)
     return card
 
 
+def header_in(path: Path) -> Optional[CardData]:
+    """The header of a card; None if there is no such file, or none that can be read."""
+    try:
+        return ModelCard.load(path).data if path.is_file() else None
+    except (yaml.YAMLError, ValueError):
+        return None
+
+
 def make_card(
-    adapter: Adapter, results: Optional[Results] = None, picture: Optional[str] = None, repo_id: Optional[str] = None
+    adapter: Adapter,
+    results: Optional[Results] = None,
+    picture: Optional[str] = None,
+    repo_id: Optional[str] = None,
+    header: Optional[CardData] = None,
 ) -> ModelCard:
     """The card of an adapter.
 
@@ -163,6 +181,7 @@ def make_card(
         results: what is known of its training.
         picture: name of a picture beside the card.
         repo_id: where the adapter is pushed to.
+        header: of an earlier card, of which all but the results is kept.
     """
     limits = results.limits if results is not None else _NO_RESULTS
     config, title = adapter.config, repo_id.rpartition("/")[2] if repo_id else adapter.title
@@ -180,7 +199,7 @@ def make_card(
     task = f" for {results.task}" if results.task else ""
     body = [f"## {heading}\n\n{text}" for heading, text in sections.items() if text]
     card = ModelCard("---\n{}\n---\n")
-    card.data = _header(adapter, results, title)
+    card.data = _header(adapter, results, title, header)
     about = f"{first_sentence(config, adapter.base, task)} {config.about}".rstrip()
     card.text = "\n" + "\n\n".join([f"# {title}", about, *body]) + "\n"
     return card
@@ -192,19 +211,31 @@ _NO_RESULTS = (
 )
 
 
-def _header(adapter: Adapter, results: Results, title: str) -> ModelCardData:
-    found = results.evaluations
-    return ModelCardData(
-        base_model=adapter.base_id,
-        base_model_relation="adapter" if adapter.base_id else None,
-        library_name="peft",
-        pipeline_tag="text-classification" if adapter.config.task_type == "SEQ_CLS" else None,
-        tags=["peft", TAG, adapter.config.method],
-        datasets=list(dict.fromkeys(result.dataset_type for result in found)) or None,
-        metrics=list(dict.fromkeys(result.metric_type for result in found)) or None,
-        model_name=title if found else None,
-        eval_results=list(found) or None,
-    )
+def _header(adapter: Adapter, results: Results, title: str, before: Optional[CardData]) -> ModelCardData:
+    found, config = results.evaluations, adapter.config
+    task = str(getattr(config.task_type, "value", config.task_type))
+    kept = {key: value for key, value in vars(before or ModelCardData()).items() if key not in _OF_RESULTS}
+    data = ModelCardData(**kept)
+    data["pipeline_tag"] = data.get("pipeline_tag") or PIPELINES.get(task)
+    data["tags"] = ["peft", *(data.get("tags") or ())]
+    fill_header(data, config.method, adapter.base_id)
+    if found:
+        data["datasets"] = list(dict.fromkeys(result.dataset_type for result in found))
+        data["metrics"] = list(dict.fromkeys(result.metric_type for result in found))
+        data["model_name"], data["eval_results"] = title, list(found)
+    return data
+
+
+#: Keys of a header that tell of results.
+_OF_RESULTS = ("model_name", "eval_results", "metrics")
+#: The Hub's names of tasks, by PEFT's. Neither has one for SEQ_2_SEQ_LM.
+PIPELINES = {
+    "SEQ_CLS": "text-classification",
+    "TOKEN_CLS": "token-classification",
+    "QUESTION_ANS": "question-answering",
+    "CAUSAL_LM": "text-generation",
+    "FEATURE_EXTRACTION": "feature-extraction",
+}
 
 
 def usage(adapter: Adapter, repo_id: Optional[str] = None) -> str:
@@ -231,7 +262,8 @@ def _training_text(adapter: Adapter, results: Results) -> str:
     if results.phases:
         rows = [[name, f"{steps:,}", f"{trained:,}"] for name, steps, trained in results.phases]
     else:
-        rows = _phases_by_file(adapter)
+        found = phases_by_file(adapter)
+        rows = [[name, steps, f"{n:,}" if n is not None else "not in the file"] for name, steps, n in found]
     size = (adapter.folder / WEIGHTS).stat().st_size
     text = table(["phase", "optimizer steps", "trained parameters"], rows)
     lines = [text, "", f"The file of weights has {size / 1e6:.2f} MB."]
@@ -242,13 +274,14 @@ def _training_text(adapter: Adapter, results: Results) -> str:
     return "\n".join(lines)
 
 
-def _phases_by_file(adapter: Adapter) -> list[list[str]]:
+def phases_by_file(adapter: Adapter) -> list[tuple[str, str, Optional[int]]]:
+    """Name, steps and trained parameters of each phase; None where the file does not tell them."""
     firsts, counts = adapter.config.phase_first_steps or {}, adapter.config.trained_by_phase(adapter.shapes)
     rows = []
     for (phase, count), after in zip(counts.items(), [*list(counts)[1:], None], strict=True):
         known = phase in firsts and after in firsts
         steps = f"{firsts[phase]:,} to {firsts[str(after)]:,}" if known else f"from {firsts.get(phase, '?')}"
-        rows.append([phase, steps, f"{count:,}" if count is not None else "not in the file"])
+        rows.append((phase, steps, count))
     return rows
 
 

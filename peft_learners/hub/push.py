@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 
-from .full_card import Adapter, Results, make_card, read_adapter, usage
+from .full_card import Adapter, Results, header_in, make_card, read_adapter, usage
 from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched
 
 #: What the Hub puts into a new repository.
@@ -234,10 +234,11 @@ def card_to_push(
     remote: Optional[ModelCard],
 ) -> ModelCard:
     """A card made anew, or one that was written by hand with all that it lacks."""
-    made = make_card(adapter, results, Path(picture).name if picture else None, repo_id)
+    local = adapter.folder / CARD
+    header = header_in(local) or (remote.data if remote is not None else None)
+    made = make_card(adapter, results, Path(picture).name if picture else None, repo_id, header)
     if results is not None or picture is not None:
         return made
-    local = adapter.folder / CARD
     here = load_card(local, str(local)) if local.is_file() else None
     written = [card for card in (here, remote) if card is not None and not is_untouched(card.text)]
     if not written:
@@ -286,10 +287,7 @@ def load_card(path: Path, where: str) -> ModelCard:
         said = f"{line}{error.problem}"
     except (yaml.YAMLError, ValueError) as error:
         said = str(error).partition(". ")[0]
-    raise ValueError(
-        f"The header of {where} is not that of a model card ({said}): correct it, or give `results=` or `picture=` to "
-        "replace the file."
-    )
+    raise ValueError(f"The header of {where} is not that of a model card ({said}): correct it, or delete that file.")
 
 
 def status_of(error: BaseException) -> Optional[int]:

@@ -62,9 +62,11 @@ def write_readme(config: Any, folder: Path, model: Any = None, auto_mapping: Opt
         card = ModelCard(path.read_text(encoding="utf-8") if path.is_file() else "---\n{}\n---\n")
     except (yaml.YAMLError, ValueError):  # the weights are still to come: a header of the user's must not stop them
         return
-    if not is_untouched(card.text):
-        return
     name = config.base_model_name_or_path
+    if not is_untouched(card.text):
+        if hide_local_base(card.data, name, folder):
+            card.save(path)
+        return
     fill_header(card.data, config.method, name if is_hub_id(name, folder) else None)
     if subfolder is None or not (top / CONFIG).is_file() or _MARK not in card.text:  # not about "default" already
         card.text = _short_text(config, folder, top.resolve().name, subfolder, model, auto_mapping)
@@ -106,6 +108,19 @@ def fill_header(data: CardData, method: str, base: Optional[str]) -> None:
         data[key] = value
     tags = {tag for tag in data.get("tags") or () if not tag.startswith(_BASE_TAG)}
     data["tags"] = sorted({*tags, TAG, method, *([_BASE_TAG + base] if base else [])})
+
+
+def hide_local_base(data: CardData, name: Optional[str], beside: Path) -> bool:
+    """Take a local folder out of a card's header, where PEFT writes it as the base model.
+
+    Returns:
+        Whether it was there.
+    """
+    if not name or is_hub_id(name, beside) or data.get("base_model") != name:
+        return False
+    data["base_model"] = None
+    data["tags"] = [tag for tag in data.get("tags") or () if tag != _BASE_TAG + name] or None
+    return True
 
 
 def is_untouched(text: str) -> bool:

@@ -17,7 +17,7 @@ from typing import Any, Optional
 import torch
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge, onload_layer
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..structure.weights import is_offloaded, is_plain_float, stored_as
@@ -97,7 +97,7 @@ def adapter_parameters(root: nn.Module, adapter: str) -> Iterator[nn.Parameter]:
 def values_of(root: nn.Module, adapter: str, part: str) -> dict[str, Tensor]:
     """`{layer: value}` of what an adapter has in one container of the tuner layers, where it has data."""
     layers = ((name, layer) for name, layer in root.named_modules() if isinstance(layer, DeltaLayer))
-    found = {name: layer.value(part, adapter) for name, layer in layers if layer.has_part(part, adapter)}
+    found = {name: layer.leaf(part, adapter).tensor for name, layer in layers if layer.has_part(part, adapter)}
     return {name: value for name, value in found.items() if not value.is_meta and value.numel()}
 
 

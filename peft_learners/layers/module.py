@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
 from ..ops.norm import call_with, norm_with
 from ..structure.modules import is_norm
-from ..structure.weights import base_of
+from ..structure.weights import base_of, shape_of
 from .base import TransparentLayer, parameter_at
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -24,8 +25,8 @@ class DeltaModule(TransparentLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer)
         first = next(base_of(base_layer).parameters())
-        self.out_features = int(first.shape[0])
-        self.in_features = int(first[0].numel()) if first.dim() > 1 else self.out_features
+        self.out_features, *others = map(int, shape_of(first))
+        self.in_features = math.prod(others) if others else self.out_features
 
     def parameter_deltas(self, adapter: str) -> dict[str, Tensor]:
         """`{(dotted) name of the module's parameter: its delta}`, differentiable."""

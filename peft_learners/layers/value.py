@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..phases.optimizer import resize
-
-
-def is_sharded(parameter: Tensor) -> bool:
-    """Whether FSDP holds a part of the parameter in each process."""
-    # A DTensor has placements; its module takes long to import.
-    return hasattr(parameter, "placements") or hasattr(parameter, "_fsdp_flattened")
+from ..phases.shards import is_in_deepspeed, is_sharded, whole
 
 
 class Value(nn.Module):
@@ -31,15 +27,24 @@ class Value(nn.Module):
     def __init__(self, value: Tensor, name: str = "weight") -> None:
         super().__init__()
         self.name = name
+        #: Of the whole tensor. ZeRO-3 shows none, and fetches a parameter that is only looked at.
+        self.shape = value.shape
         #: Whether nothing is left of it. An optimizer that is yet to load its state may need the parameter.
         self.is_empty = False
         #: The parameter of a frozen value: optimizers hold it, and it trains again if the value does.
         self.__dict__["_resting"] = None
         #: Whether it is frozen as a parameter, under FSDP, which shards parameters alone.
         self._is_held = False
+        #: What a checkpoint has for a parameter of DeepSpeed's, which puts another value there afterwards.
+        self.__dict__["_loaded"] = None
         self.register_parameter(name, nn.Parameter(value))
 
     def forward(self) -> Tensor:
+        return getattr(self, self.name)
+
+    @property
+    def tensor(self) -> Tensor:
+        """What a call gives, for who does not compute with it: an engine may fetch the value for a call."""
         return getattr(self, self.name)
 
     @property
@@ -62,10 +67,14 @@ class Value(nn.Module):
         parameter.grad = None
         if is_sharded(parameter):
             self._is_held = True
-        else:
-            delattr(self, self.name)
-            self.register_buffer(self.name, parameter.detach())
-            self.__dict__["_resting"] = parameter
+            return
+        value, loaded = parameter.detach(), self.__dict__["_loaded"]
+        if is_in_deepspeed(parameter):  # it goes on moving what it holds: what contributes is a copy
+            value = whole(parameter).clone() if loaded is None else loaded.to(parameter.device, parameter.dtype)
+            parameter = None
+        delattr(self, self.name)
+        self.register_buffer(self.name, value)
+        self.__dict__["_resting"] = parameter
 
     def unfreeze(self) -> None:
         """Make it a parameter again, the same one if there was one; its flag is left to the caller."""
@@ -80,6 +89,10 @@ class Value(nn.Module):
             resize(parameter, value)
         self.__dict__["_resting"] = None
         self.register_parameter(self.name, parameter)
+
+    def forget_loaded(self) -> None:
+        """A training has begun: what a checkpoint had is where it belongs."""
+        self.__dict__["_loaded"] = None
 
     def hold(self) -> None:
         """Make a frozen value a parameter that does not train, so that FSDP shards it."""
@@ -111,22 +124,27 @@ class Value(nn.Module):
             setattr(self, self.name, value)
         else:
             resize(now, value, optimizer, carry)
-        self.is_empty = False
+        self.is_empty, self.shape = False, value.shape
 
     def clear(self, optimizer: Optimizer | None = None) -> None:
         """Leave nothing of it but an empty parameter, without state in the optimizer."""
         self.unfreeze()
         now = getattr(self, self.name)
         resize(now, now.detach().new_empty(0), optimizer)
-        self.is_empty = True
+        self.is_empty, self.shape = True, torch.Size([0])
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if not self.is_empty or prefix + self.name in state_dict:  # of an empty one nothing was saved
+        given = state_dict.get(prefix + self.name)
+        if given is not None and self.name in self._parameters and is_in_deepspeed(self.parameter):
+            self.__dict__["_loaded"] = given
+            if given.shape != self.parameter.shape:  # ZeRO-3 has parts of it in files of its own
+                return
+        if not self.is_empty or given is not None:  # of an empty one nothing was saved
             super()._load_from_state_dict(state_dict, prefix, *args)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_resting": None}  # no optimizer of this model holds a copy's
+        return {**self.__dict__, "_resting": None, "_loaded": None}  # no optimizer of this model holds a copy's
 
     def extra_repr(self) -> str:
         kind = "buffer" if self.is_frozen else "parameter"
-        return f"{self.name}: {kind} {tuple(getattr(self, self.name).shape)}"
+        return f"{self.name}: {kind} {tuple(self.shape)}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Optional, Union
@@ -25,7 +26,7 @@ from ..config import (
     option,
     regex_in,
 )
-from ..phases.schedule import Schedule, epochs_to_steps, lay_out
+from ..phases.schedule import Schedule, ScheduleError, epochs_to_steps, lay_out
 
 PRIMING, LEARNING = "priming", "learning"
 #: The container of the primed dense deltas.
@@ -44,11 +45,11 @@ def _is_choice(value: object) -> bool:
 class LearnerConfig(PhasedConfig):
     """Configuration of Learners: low-rank modules on every linear layer, with priming.
 
-    A Learner replaces a linear layer `y = x W^T + b` by `y = x (W + scaling * P2 P1 + D)^T + b + db`, with
-    `P1: (r, in_features)`, `P2: (out_features, r)`, the bias delta `db: (out_features,)`, and, on the attention's
-    linear layers only, a dense delta `D: (out_features, in_features)`. D trains for the first `priming_epochs` epochs
-    and is frozen from then on; everything else trains throughout. Norms inside the blocks get a delta on their weight
-    and bias, and the new head is trained whole.
+    A Learner replaces a linear layer `y = x W^T + b` by `y = x (W + scaling * P2 P1 + D)^T + b + db`. `P1` and `P2`
+    have the shapes `(r, in_features)` and `(out_features, r)`; `db` is a delta on the bias. The attention's linear
+    layers also get a dense delta `D: (out_features, in_features)`. D trains for the first `priming_epochs` epochs and
+    is frozen from then on. Everything else trains throughout. Norms inside the blocks get a delta on their weight and
+    bias. The new head is trained whole.
 
     Source: Vucetic et al., "Efficient Fine-Tuning of Compressed Language Models with Learners"
     (arXiv 2208.02070), section 4 and equation 2.
@@ -66,6 +67,17 @@ class LearnerConfig(PhasedConfig):
         "own weights too. Then those freeze, and the low-rank modules, biases, norms and the head go on training "
         "([Vucetic et al., 2022](https://arxiv.org/abs/2208.02070))."
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "Here it is `scaling`: scaling = lora_alpha / r",
+        "alpha": "Here it is `scaling`: scaling = alpha / r",
+        "use_rslora": "Here it is `scaling`: scaling = lora_alpha / sqrt(r)",
+        "lora_dropout": "Here it is `learner_dropout`",
+        "bias": "Here it is `train_biases`: True or False",
+        "lora_bias": "Here it is `train_biases`",
+        "alpha_pattern": "`scaling` is one number for all layers; ranks differ by `rank_pattern`",
+        "init_lora_weights": "A fresh Learner changes nothing of the output, as LoRA with init_lora_weights=True",
+    }
 
     r: int = option(
         64,
@@ -90,7 +102,8 @@ class LearnerConfig(PhasedConfig):
     priming_lr_scale: float = option(
         1.0,
         "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
-        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups.",
+        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups. "
+        "Take 0.1 above a rate of 1e-4: the primed weights want one of full fine-tuning's size.",
         Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
     priming_modules: Union[list[int], list[str], str] = option(
@@ -203,19 +216,34 @@ class LearnerConfig(PhasedConfig):
         """Priming, then learning."""
         if self.priming_steps is not None:
             steps = self.priming_steps
-            advice = f"Set priming_steps to at most {total_steps}, or train longer."
+            advice = f"Set priming_steps to at most {(total_steps or 1) - 1}, or train longer."
         elif self.priming_epochs == 0:
             steps, advice = 0, ""
         else:
             in_steps = "Give priming in steps: LearnerConfig(priming_steps=...)."
             per_epoch = self._known(steps_per_epoch, "in an epoch", "priming_epochs", in_steps)
             steps = epochs_to_steps(self.priming_epochs, per_epoch)
-            most = (total_steps or 0) / per_epoch
+            half = (total_steps or 0) / 2 / per_epoch if (total_steps or 0) > 1 else 0
             advice = (
-                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set "
-                f"priming_epochs to at most {most:.4g}, or train longer."
+                f"priming_epochs={self.priming_epochs} at {per_epoch} steps per epoch is too long: set it lower, for "
+                f"example LearnerConfig(priming_epochs={half:.2g}), or train longer."
+            )
+        if total_steps is not None and 0 < steps == total_steps:
+            raise ScheduleError(
+                f"priming needs {steps} of the training's {total_steps} optimizer steps, which leaves none for "
+                f"learning. {advice}"
             )
         return self._phases(steps, total_steps, advice)
+
+    def boundary_facts(self) -> str:
+        kept = self.kept_energy if self.is_folded else None
+        if not kept:
+            return ""
+        least = min(kept, key=lambda name: kept[name])
+        return (
+            f"{len(kept)} layers folded, kept energy: least {kept[least]:.4f} ({least}), "
+            f"median {statistics.median(kept.values()):.4f}"
+        )
 
     def outline(self) -> Schedule:
         return self._phases(int(self.primes))
@@ -234,3 +262,13 @@ class LearnerConfig(PhasedConfig):
         if self.is_folded:
             return {PRIMING: None, LEARNING: count}
         return {phase: count if phase == PRIMING else count - dense for phase in self.phase_names}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        rows, energies = super().module_rows(shapes), self.kept_energy or {}
+        for row, parts in zip(rows, self._parts_by_module(shapes).values(), strict=True):
+            if factor := parts.get("learner_P1.weight"):
+                row["rank"] = factor[0]
+                row["primed"] = f"{DENSE_PART}.weight" in parts or row["module"] in energies
+            if row["module"] in energies:
+                row["kept_energy"] = energies[row["module"]]
+        return rows

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import statistics
 import warnings
 from collections.abc import Mapping
 
@@ -18,7 +16,6 @@ from ..structure.targets import rank_patterns
 from .config import LearnerConfig
 from .layer import LearnerLinear
 
-logger = logging.getLogger("peft_learners")
 #: Share of the energy under which a layer is named in a warning.
 LOW_SHARE = 0.9
 
@@ -36,7 +33,7 @@ def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Trainin
     The product is the truncated SVD of the update (Eckart and Young), its singular values shared evenly between the
     factors. What the optimizer holds of the factors is dropped, and theta with all that it holds of it. Layer by
     layer, on all ranks alike. The kept share of each update's energy (the sum of its squared singular values) goes
-    into `config.kept_energy` and, least and median, into the log.
+    into `config.kept_energy`, least and median of them into the line about the boundary.
     """
     layers = folding_layers(root, adapter)
     _refuse_not_finite(layers, adapter)
@@ -60,15 +57,10 @@ def fold(root: nn.Module, adapter: str, config: LearnerConfig, training: Trainin
     record_ranks(root, adapter, config)
     config.write("kept_energy", kept)
     if is_first_process():
-        _tell(adapter, config, kept)
+        _warn_of_low(adapter, config, kept)
 
 
-def _tell(adapter: str, config: LearnerConfig, kept: Mapping[str, float]) -> None:
-    least = min(kept, key=lambda name: kept[name])
-    logger.info(
-        "adapter %r: %d primed layers were folded into their factors; kept energy: least %.4f (%s), median %.4f",
-        *(adapter, len(kept), kept[least], least, statistics.median(kept.values())),
-    )
+def _warn_of_low(adapter: str, config: LearnerConfig, kept: Mapping[str, float]) -> None:
     asked = config.fold_rank if isinstance(config.fold_rank, float) else 1.0
     low = sorted((share, name) for name, share in kept.items() if share < min(LOW_SHARE, asked))
     rank = config.fold_rank if isinstance(config.fold_rank, int) else config.r
@@ -141,14 +133,14 @@ def _lost_by_rank(update: Tensor) -> Tensor:
 
 def _same_on_all_ranks(pair: Factored, training: Training) -> Factored:
     """The first rank's pair: all have the same update, but a library may round an SVD by where it runs."""
-    if not training.ddp:
+    if training.ranks is None:
         return pair
-    rank = int(broadcast_choice({"rank": torch.tensor([pair.rank])}, training.ddp)["rank"])
+    rank = int(broadcast_choice({"rank": torch.tensor([pair.rank])}, training.ranks)["rank"])
     a, b = pair.a[:rank], pair.b[:, :rank]
     if pair.rank < rank:
         a, b = pair.a.new_zeros(rank, pair.a.shape[1]), pair.b.new_zeros(len(pair.b), rank)
-    flat = broadcast_choice({"a": a.flatten(), "b": b.flatten()}, training.ddp)
-    error = broadcast_choice({"error": torch.tensor([pair.error], dtype=torch.float32)}, training.ddp)["error"]
+    flat = broadcast_choice({"a": a.flatten(), "b": b.flatten()}, training.ranks)
+    error = broadcast_choice({"error": torch.tensor([pair.error], dtype=torch.float32)}, training.ranks)["error"]
     return Factored(flat["a"].view_as(a), flat["b"].view(b.shape), float(error))
 
 

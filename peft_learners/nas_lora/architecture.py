@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Union
 
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.utils import load_peft_weights
 from torch import Tensor
 

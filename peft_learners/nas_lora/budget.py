@@ -15,7 +15,9 @@ from torch import Tensor, nn
 
 from ..phases.ddp import broadcast_choice
 from ..phases.driver import Training
+from ..phases.optimizer import Observer
 from ..phases.schedule import ScheduleError
+from ..phases.shards import assembled, is_in_deepspeed, is_sharded, piece_of, split
 from .config import NASLoRAConfig
 from .layer import NASLoRALayer, kept_of, layers_of, space_of
 from .rewind import generator_of, rewind_saved_modules
@@ -34,30 +36,30 @@ def _unscaled(optimizer: torch.optim.Optimizer, gradients: list[Tensor]) -> list
     return gradients if scale is None else [gradient / scale.to(gradient.device) for gradient in gradients]
 
 
-class Gatherer:
+class Gatherer(Observer):
     """Adds up the scores of an adapter's parameters, one optimizer step after the other.
 
     Before a step with gradient g (of the whole step: accumulated, averaged over ranks, unscaled and clipped) each
     parameter theta scores `-theta * g`, the first-order change of the loss if it were pruned; for the criterion
     "magnitude", `|theta|`. Scores are summed over the steps, which ranks as their mean does, or only the last step's
-    are kept.
+    are kept. What an engine has split is scored where it lies.
     """
 
     def __init__(self, layers: Sequence[NASLoRALayer], adapter: str, magnitude: bool, last: bool) -> None:
         self._layers, self._adapter, self._magnitude, self._last = list(layers), adapter, magnitude, last
+        #: By layer and part: the parameter and this process's scores of it, where it has a piece.
+        self._pieces: dict[tuple[NASLoRALayer, str], tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def __call__(self, optimizer: torch.optim.Optimizer) -> None:
         scores, thetas, gradients = [], [], []
         for layer in self._layers:
             for part, theta in layer.scored(self._adapter):
-                if theta.grad is not None:
-                    own = layer.nas_lora_scores[self._adapter]
-                    if part not in own:
-                        own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
-                    scores.append(own[part])
-                    thetas.append(theta.detach())
-                    gradients.append(theta.grad)
+                piece = piece_of(theta, optimizer)
+                if piece is not None:
+                    scores.append(self._scores(layer, part, theta, piece.value))
+                    thetas.append(piece.value)
+                    gradients.append(piece.gradient)
         unscaled = _unscaled(optimizer, gradients) if scores else None
         if unscaled is None:
             return
@@ -69,6 +71,28 @@ class Gatherer:
             torch._foreach_add_(scores, torch._foreach_abs(thetas))
         else:
             torch._foreach_addcmul_(scores, thetas, unscaled, value=-1)
+
+    def _scores(self, layer: NASLoRALayer, part: str, theta: Tensor, value: Tensor) -> Tensor:
+        """The scores to add to, of the entries in `value`."""
+        own = layer.nas_lora_scores[self._adapter]
+        if is_sharded(theta) or is_in_deepspeed(theta):
+            if (layer, part) not in self._pieces:
+                begun = split(theta, own[part]) if part in own else torch.zeros_like(value, dtype=torch.float32)
+                self._pieces[layer, part] = theta, begun
+            return self._pieces[layer, part][1]
+        if part not in own:
+            own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)
+        return own[part]
+
+    def collect(self) -> None:
+        """Put the scores together of which the processes have pieces. To be called by all of them."""
+        # In the order of the model, since each process has begun with its own pieces.
+        keys = [(layer, part) for layer in self._layers for part, _ in layer.scored(self._adapter)]
+        for layer, part in [key for key in keys if key in self._pieces]:
+            theta, piece = self._pieces[layer, part]
+            scores = assembled(theta, piece)
+            if bool(scores.any()) or is_sharded(theta):  # DeepSpeed has gradients, of zeros, for what had none
+                layer.nas_lora_scores[self._adapter][part] = scores
 
 
 def within_budget(scores: Tensor, costs: Tensor | int, budget: int) -> Tensor:
@@ -132,7 +156,7 @@ def prune(root: nn.Module, adapter: str, config: NASLoRAConfig, round_: int, tra
         for (layer, part), own in zip(scored, scores, strict=True)
     ]
     mask = within_budget(torch.cat(scores), torch.cat(costs) if config.granularity == "structured" else 1, budget)
-    mask = broadcast_choice({"kept": mask.to(torch.uint8)}, training.ddp)["kept"].bool().cpu()
+    mask = broadcast_choice({"kept": mask.to(torch.uint8)}, training.ranks)["kept"].bool().cpu()
     positions: dict[NASLoRALayer, dict[str, Tensor]] = {layer: {} for layer in layers.values()}
     for (layer, part), own in zip(scored, mask.split([len(s) for s in scores]), strict=True):
         positions[layer][part] = layer.kept_positions(adapter)[part][own]

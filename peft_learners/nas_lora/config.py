@@ -57,14 +57,14 @@ def _is_count(pair: object) -> bool:
 class NASLoRAConfig(PhasedConfig):
     """Configuration of NAS-LoRA: search, prune to a budget, rewind, retrain.
 
-    A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)`,
-    `V: (in_features, r)`; every bias of the backbone, norms' included, has a bias delta. The search trains all of it
-    and averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
-    removed until what is left costs at most `parameter_budget` (entries, or with `granularity="structured"` columns of
-    U and V and whole bias vectors), what is left and the head go back to their initial values, and are trained again
-    from a fresh optimizer.
+    A linear layer of the search space is `y = x (W + U V^T)^T + b + db`, with `U: (out_features, r)` and
+    `V: (in_features, r)`. Every bias of the backbone has a delta, those of norms too. The search trains all of it, and
+    averages the importance `-theta * dL/dtheta` over its optimizer steps. Then the units of lowest importance are
+    removed until what is left costs at most `parameter_budget`. Units are entries; with `granularity="structured"`
+    they are columns of U and V, and whole bias vectors. What is left, and the head, go back to their initial values
+    and train again with a fresh optimizer.
 
-    The head is outside the budget and the search space ("PET parameters" in the paper are without it).
+    The head is outside the budget and the search space, as the paper counts.
 
     Source: Lawton et al., "Neural Architecture Search for Parameter-Efficient Fine-tuning of Large Pre-trained
     Language Models" (arXiv 2305.16597), section 3 and appendix A.
@@ -79,6 +79,16 @@ class NASLoRAConfig(PhasedConfig):
         "fit a budget; these go back to their initial values, and they and the head are trained again, the "
         "*retraining* ([Lawton et al., 2023](https://arxiv.org/abs/2305.16597))."
     )
+
+    elsewhere: ClassVar[Mapping[str, str]] = {
+        "lora_alpha": "NAS-LoRA has no scaling: its updates count as those of LoRA with lora_alpha = r",
+        "lora_dropout": "NAS-LoRA has no dropout",
+        "bias": "Here it is `train_biases`: True or False",
+        "lora_bias": "Here it is `train_biases`",
+        "init_r": "Here the rank of the search is `r`",
+        "target_r": "Here it is `parameter_budget`: a number of parameters, or a share of the search space",
+        "init_lora_weights": "Here LoRA's initial values are init='lora'",
+    }
 
     r: int = option(
         16,
@@ -337,6 +347,21 @@ class NASLoRAConfig(PhasedConfig):
         origin = "The architecture was not searched in this training, but found before." if self.found_before else ""
         text = f"{table}\n\nThe budget is {found.budget:,} parameters. {head} {origin}"
         return {"What is kept": text.rstrip()}
+
+    def module_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> list[dict[str, Any]]:
+        """Of each update (`kind`: "low_rank" or "bias") the `parameters` that are kept, `of_parameters`; with whole
+        columns also the `rank`. Before the first pruning, of each module all that there is."""
+        if self.architecture is not None:
+            names = {"of": "of_parameters"}
+            found = Architecture.of(self, {}).rows()
+            wanted = ("module", "kind", "parameters", "of", "rank")
+            return [{names.get(key, key): row[key] for key in wanted if key in row} for row in found]
+        own = {key: shape for key, shape in shapes.items() if not key.endswith("_scores")}
+        rows = super().module_rows(own)
+        for row, parts in zip(rows, self._parts_by_module(own).values(), strict=True):
+            if factor := parts.get("nas_lora_U.weight"):
+                row["rank"] = factor[1]
+        return rows
 
 
 def _head_size(shapes: Mapping[str, tuple[int, ...]]) -> int:

@@ -272,7 +272,7 @@ class NASLoRALayer(DeltaLayer):
 
     def kept(self, adapter: str, part: str) -> int:
         """Number of parameters of a part that are there now."""
-        return self.values(part, adapter).numel() if self.has_values(part, adapter) else 0
+        return self.leaf(CONTAINERS[part], adapter).shape.numel() if self.has_values(part, adapter) else 0
 
     def units(self, adapter: str, part: str) -> int:
         """Number of units of a part that are there now."""

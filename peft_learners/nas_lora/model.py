@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Optional
 
 import torch
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils import NoMatchingPeftModuleError
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -17,6 +17,7 @@ from ..costs import Values
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
+from ..phases.shards import whole
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
 from ..structure.targets import matches
@@ -60,6 +61,7 @@ class NASLoRAModel(PhasedModel):
     prefix = "nas_lora_"
     tuner_layer_cls = NASLoRALayer
     cuts_parameters = True
+    reads_gradients = True
     needs_optimizer = "gathers importance before each step of its optimizer, whose state is pruned with the parameters"
     supported = (
         "NAS-LoRA puts low-rank updates on linear layers (torch.nn.Linear, transformers' Conv1D, quantised ones); "
@@ -379,7 +381,7 @@ class NASLoRAModel(PhasedModel):
         for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
-                value = layer.values(part, adapter).detach()
+                value = whole(layer.leaf(CONTAINERS[part], adapter).tensor)
                 if not value.is_meta and not torch.equal(value, space.initial(part).to(value)):
                     return True
         return False

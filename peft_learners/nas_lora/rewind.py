@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 
 import torch
-from peft.utils.other import ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from ..structure.modules import new_head

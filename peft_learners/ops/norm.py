@@ -91,7 +91,10 @@ def call_with(module: nn.Module, values: Mapping[str, Tensor], *args: Any, **kwa
     offloaded = getattr(module.__dict__.get("_hf_hook"), "offload", False)
     if not is_plain_torch() or (forward is not None and not offloaded):
         return torch.func.functional_call(module, dict(values), args, kwargs)
-    return _twin(module, values)(*args, **kwargs)
+    twin = _twin(module, values)
+    if any(hasattr(parameter, "ds_id") for parameter in module.parameters()):
+        return twin.forward(*args, **kwargs)  # ZeRO-3's hooks would fetch what has been replaced
+    return twin(*args, **kwargs)
 
 
 def _twin(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:

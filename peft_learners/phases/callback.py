@@ -15,6 +15,7 @@ from ..hub.short_card import warn_of_local_base
 from .ddp import search_ddp_wrappers
 from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
+from .report import tell
 from .schedule import ScheduleError
 from .whole_checkpoints import Record, record_of, refuse_half_loaded, warn_if_half_written
 
@@ -23,8 +24,9 @@ class PhaseCallback(TrainerCallback, ExportableState):
     """Drives the phases of an adapter under `Trainer`: `Trainer(model, args, ..., callbacks=[PhaseCallback()])`.
 
     At a boundary, between two optimizer steps, what the next phase does not train freezes, its gradients and
-    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. The boundaries are kept in
-    Trainer's checkpoints, so a resumed run keeps them, whatever else was changed.
+    optimizer state are freed, and DDP is rebuilt to exchange only what still trains. One line on the console says so.
+    Logged losses carry `phase` and `trained_parameters`. The boundaries are kept in Trainer's checkpoints, so a
+    resumed run keeps them, whatever else was changed.
 
     Args:
         stop_at_boundary: end the run right at each boundary, with a checkpoint of the adapter as the next phase finds
@@ -32,10 +34,10 @@ class PhaseCallback(TrainerCallback, ExportableState):
             up to the next boundary or the end. For tools that keep copies, shapes or lists of parameters, and can't
             bear that those change in the middle of a run.
 
-    Raises (when training begins):
-        ScheduleError: training is shorter than the phases need, or a phase has nothing to train.
-        ValueError: the model holds no adapter of this package; `stop_at_boundary` with `load_best_model_at_end`; the
-            run was resumed from a half-written checkpoint.
+    Raises:
+        ScheduleError: when training begins: it is shorter than the phases need, or a phase has nothing to train.
+        ValueError: when training begins: the model holds no adapter of this package; `stop_at_boundary` with
+            `load_best_model_at_end`; the run was resumed from a half-written checkpoint.
     """
 
     def __init__(self, stop_at_boundary: bool = False) -> None:
@@ -66,6 +68,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
         # its last phase, the groups would be short, so all parts train until training begins.
         # Engines load their state by names, and hold on to all that trains when they are set up.
         driver, engine = self._driver_of(model), engine_of(args)
+        tell(driver.enter_next_phases(), args, state)
         if engine is None:
             driver.prepare()
         elif engine == "FSDP":
@@ -112,6 +115,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
             optimizer=kwargs.get("optimizer"),
             wrappers=search_ddp_wrappers(model) or [model],  # under FSDP, or in an engine, there is no DDP to rebuild
             ends_by_itself=False,  # Trainer saves after the last step
+            stops=self.stop_at_boundary,
+            log=False,
         )
         self.first_steps = {**recorded.get("first_steps", {}), **driver.first_steps()}
         self.fixed = {**recorded.get("fixed", {}), **{n: config.fixed_in_training() for n, config in configs.items()}}
@@ -130,8 +135,18 @@ class PhaseCallback(TrainerCallback, ExportableState):
         if any(start.begins_anew for start in starts):
             self._forget_best(state)
         self._record(self._driver, state, starts)
-        if starts and self.stop_at_boundary and state.global_step < state.max_steps:
+        stopped = self._driver.stopped
+        tell([*starts, *stopped], args, state)
+        if self.stop_at_boundary and (starts or stopped) and state.global_step < state.max_steps:
             control.should_save = control.should_training_stop = True
+        if control.should_save:
+            self._driver.collect()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._driver is not None and control.should_save:
+            self._driver.collect()
 
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

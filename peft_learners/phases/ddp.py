@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterable, Sequence
-from typing import cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -58,19 +59,43 @@ def search_ddp_wrappers(model: nn.Module) -> list[DistributedDataParallel]:
     return [wrapper for wrapper in found if holds(wrapper, target)]
 
 
-def broadcast_choice(
-    choices: dict[str, torch.Tensor], ddp: Sequence[DistributedDataParallel]
-) -> dict[str, torch.Tensor]:
-    """The choices of the first rank, on all ranks that train in DDP; the same choices where there is no DDP.
+@dataclass(frozen=True)
+class Ranks:
+    """Processes that make a choice together.
+
+    Attributes:
+        group: torch's.
+        device: on which its backend sends.
+    """
+
+    group: Any
+    device: torch.device
+
+
+def ranks_of(ddp: Sequence[DistributedDataParallel]) -> Ranks | None:
+    """The processes that train in DDP; None where there are none."""
+    return Ranks(ddp[-1].process_group, next(ddp[-1].parameters()).device) if ddp else None
+
+
+def all_ranks() -> Ranks | None:
+    """All processes of this one's world; None without one."""
+    if processes() in (None, 1):
+        return None
+    group = torch.distributed.group.WORLD
+    is_gloo = "gloo" in torch.distributed.get_backend(group)
+    accelerator = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else torch.device("cuda")
+    return Ranks(group, torch.device("cpu") if is_gloo or accelerator is None else accelerator)
+
+
+def broadcast_choice(choices: dict[str, torch.Tensor], ranks: Ranks | None) -> dict[str, torch.Tensor]:
+    """The choices of the first rank, on all ranks; the same choices where there are none.
 
     Args:
         choices: index tensors by name, of the same names and sizes on all ranks. To be called by all ranks.
-        ddp: modules around the model.
     """
-    if not ddp or not choices:
+    if ranks is None or not choices:
         return choices
-    group = ddp[-1].process_group
-    device = next(ddp[-1].parameters()).device
+    group, device = ranks.group, ranks.device
     flat = torch.cat(list(choices.values())).to(device)
     torch.distributed.broadcast(flat, src=torch.distributed.get_global_rank(group, 0), group=group)
     pieces = flat.split([len(choice) for choice in choices.values()])

@@ -24,11 +24,23 @@ from torch.utils.hooks import RemovableHandle
 
 from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
-from ..layers.value import Value, is_sharded
+from ..layers.value import Value
 from ..registry import tuner_of
-from .ddp import ddp_modules, holds, is_first_process, processes, rebuild_reducer, unwrapped
-from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, raw_optimizer
+from .ddp import (
+    Ranks,
+    all_ranks,
+    ddp_modules,
+    holds,
+    is_first_process,
+    processes,
+    ranks_of,
+    rebuild_reducer,
+    unwrapped,
+)
+from .optimizer import GroupState, Observer, before_each_step, is_deepspeeds, is_offloaded, raw_optimizer, state_bytes
+from .report import in_units
 from .schedule import Phase, Schedule, ScheduleError
+from .shards import is_sharded
 
 logger = logging.getLogger("peft_learners")
 _ATTRIBUTE = "_peft_learners_driver"
@@ -44,8 +56,13 @@ class PhaseStart:
         adapter: the adapter's name.
         phase: the phase's name.
         first_step: finished optimizer steps at which it begins.
-        trained_before, trained_after: trained parameters of the whole model, before and after the boundary.
+        trained_before: trained parameters of the whole model before the boundary.
+        trained_after: the same after the boundary.
         begins_anew: whether a training of its own begins (see `Phase`), and not the run's first.
+        step: finished optimizer steps at the entry: more than `first_step` where a resumed run goes on in the phase.
+        optimizer_before, optimizer_after: bytes of this process's optimizer state, before and after; None without an
+            optimizer.
+        facts: what else there is to say of the boundary, for instance the energy that a fold kept.
     """
 
     adapter: str
@@ -54,6 +71,22 @@ class PhaseStart:
     trained_before: int
     trained_after: int
     begins_anew: bool = False
+    step: int = 0
+    optimizer_before: int | None = None
+    optimizer_after: int | None = None
+    facts: str = ""
+
+    def __str__(self) -> str:
+        verb = "begins" if self.step <= self.first_step else "goes on"
+        line = f"step {self.step}, adapter {self.adapter!r}: phase {self.phase!r} {verb}; trained parameters "
+        line += _change(f"{self.trained_before:,}", f"{self.trained_after:,}")
+        if self.optimizer_before is not None and self.optimizer_after is not None and self.optimizer_before:
+            line += f"; optimizer state {_change(in_units(self.optimizer_before), in_units(self.optimizer_after))}"
+        return f"{line}; {self.facts}" if self.facts else line
+
+
+def _change(before: str, after: str) -> str:
+    return f"{before} -> {after}" if before != after else after
 
 
 @dataclass(frozen=True)
@@ -63,13 +96,13 @@ class Training:
     Attributes:
         global_step: finished optimizer steps.
         optimizer: torch's own, behind any wrapper; None if there is none.
-        ddp: the `DistributedDataParallel` modules around the model, if any.
+        ranks: the processes that must choose the same, if there are several.
         observer: what has watched the optimizer's steps for the adapter in the phase that ends.
     """
 
     global_step: int
     optimizer: torch.optim.Optimizer | None
-    ddp: Sequence[DistributedDataParallel]
+    ranks: Ranks | None
     observer: Observer | None = None
 
 
@@ -119,10 +152,14 @@ class PhaseDriver:
         #: Whether an optimizer is yet to be made that holds all that ever trains.
         self.prepared = False
         self._ends_by_itself = True
+        self._log = True
         #: Whether anybody has said, since the start, that a step is finished.
         self._updated = False
         self._observing: dict[str, tuple[Observer, RemovableHandle]] = {}
         self._groups: GroupState | None = None
+        #: Adapters that stop at their next boundary, since an engine can't cross it, and what to tell once they have.
+        self._stopping: set[str] = set()
+        self.stopped: list[str] = []
         #: Models that were copied from this one.
         self._copies: list[weakref.ref[nn.Module]] = []
 
@@ -171,6 +208,12 @@ class PhaseDriver:
             raise RuntimeError("The model of this phase driver no longer exists.")
         return root
 
+    def _values(self) -> Iterator[Value]:
+        """What all adapters have in tuner layers that can freeze."""
+        for layer in tuner_layers(self.root):
+            for part in layer.adapter_layer_names:
+                yield from (value for value in getattr(layer, part).values() if isinstance(value, Value))
+
     def configs(self) -> dict[str, PhasedConfig]:
         """Configs of the phased adapters that are active and trained."""
         first = next(tuner_layers(self.root), None)
@@ -213,6 +256,8 @@ class PhaseDriver:
         optimizer: object = None,
         wrappers: Sequence[nn.Module] = (),
         ends_by_itself: bool = True,
+        stops: bool = False,
+        log: bool = True,
     ) -> list[PhaseStart]:
         """Lay the phases over a training that is about to begin or to be resumed.
 
@@ -221,8 +266,16 @@ class PhaseDriver:
                 in the adapters' configs, where `global_step` is above 0.
             wrappers: what forward is called on; the DDP modules in it are rebuilt at boundaries.
             ends_by_itself: whether training is over at `total_steps`; False: only `finish()` ends it.
+            stops: whether training ends at the next boundary. One that an engine can't cross is left to the next
+                training then.
+            log: whether each phase that begins is a line in the log; False: whoever drives tells the user.
         """
         schedules, configs, raw = {}, self.configs(), raw_optimizer(optimizer)
+        engines = {name: self._engine_in_the_way(name, config, optimizer) for name, config in configs.items()}
+        for name, config in configs.items():
+            if config.next_phase is not None and engines[name] is not None:
+                raise ScheduleError(_too_late(name, config.next_phase, engines[name]))
+        self._tell(self.enter_next_phases())
         for name, config in configs.items():
             recorded = (first_steps or {}).get(name)
             if recorded is None and global_step > 0:
@@ -239,9 +292,20 @@ class PhaseDriver:
                 schedule = config.schedule(total_steps, steps_per_epoch)
             self._refuse_merged(name)
             tuner.check_phases(self.root, name, config, schedule)
-            if schedule.phase_at(global_step) is not schedule.phases[-1]:
-                self._check_engine(name, optimizer, tuner.reshapes(config), schedule)
-                self._check_optimizer(name, tuner.why_optimizer(config), schedule.phase_at(global_step), raw)
+            engine, now = engines[name], schedule.phase_at(global_step)
+            if engine is not None:
+                self._check_engine(name, engine, config, schedule, now, stops)
+            if now is not schedule.phases[-1] and tuner.reads_gradients and is_offloaded(optimizer):
+                raise ScheduleError(
+                    f"The adapter {name!r} can't be searched: DeepSpeed has offloaded the optimizer, and with it the "
+                    "gradients that units are scored by. Leave `offload_optimizer` out of the search; the retraining "
+                    "may have it."
+                )
+            if now is not schedule.phases[-1]:
+                if not is_deepspeeds(optimizer):  # which holds flat tensors
+                    self._check_optimizer(name, tuner.why_optimizer(config), now, raw)
+                    if raw is not None and global_step == 0:
+                        tuner.check_learning_rate(name, config, schedule, raw)
             schedules[name] = schedule
         self._check_wrappers(wrappers)
         self._stop_observing()
@@ -251,10 +315,15 @@ class PhaseDriver:
         anew = any(phase.begins_anew for schedule in schedules.values() for phase in schedule.phases)
         self._groups = GroupState(raw, resumed=global_step > 0) if raw is not None and anew else None
         self._ddp = ddp_modules(self.root, wrappers)
+        self._stopping, self.stopped = {name for name, engine in engines.items() if engine is not None}, []
         self.running, self._ends_by_itself, self._updated = True, ends_by_itself, False
+        self._log = log
         for name, schedule in schedules.items():
             configs[name].write("phase_first_steps", schedule.first_steps)
-        return self._move_to(global_step, "new" if global_step == 0 else "resumed")
+        starts = self._move_to(global_step, "new" if global_step == 0 else "resumed")
+        for value in self._values():
+            value.forget_loaded()
+        return starts
 
     def update(self, global_step: int) -> list[PhaseStart]:
         """To be called between two optimizer steps: crosses the boundary if one lies at `global_step` finished steps.
@@ -272,7 +341,60 @@ class PhaseDriver:
                 "steps only grow. For a new training call model.base_model.set_schedule(...) first."
             )
         self._updated = True
+        if self._stop_at(global_step):
+            return starts
         return starts + self._move_to(global_step)
+
+    def _stop_at(self, global_step: int) -> bool:
+        """Leave a boundary to the next training, if one lies here that an engine can't cross."""
+        ahead = {name: self.schedules[name].phase_at(global_step) for name in self._stopping & {*self.schedules}}
+        ahead = {name: phase for name, phase in ahead.items() if phase is not self._phase[name]}
+        if not ahead:
+            return False
+        if self.stopped:
+            raise ScheduleError(
+                f"The training was to end at step {self.global_step}, where an engine can't cross the boundary of the "
+                f"adapter {next(iter(ahead))!r}, but step {global_step} is finished. Save the adapter there, and let "
+                "another training go on."
+            )
+        for name, phase in ahead.items():
+            self.root.peft_config[name].write("next_phase", phase.name)  # type: ignore[union-attr, index]
+            self.stopped.append(
+                f"step {global_step}, adapter {name!r}: phase {self._phase[name].name!r} ends; {phase.name!r} begins "
+                "with the next training of what is saved now"
+            )
+        self._tell(self.stopped)
+        self.global_step = global_step
+        self.collect()
+        return True
+
+    def collect(self) -> None:
+        """Bring together, before a save, what an engine's processes have gathered. To be called by all of them."""
+        for observer, _ in self._observing.values():
+            observer.collect()
+
+    def enter_next_phases(self) -> list[PhaseStart]:
+        """Cross the boundaries that the last training has stopped at, before an engine takes hold of parameters."""
+        starts = []
+        for name, config in self.configs().items():
+            if config.next_phase is None:
+                continue
+            phases, tuner = config.outline().phases, tuner_of(config)
+            index = config.phase_names.index(config.next_phase)
+            before = trained_parameters(self.root)
+            tuner.check_trained(self.root, name, config, phases[index - 1])
+            tuner.enter_phase(self.root, name, config, phases[index], "crossed", Training(0, None, all_ranks()))
+            self.freeze_for(name, phases[index])
+            config.write("completed_phases", config.phase_names[:index])
+            config.write("next_phase", None)
+            after = trained_parameters(self.root)
+            starts.append(PhaseStart(name, phases[index].name, 0, before, after, facts=config.boundary_facts()))
+        return starts
+
+    def _tell(self, lines: Sequence[object]) -> None:
+        if self._log and is_first_process():
+            for line in lines:
+                logger.info("%s", line)
 
     def go_back_to(self, global_step: int) -> list[PhaseStart]:
         """The model has been given the weights of an earlier step (the best checkpoint): so is the record."""
@@ -280,6 +402,7 @@ class PhaseDriver:
 
     def prepare(self) -> None:
         """Before an optimizer is made that is to load the state of any step of a run: all that ever trains does."""
+        self._tell(self.enter_next_phases())
         self.prepared = True
         for name, config in self.configs().items():
             tuner_of(config).make_whole(self.root, name, config)
@@ -287,11 +410,8 @@ class PhaseDriver:
 
     def hold_frozen(self) -> None:
         """Before FSDP wraps the model, which shards parameters and no buffers: frozen values are parameters there."""
-        for layer in tuner_layers(self.root):
-            for part in layer.adapter_layer_names:
-                for value in getattr(layer, part).values():
-                    if isinstance(value, Value):
-                        value.hold()
+        for value in self._values():
+            value.hold()
         if os.environ.get("FSDP_CPU_RAM_EFFICIENT_LOADING", "").lower() == "true" and any(
             True for _ in constant_buffers(self.root)
         ):
@@ -303,7 +423,7 @@ class PhaseDriver:
     def finish(self) -> None:
         """Training is over: saved adapters may be cast from now on, and nothing watches the optimizer any more."""
         self.running = False
-        self.schedules, self._phase, self.global_step, self._ddp = {}, {}, 0, []
+        self.schedules, self._phase, self.global_step, self._ddp, self._stopping = {}, {}, 0, [], set()
         self._stop_observing()
 
     def restart(self, names: Collection[str] | None = None) -> None:
@@ -318,6 +438,7 @@ class PhaseDriver:
                 continue
             config.write("completed_phases", [])
             config.write("phase_first_steps", None)
+            config.write("next_phase", None)
             tuner_of(config).restart(self.root, name, config, self.optimizer)
             self.freeze_for(name, None)
 
@@ -365,32 +486,46 @@ class PhaseDriver:
         if any(name in layer.merged_adapters for layer in tuner_layers(self.root)):
             raise ScheduleError(f"The adapter {name!r} is merged and can't train: call unmerge_adapter() first.")
 
-    def _check_engine(self, name: str, optimizer: object, reshapes: bool, schedule: Schedule) -> None:
-        """Refuse a boundary ahead that an engine can't cross, before the first step.
-
-        Args:
-            reshapes: whether parameters get other shapes or values there.
-        """
-        values = (value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name))
+    def _engine_in_the_way(self, name: str, config: PhasedConfig, optimizer: object) -> str | None:
+        """What can't follow an adapter across a boundary that gives parameters other shapes or values."""
+        if not tuner_of(config).reshapes(config):
+            return None
         if is_deepspeeds(optimizer):
-            why = (
-                "which DeepSpeed can't follow: it keeps flat copies of all that trained when it was set up, so that "
-                "what freezes would go on moving"
-            )
-            engine = "DeepSpeed"
-        elif reshapes and any(map(is_sharded, values)):
-            why = "which FSDP can't follow: it holds parameters in shards, whose shapes can't change"
-            engine = "FSDP"
-        elif reshapes and isinstance(raw_optimizer(optimizer), torch.optim.LBFGS):
-            why, engine = "which LBFGS can't follow: it keeps flat copies of all parameters", "LBFGS"
-        else:
+            return "DeepSpeed"
+        values = [value for layer in tuner_layers(self.root) for _, value in layer.parts_of(name)]
+        if any(map(is_sharded, values)):
+            return "FSDP1" if any(hasattr(value, "_fsdp_flattened") for value in values) else "FSDP"
+        return "LBFGS" if isinstance(raw_optimizer(optimizer), torch.optim.LBFGS) else None
+
+    def _check_engine(
+        self, name: str, engine: str, config: PhasedConfig, schedule: Schedule, now: Phase, stops: bool
+    ) -> None:
+        """Refuse what an engine can't do, before the first step, with what it can.
+
+        Raises:
+            ScheduleError: the adapter has been prepared for another phase, or has a boundary ahead and would not stop.
+        """
+        if now.name != config.present_phase and not config.phases_complete:
+            raise ScheduleError(_too_late(name, now.name, engine))
+        if now is schedule.phases[-1]:
             return
+        if engine == "FSDP1":
+            raise ScheduleError(
+                f"The adapter {name!r} goes through phases whose parameters have other shapes, of which FSDP1 shows "
+                "parts alone. Take FSDP2: fsdp_version: 2."
+            )
+        if stops:
+            return
+        why = {
+            "DeepSpeed": "it keeps flat copies of all that trained when it was set up",
+            "FSDP": "it holds parameters in shards, whose shapes can't change",
+            "LBFGS": "it keeps flat copies of all parameters",
+        }
         phases = ", ".join(phase.name for phase in schedule.phases)
         raise ScheduleError(
-            f"The adapter {name!r} goes through phases ({phases}), {why}. Train up to the boundary with "
-            "DistributedDataParallel (accelerate's MULTI_GPU) or in one process, with "
-            f"PhaseCallback(stop_at_boundary=True). Then train on under {engine} with the adapter that it saved: "
-            'model = PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True).'
+            f"The adapter {name!r} goes through phases ({phases}), which {engine} can't follow in one run: "
+            f"{why[engine]}. Train in two: PhaseCallback(stop_at_boundary=True) ends this run at the boundary. Then "
+            f"train on with the adapter that it saved: model = {_LOAD}."
         )
 
     def _check_optimizer(self, name: str, needs: str, phase: Phase, optimizer: torch.optim.Optimizer | None) -> None:
@@ -475,14 +610,14 @@ class PhaseDriver:
         root, optimizer = self.root, self.optimizer
         for name in entering:
             self._refuse_merged(name)
-        before = trained_parameters(root)
+        before, bytes_before = trained_parameters(root), state_bytes(optimizer)
         stopped: list[nn.Parameter] = []
         for name, phase in entering.items():
             tuner, config, schedule = tuner_of(configs[name]), configs[name], self.schedules[name]
             if name in self._phase:
                 tuner.check_trained(root, name, config, self._phase[name])
             observer = self._observing[name][0] if name in self._observing else None
-            training = Training(global_step, optimizer, self._ddp, observer)
+            training = Training(global_step, optimizer, ranks_of(self._ddp), observer)
             tuner.enter_phase(root, name, config, phase, entry, training)
             stopped += self.freeze_for(name, phase)
             if phase.begins_anew and entry == "crossed":
@@ -501,22 +636,32 @@ class PhaseDriver:
         # At every start too: what trains may have changed since DDP was built (restart_phases, set_adapter).
         for ddp in self._ddp:
             rebuild_reducer(ddp, constant_buffers(root))
-        after = trained_parameters(root)
+        after, bytes_after = trained_parameters(root), state_bytes(optimizer)
         self._marks.append((global_step, "+".join(sorted({p.name for p in self._phase.values()})), after))
         anew = entry == "crossed"
         starts = [
-            PhaseStart(name, phase.name, phase.first_step, before, after, anew and phase.begins_anew)
+            PhaseStart(
+                name, phase.name, phase.first_step, before, after, anew and phase.begins_anew, global_step,
+                bytes_before, bytes_after, configs[name].boundary_facts() if entry == "crossed" else "",
+            )
             for name, phase in entering.items()
-        ]
-        if is_first_process():
-            for start in starts:
-                logger.info(
-                    "adapter %r enters phase %r at step %d: trained parameters %d -> %d",
-                    *(start.adapter, start.phase, global_step, start.trained_before, start.trained_after),
-                )
+        ]  # fmt: skip
+        self._tell(starts)
         if entry == "crossed":
             self._warn_of_copies(starts)
         return starts
+
+
+_LOAD = 'PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True)'
+
+
+def _too_late(adapter: str, phase: str, engine: str | None) -> str:
+    """Sentence of an error."""
+    return (
+        f"The adapter {adapter!r} stands before its phase {phase!r}, and {engine} holds its parameters already. Load "
+        f"it from its checkpoint, {_LOAD}, and let its phase begin before the engine does: "
+        "Trainer(..., callbacks=[PhaseCallback()]), or in a loop model.base_model.prepare_optimizer()."
+    )
 
 
 def warn_if_never_driven(model: nn.Module, adapter: str, config: PhasedConfig, verb: str) -> None:

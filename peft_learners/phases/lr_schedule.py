@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers.optimization import get_scheduler
 
 from .driver import PhaseDriver
+from .optimizer import raw_optimizer
 from .schedule import ScheduleError
 
 Factor = Callable[[int], float]
@@ -84,7 +85,7 @@ def restart_schedule(scheduler: Any, args: Any, first_steps: Sequence[int], tota
     """
     scheduler = getattr(scheduler, "scheduler", scheduler)
     name, settings = args.lr_scheduler_type, args.lr_scheduler_kwargs
-    optimizer = getattr(scheduler, "optimizer", None)
+    optimizer = raw_optimizer(getattr(scheduler, "optimizer", None))
     lr = float(optimizer.defaults["lr"]) if optimizer is not None else args.learning_rate
     whole = _factor_of(name, lr, args.get_warmup_steps(total_steps), total_steps, settings)
     if not isinstance(scheduler, LambdaLR) or not all(_is_kind(own, whole) for own in scheduler.lr_lambdas):
@@ -120,17 +121,17 @@ def get_phased_scheduler(
     warmup_steps: float = 0.0,
     settings: Mapping[str, Any] | None = None,
 ) -> LambdaLR:
-    """`transformers.get_scheduler` for loops without Trainer, beginning anew where the phases of `model` do.
+    """`transformers.get_scheduler` for loops without Trainer: the schedule begins anew where the phases of `model` do.
 
-    Its `step()` is to be called once per optimizer step. Leave it out of `accelerator.prepare`, which would have it
-    called once per process.
+    Call its `step()` once per optimizer step. Leave it out of `accelerator.prepare`, which would call it once per
+    process.
 
     Args:
         name: "linear", "cosine", "constant", ... of transformers.
         optimizer: the optimizer.
         model: a model whose schedule has been set, by `set_schedule(total_steps=...)`.
         warmup_steps: of each phase: a number of steps, or a share below 1 of its steps.
-        settings: further arguments of the kind.
+        settings: further arguments of that kind of schedule.
 
     Raises:
         ScheduleError: no schedule was set, its number of steps is unknown, or the kind is no function of the step.

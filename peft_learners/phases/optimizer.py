@@ -11,8 +11,15 @@ import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-#: Called with the optimizer right before each of its steps.
-Observer = Callable[[torch.optim.Optimizer], None]
+
+class Observer:
+    """Called with the optimizer right before each of its steps."""
+
+    def __call__(self, optimizer: torch.optim.Optimizer) -> None:
+        raise NotImplementedError
+
+    def collect(self) -> None:
+        """Bring together what the processes of an engine have seen. To be called by all of them, before a save."""
 
 
 def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
@@ -29,6 +36,25 @@ def is_deepspeeds(optimizer: object) -> bool:
             return True
         optimizer = getattr(optimizer, "optimizer", None)
     return False
+
+
+def is_offloaded(optimizer: object) -> bool:
+    """Whether DeepSpeed makes the steps elsewhere than where the model is."""
+    while optimizer is not None:
+        if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
+            return True
+        optimizer = getattr(optimizer, "optimizer", None)
+    return False
+
+
+def state_bytes(optimizer: torch.optim.Optimizer | None) -> int | None:
+    """Bytes that an optimizer holds beside the parameters, on this process; None without one."""
+    if optimizer is None:
+        return None
+    values = (value for state in optimizer.state.values() for value in state.values())
+    tensors = (value for value in values if isinstance(value, torch.Tensor))
+    local: list[torch.Tensor] = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
+    return sum(value.numel() * value.element_size() for value in local)
 
 
 def resize(

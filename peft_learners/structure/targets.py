@@ -8,15 +8,14 @@ import warnings
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any, ClassVar
 
-from peft.config import PeftConfig
+from peft import PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTuner,
-    _ExcludedModule,
     _find_minimal_target_modules,
     check_target_module_exists,
 )
-from peft.utils.constants import DUMMY_TARGET_MODULES, INCLUDE_LINEAR_LAYERS_SHORTHAND
-from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, NoMatchingPeftModuleError
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from peft.utils.other import get_pattern_key
 from torch import nn
 
@@ -142,7 +141,8 @@ class TargetChoice(BaseTuner):
         return {name for module in examples for name, _ in self._new_layer(module, "").named_children()}
 
     def _matches(self, config: PhasedConfig, key: str) -> Any:
-        """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save."""
+        """PEFT's own rule for target_modules, exclude_modules, layers_to_transform and modules_to_save. Falsy for what
+        is left out; where it is excluded, in a way that PEFT knows."""
         return check_target_module_exists(config, key)
 
     def _names_among(self, config: PhasedConfig, names: list[str]) -> set[str]:
@@ -158,7 +158,7 @@ class TargetChoice(BaseTuner):
             result = self._matches(probe, name)
             # PEFT saves every module whose name *ends* like this whole.
             saved = any(name.endswith(ending) for ending in config.modules_to_save or ())
-            if result and not isinstance(result, _ExcludedModule) and not saved:
+            if result and not saved:
                 found.add(name)
         return found
 
@@ -168,9 +168,9 @@ class TargetChoice(BaseTuner):
         if peft_config.target_modules == DUMMY_TARGET_MODULES:
             return False
         if peft_config.target_modules is None:  # all that structure says; PEFT wants to hear what was excluded
-            return _ExcludedModule() if matches(key, peft_config.exclude_modules or ()) else False
+            return self._matches(peft_config, key) if matches(key, peft_config.exclude_modules or ()) else False
         result = self._matches(peft_config, key)
-        return result if isinstance(result, _ExcludedModule) else False
+        return False if result else result  # what is excluded is falsy
 
     def _is_supported(self, module: nn.Module) -> bool:
         """Whether the tuner has a layer that can stand in for this module."""
@@ -181,7 +181,7 @@ class TargetChoice(BaseTuner):
         chosen, modules = set(), dict(walk(model))
         for name, module in modules.items():
             result = self._matches(config, name) if name else None
-            if not result or isinstance(result, _ExcludedModule):
+            if not result:
                 continue
             parent = modules.get(name.rpartition(".")[0])
             if isinstance(parent, nn.MultiheadAttention):

@@ -24,10 +24,15 @@ def is_plain_float(value: object) -> bool:
     return type(value) in (torch.Tensor, nn.Parameter) or type(value).__name__ == "DTensor"
 
 
+def shape_of(value: torch.Tensor) -> torch.Size:
+    """The shape of a parameter, of which ZeRO-3 may hold a part in each process and show none."""
+    return getattr(value, "ds_shape", value.shape)
+
+
 def float_weight(module: nn.Module) -> torch.Tensor | None:
     """The weight of a linear layer if it is a plain floating-point matrix, else None."""
     weight = getattr(base_of(module), "weight", None)
-    return weight if weight is not None and is_plain_float(weight) and weight.dim() == 2 else None
+    return weight if weight is not None and is_plain_float(weight) and len(shape_of(weight)) == 2 else None
 
 
 def for_float64(values: torch.Tensor) -> torch.Tensor:

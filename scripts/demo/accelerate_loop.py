@@ -47,6 +47,7 @@ def main() -> None:
     set_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=args.gradient_accumulation_steps)
     model = get_peft_model(make_model(), LearnerConfig(r=8, priming_epochs=args.priming_epochs, task_type="SEQ_CLS"))
+    # A rate for this tiny random model. Pretrained ones want a lower one.
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=5e-3, weight_decay=0.01)
     loader = DataLoader(make_data(), batch_size=args.batch_size, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)

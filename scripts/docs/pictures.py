@@ -18,10 +18,10 @@ from typing import Any
 import pandas as pd
 from PIL import Image
 
+from peft_learners.cli import architecture as kept_updates
 from scripts.bench import plot as plot_bench  # chooses matplotlib's backend
 from scripts.docs.runs import Results, task_label
 from scripts.docs.scores import LAYOUTS, Layout, listed
-from scripts.glue import plot_architecture
 from scripts.sweep import store
 from scripts.sweep.plan import PROTOCOLS, VARIANTS
 
@@ -195,16 +195,16 @@ def architecture(results: Results, variant: str) -> Picture | None:
     }
     if not found:
         return None
-    table = plot_architecture.average({f"{variant} on {task}, seed {s}": kept for (task, s), kept in found.items()})
+    table = kept_updates.average({f"{variant} on {task}, seed {s}": kept for (task, s), kept in found.items()})
     tasks = listed([task_label(task) for task in dict.fromkeys(task for task, _ in found)])
     label = f"{VARIANTS[variant].label} on {tasks} ({len(found)} run{'s' if len(found) > 1 else ''})"
-    data = {"title": f"{label}\n{plot_architecture.title_of(table)}", "table": asdict(table)}
+    data = {"title": f"{label}\n{kept_updates.title_of(table)}", "table": asdict(table)}
     caption = f"What {label} kept, by block and module"
     return Picture(f"architecture-{variant}", caption, data, draw_architecture)
 
 
 def _recorded(found: Mapping[str, Any]) -> SimpleNamespace:
-    """What a record says of an architecture, as `plot_architecture.average` takes it."""
+    """What a record says of an architecture, as `peft_learners.cli.architecture.average` takes it."""
     return SimpleNamespace(granularity=found["granularity"], budget=found["budget"], rows=lambda: found["rows"])
 
 
@@ -262,4 +262,5 @@ def draw_scores(shown: dict[str, Any], path: Path, metadata: Metadata) -> None:
 
 def draw_architecture(shown: dict[str, Any], path: Path, metadata: Metadata) -> None:
     """Draw a table of shares kept."""
-    plot_architecture.draw(plot_architecture.Table(**shown["table"]), path, shown["title"], metadata)
+    table = kept_updates.Table(**shown["table"])
+    plot_bench.save(kept_updates.draw(table, shown["title"]), path, metadata)

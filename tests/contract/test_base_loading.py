@@ -10,13 +10,12 @@ import pytest
 import torch
 import transformers
 import zoo
+from console import refused, said
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForSequenceClassification
 from zoo import logits_of
 
 from peft_learners import LearnerConfig, NASLoRAConfig
-from peft_learners.export.__main__ import main as export
-from scripts.hub.card import main as write_card
 
 CONFIGS = {
     "learner": lambda **more: LearnerConfig(**{"r": 4, "priming_epochs": 0, "init_weights": False, **more}),
@@ -62,9 +61,9 @@ def saved(arch: str, classes: int, method: str = "learner", **settings) -> tuple
 
 
 def cards() -> list[str]:
-    """Of the adapter: the one that was written when it was saved, and that of `scripts.hub.card`."""
+    """Of the adapter: the one that was written when it was saved, and that of `peft-learners card`."""
     automatic = Path("my-adapter/README.md").read_text()
-    write_card(["my-adapter"])
+    said("card", "my-adapter")
     return [automatic, Path("my-adapter/README.md").read_text()]
 
 
@@ -92,7 +91,7 @@ def test_heads_load(arch, classes, method):
         names: dict = {}
         exec(code.partition("merged =")[0], names)
         assert torch.equal(logits_of(names["model"], inputs), expected)
-    export(["my-adapter", "as-lora"])
+    said("export", "my-adapter", "as-lora")
     torch.testing.assert_close(logits_of(exported(kind, classes), inputs), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -105,7 +104,7 @@ def test_question_answering_head():
     get_peft_model(base, CONFIGS["learner"](task_type="QUESTION_ANS")).save_pretrained("my-adapter")
     for card in cards():
         assert 'from_pretrained("nine-tags", num_labels=2, ' in card
-    export(["my-adapter", "as-lora"])
+    said("export", "my-adapter", "as-lora")
 
 
 def test_modules_to_save_no_head():
@@ -114,7 +113,7 @@ def test_modules_to_save_no_head():
     assert all("num_labels=5, " in card for card in cards())
     llama = get_peft_model(zoo.build("llama"), CONFIGS["learner"](task_type="CAUSAL_LM", modules_to_save=["lm_head"]))
     llama.save_pretrained("my-adapter")
-    write_card(["my-adapter", "--base_model", "somebody/llama"])
+    said("card", "my-adapter", "--base_model", "somebody/llama")
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
 
 
@@ -134,22 +133,21 @@ def test_command_finds_head():
     """Where the head's size can't be read off the config, the command compares the head with the file. Named by their
     whole path, the embeddings look like a part of the head: 64 outputs, or 5?"""
     kind, inputs, expected = saved("bert", 5, modules_to_save=["bert.embeddings.word_embeddings"])
-    write_card(["my-adapter"])
+    said("card", "my-adapter")
     assert "num_labels" not in Path("my-adapter/README.md").read_text()
-    export(["my-adapter", "as-lora"])
+    said("export", "my-adapter", "as-lora")
     torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_command_num_labels(capsys):
+def test_command_num_labels():
     """The command takes the number of classes, and says if it is wrong."""
     kind, inputs, expected = saved("bert", 5)
-    with pytest.raises(SystemExit, match=r"^error: The checkpoint does not fit .*\(5.*in the file, \(4"):
-        export(["my-adapter", "as-lora", "--num_labels", "4"])
-    export(["--num-labels", "5", "my-adapter", "as-lora"])
+    wrong = refused("export", "my-adapter", "as-lora", "--num_labels", "4")
+    assert re.match(r"The checkpoint does not fit .*\(5.*in the file, \(4", wrong)
+    said("export", "--num-labels", "5", "my-adapter", "as-lora")
     torch.testing.assert_close(logits_of(exported(kind, 5), inputs), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(SystemExit):
-        export(["my-adapter", "as-lora", "--num_labels", "0"])
-    assert "--num_labels must be at least 1, got 0" in capsys.readouterr().err
+    none = refused("export", "my-adapter", "as-lora", "--num-labels", "0")
+    assert none == "argument --num-labels: must be a whole number of at least 1, got '0'"
 
 
 def test_command_errors():
@@ -157,30 +155,31 @@ def test_command_errors():
     saved("bert", 2)
     config, own = Path("my-adapter/adapter_config.json"), Path("my-adapter/adapter_config.json").read_text()
     Path("a-file").write_text("mine")
-    for call, said in (
-        (["my-adapter", "out", "--base_model", "no/such-model"], "The base model 'no/such-model' can't be loaded"),
+    for call, start in (
+        (["my-adapter", "out", "--base-model", "no/such-model"], "The base model 'no/such-model' can't be loaded"),
         (["my-adapter", "a-file"], "OUT must be a folder to write, but a-file is a file"),
         (["my-adapter", "my-adapter"], "my-adapter holds an adapter of type LEARNER, which the export would destroy"),
-        (["nowhere", "out"], "Can't find 'adapter_config.json' at 'nowhere'"),
+        (["nowhere", "out"], "There is no folder nowhere."),
     ):
-        with pytest.raises(SystemExit, match=f"^error: {said}"):
-            export(call)
+        assert refused("export", *call).startswith(start)
     assert config.read_text() == own and Path("a-file").read_text() == "mine" and not Path("out").exists()
     config.write_text(json.dumps({**json.loads(own), "revision": "v9", "base_model_name_or_path": "no/such-model"}))
-    with pytest.raises(SystemExit, match=r"'no/such-model', revision 'v9' can't be loaded .* with --base_model\."):
-        export(["my-adapter", "out"])
+    wrong = refused("export", "my-adapter", "out")
+    assert re.search(r"'no/such-model', revision 'v9' can't be loaded .* with --base-model\.$", wrong)
+    config.write_text(json.dumps({**json.loads(own), "base_model_name_or_path": None}))
+    assert refused("export", "my-adapter", "out").endswith("names no base model: give it with --base-model.")
     config.write_text('{"peft_type": "FAR",')
-    with pytest.raises(SystemExit, match=r"^error: The adapter_config\.json in my-adapter is damaged"):
-        export(["my-adapter", "out"])
+    assert refused("export", "my-adapter", "out").endswith("but its adapter_config.json is damaged.")
     config.write_text(own)
     Path("my-adapter/adapter_model.safetensors").write_bytes(b"half a file")
-    with pytest.raises(SystemExit, match="^error: The file of weights in my-adapter is damaged"):
-        export(["my-adapter", "out"])
+    assert re.match(
+        r"my-adapter/adapter_model\.safetensors is damaged \(.*\)\.$", refused("export", "my-adapter", "out")
+    )
 
 
 def test_command_foreign_model():
     """The command refuses models that aren't transformers' own."""
     base = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 2))
     get_peft_model(base, CONFIGS["learner"](target_modules=["0"])).save_pretrained("my-adapter")
-    with pytest.raises(SystemExit, match=r"^error: The adapter was made for a Sequential, .*save_as_lora"):
-        export(["my-adapter", "out", "--base_model", "base"])
+    wrong = refused("export", "my-adapter", "out", "--base-model", "base")
+    assert re.match(r"The adapter was made for a Sequential, .*save_as_lora", wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,7 @@ from pathlib import Path
 import toy, zoo
 from peft import PeftModel, get_peft_model
 from peft_learners.hub import write_card
+from peft_learners_cli import main
 
 folder = Path(sys.argv[1])
 model = get_peft_model(zoo.build("distilbert"), toy.ToyConfig(task_type="SEQ_CLS"))
@@ -92,6 +94,7 @@ model.save_pretrained(folder)
 short = (folder / "README.md").read_text()
 (folder / "README.md").unlink()
 write_card(folder, base_model="distilbert/distilbert-base-uncased")
+main(["show", str(folder)])
 PeftModel.from_pretrained(zoo.build("distilbert"), folder)
 print(short, (folder / "README.md").read_text())
 """
@@ -130,10 +133,11 @@ def test_contract(toy):
 
 @pytest.mark.slow
 def test_cards(toy, tmp_path: Path):
-    """What is saved has a README, a card can be made of it, and both call it by its name."""
+    """What is saved has a README, a card can be made of it, `show` tells of it, and all call it by its name."""
     out = toy(CARD, tmp_path / "saved")
     assert "A Toy adapter of" in out and "Toys are low-rank modules without a scaling." in out
     assert out.count("import peft_learners") >= 2
+    assert re.search(r"^.*/saved: Toy adapter$", out, re.M) and re.search(r"^attention.q_lin +2 +", out, re.M)
 
 
 @pytest.mark.slow

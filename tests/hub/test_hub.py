@@ -16,18 +16,20 @@ from pathlib import Path
 
 import pytest
 import zoo
+from console import refused
 from hub_server import DROP, DROP_AFTER, HANG, HubServer, Repo
-from huggingface_hub import EvalResult, HfApi, ModelCard
+from huggingface_hub import EvalResult, ModelCard
 from training import learner
 
 from peft_learners.hub import PushError, Results, push, write_card
 from peft_learners.hub.full_card import read_adapter
 from peft_learners.hub.push import card_to_push
-from scripts.hub.push import main
 
 ROOT = Path(__file__).resolve().parents[2]
 RUN = ROOT / "tests" / "runs" / "hub_run.py"
 FILES = {".gitattributes", "README.md", "adapter_config.json", "adapter_model.safetensors"}
+#: The console command, as an installed one runs it.
+COMMAND = ("-m", "peft_learners_cli")
 OWN_README = b"---\nlicense: mit\ntags:\n- by-hand\n---\n\n# Mine\n\nWords of my own.\n"
 
 
@@ -117,6 +119,7 @@ def test_pushed_adapter_loads(pushed):
         *("me/learner", "me/learner, by the auto class", "me/local, by the auto class", "me/branch", "me/updated"),
         *("me/far-by-peft", "me/nas-by-trainer", *(f"me/{name}, by its card" for name in by_card)),
         *("me/of-v9, by its card", "me/of-v9-by-script, by its card", "me/of-v9, exported"),
+        *("me/far, shown", "me/nowhere, refused", "me/tiny-base, refused"),
     }
     assert all(pushed.same.values()), pushed.same
 
@@ -168,20 +171,18 @@ def test_own_card_keeps_text(pushed):
 
 @pytest.mark.slow
 def test_pushed_results_and_picture(pushed):
-    """Results and picture are in the pushed card."""
+    """Results and picture of a card are pushed with it, and so is a picture that is given."""
     assert pushed.report["results"] == ["pushed", "pushed"]
-    for repo_id in ("me/results", "me/with-card"):
+    for repo_id in ("me/with-card", "me/with-picture"):
         assert pushed.hub.repos[repo_id].branches["main"].keys() == {*FILES, "nodes.png"}
         card = pushed.card(repo_id)
-        assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == (
-            [("accuracy", 0.75), ("f1", 0.8360128617363344)]  # results/glue/mrpc-learner-r64-minilm-seed0.json
-        )
-        assert (
-            "| validation | 408 | accuracy | 75.0 |" in card.text
-            and "![Picture of the adapter](nodes.png)" in card.text
-        )
+        assert "![Picture of the adapter](nodes.png)" in card.text
         assert f'PeftModel.from_pretrained(base, "{repo_id}")' in card.text
-    assert pushed.card("me/results").data.model_name == "results"
+    card = pushed.card("me/with-card")
+    assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == (
+        [("accuracy", 0.75), ("f1", 0.8360128617363344)]  # results/glue/mrpc-learner-r64-minilm-seed0.json
+    )
+    assert "| validation | 408 | accuracy | 75.0 |" in card.text
 
 
 @pytest.mark.slow
@@ -205,7 +206,7 @@ def test_push_after_trainer(pushed):
 def test_local_base_is_refused(pushed):
     """A local base model is not told to the world: its id on the Hub has to be given."""
     path = str(pushed.folder / "local-base")
-    for case, option in (("local", '`base_model="OWNER/NAME"`'), ("local, folder", "--base_model OWNER/NAME")):
+    for case, option in (("local", '`base_model="OWNER/NAME"`'), ("local, folder", "--base-model OWNER/NAME")):
         assert pushed.report[case] == (
             f"The adapter was trained on the local folder {path!r}, which nobody else has. Give the id of that model "
             f"on the Hub: {option}. Nothing was pushed."
@@ -279,7 +280,7 @@ def test_trainer_push_on_local_base(pushed):
         ("no-pull-request", ["me/missing does not exist"]),
         ("branch-500", ["The Hub failed (500)", "me/branch-500, made for this, was removed again. Run the same"]),
         ("branch-403", ["(403)", "me/branch-403, made for this, was removed again. Run the same"]),
-        ("no-base", ["The base model me/nowhere is not on the Hub", "--base_model OWNER/NAME. Nothing was pushed"]),
+        ("no-base", ["The base model me/nowhere is not on the Hub", "--base-model OWNER/NAME. Nothing was pushed"]),
         ("no-revision", ["The base model me/tiny-base has no revision 'v9'", "`revision` in", "Nothing was pushed"]),
     ],
 )
@@ -310,7 +311,7 @@ def test_failed_push_to_existing(pushed):
     assert set(repos["me/old"].branches["main"]) == {".gitattributes"}
     assert said["damaged-card"] == (
         "The header of README.md in me/damaged-card is not that of a model card (line 3: expected ',' or ']', but got "
-        "'<stream end>'): correct it, or give --results or --picture to replace the file. The repository is as it was."
+        "'<stream end>'): correct it, or delete that file. The repository is as it was."
     )
     assert not repos["me/damaged-card"].commits
 
@@ -359,7 +360,7 @@ def test_lost_answer(pushed):
 @pytest.mark.slow
 def test_killed_push_goes_on(pushed):
     """A push that is killed leaves an empty repository, and the same command goes on there."""
-    command = ("-m", "scripts.hub.push", pushed.folder / "learner", "me/killed")
+    command = (*COMMAND, "push", pushed.folder / "learner", "me/killed")
     pushed.hub.fail("PUT", "/lfs/me/killed/", HANG)
     process = start(pushed.hub, pushed.folder / "home", *command)
     pushed.hub.wait_for("PUT", "/lfs/me/killed/")
@@ -378,9 +379,7 @@ def test_killed_push_goes_on(pushed):
 
 def refusal(folder: Path) -> str:
     """Of an adapter that can't be pushed. This process is offline: to ask the Hub would be refused otherwise."""
-    with pytest.raises(SystemExit) as exit:
-        main([str(folder), "me/adapter"], HfApi(endpoint="http://127.0.0.1:9", token="hf_test"))
-    return str(exit.value.code)
+    return refused("push", folder, "me/adapter")
 
 
 @pytest.mark.parametrize(
@@ -391,8 +390,9 @@ def refusal(folder: Path) -> str:
         ("- a\n", "repo card metadata block should be a dict"),
     ],
 )
-def test_unreadable_header_refused(header, said, tmp_path: Path):
+def test_unreadable_header_refused(header, said, tmp_path: Path, monkeypatch):
     """A README.md whose header can't be read is refused before anything is made."""
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
     adapter_on("me/tiny-base", tmp_path)
     assert "HF_HUB_OFFLINE" in refusal(tmp_path)
     (tmp_path / "README.md").write_text(f"---\n{header}---\n\n# Mine\n")

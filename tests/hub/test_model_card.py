@@ -1,4 +1,4 @@
-"""`scripts.hub.card`: the card parses, says what the files say, and its code loads the adapter."""
+"""Whole cards (`peft-learners card`, `scripts.glue.card`): they parse and say what the files say, their code loads."""
 
 import json
 import re
@@ -7,16 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from console import refused, said
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from training import sgd
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
 from peft_learners.hub.full_card import read_adapter
+from scripts.glue.card import main as write_glue_card
+from scripts.glue.card import metrics_of
 from scripts.glue.methods import METHODS as METHOD_ARGUMENTS
-from scripts.hub.card import main as command
-from scripts.hub.card import metrics_of
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = {
@@ -74,7 +75,14 @@ def write(value: dict) -> str:
 
 
 def card_of(*arguments: str) -> ModelCard:
-    command(["my-adapter", *arguments])
+    """The card that `peft-learners card` writes."""
+    said("card", "my-adapter", *arguments)
+    return ModelCard.load("my-adapter/README.md")
+
+
+def glue_card_of(record: dict) -> ModelCard:
+    """The card that `scripts.glue.card` writes, with the results of a run."""
+    write_glue_card(["my-adapter", write(record)])
     return ModelCard.load("my-adapter/README.md")
 
 
@@ -119,25 +127,61 @@ def test_card_header(method):
     saved(method)
     data = card_of().data.to_dict()
     assert data["library_name"] == "peft" and data["pipeline_tag"] == "text-classification"
-    assert data["tags"] == ["peft", "peft-learners", method] and "model-index" not in data
+    # "transformers" is PEFT's, of the README.md that saving wrote
+    assert data["tags"] == sorted(["peft", "peft-learners", method, "transformers"]) and "model-index" not in data
     assert "base_model" not in data and "base_model_relation" not in data  # it is a local folder
-    data = card_of("--base_model", "somebody/tiny-bert").data.to_dict()
+    data = card_of("--base-model", "somebody/tiny-bert").data.to_dict()
     assert (data["base_model"], data["base_model_relation"]) == ("somebody/tiny-bert", "adapter")
+    assert data["tags"] == sorted([*card_tags(method), "base_model:adapter:somebody/tiny-bert"])
+
+
+def card_tags(method: str) -> list[str]:
+    return ["peft", "peft-learners", method, "transformers"]
+
+
+def test_header_is_kept():
+    """What saving and the user wrote into the header stays; results go with the text that told of them."""
+    saved("far")
+    readme = Path("my-adapter/README.md")
+    mine = {"license": "mit", "language": "de", "pipeline_tag": "text-ranking", "datasets": ["me/data"], "by": "me"}
+    card = ModelCard.load(readme)
+    for key, value in {**mine, "tags": [*card.data.tags, "by-hand"], "metrics": ["accuracy"]}.items():
+        card.data[key] = value
+    card.save(readme)
+    found = glue_card_of(results("far")).data
+    assert found.metrics == ["accuracy", "f1"] and found.datasets == ["nyu-mll/glue"] and found.eval_results
+    data = card_of().data.to_dict()
+    assert {key: data[key] for key in mine} == {**mine, "datasets": ["nyu-mll/glue"]} and "by-hand" in data["tags"]
+    assert "metrics" not in data and "model-index" not in data
+    readme.write_text("---\ntags: [a\n---\n")
+    assert card_of().data.pipeline_tag == "text-classification"  # of a header that can't be read nothing is kept
+
+
+def test_card_pipeline_of_task():
+    """PEFT writes `pipeline_tag` for causal models alone: it stays, and other tasks get theirs."""
+    zoo.build("llama").save_pretrained("tiny-llama")
+    base = AutoModelForCausalLM.from_pretrained(Path("tiny-llama").resolve())
+    get_peft_model(base, CONFIGS["learner"](task_type="CAUSAL_LM")).save_pretrained("my-adapter")
+    before = ModelCard.load("my-adapter/README.md").data
+    assert before.pipeline_tag == card_of().data.pipeline_tag == "text-generation"
+    vectors = get_peft_model(zoo.build("bert").bert, CONFIGS["learner"](task_type="FEATURE_EXTRACTION"))
+    vectors.save_pretrained("vectors")
+    said("card", "vectors", "--base-model", "somebody/tiny-bert")
+    assert ModelCard.load("vectors/README.md").data.pipeline_tag == "feature-extraction"
 
 
 def test_base_not_an_id():
     saved("far")
     for name in ("./tiny-bert", "/models/tiny-bert", "tiny-bert"):
-        said = f"--base_model must be the id of a model on the Hub (OWNER/NAME), got {name!r}"
-        with pytest.raises(SystemExit, match=f"^{re.escape(said)}"):
-            card_of("--base_model", name)
+        sentence = f"--base-model must be the id of a model on the Hub (OWNER/NAME), got {name!r}."
+        assert refused("card", "my-adapter", "--base-model", name) == sentence
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_card_results(method, folder):
     """Results are in header and body."""
     saved(method)
-    card = card_of("--results", write(results(method)))
+    card = glue_card_of(results(method))
     found = {r.metric_type: r.metric_value for r in card.data.eval_results}
     assert found == {"accuracy": RECORD["final"]["eval_accuracy"], "f1": RECORD["final"]["eval_f1"]}
     (dataset,) = {(r.dataset_type, r.dataset_config, r.dataset_split, r.task_type) for r in card.data.eval_results}
@@ -254,7 +298,7 @@ def test_card_settings(method):
 
 def test_card_cut_data():
     saved("far")
-    text = card_of("--results", write(results("far", max_train_samples=1000))).content
+    text = glue_card_of(results("far", max_train_samples=1000)).content
     assert "only the first 1,000 rows of the training set" in text
 
 
@@ -271,7 +315,7 @@ def test_results_of_other_run(change, said):
     saved("far")
     before = Path("my-adapter/README.md").read_text()
     with pytest.raises(SystemExit, match=re.escape(said)):
-        card_of("--results", write({**results("far"), **change}))
+        glue_card_of({**results("far"), **change})
     assert Path("my-adapter/README.md").read_text() == before
 
 
@@ -290,9 +334,9 @@ def test_results_of_other_run(change, said):
 def test_results_of_other_nas_run(change, said):
     saved("nas_lora", parameter_budget=300)
     right = {"parameter_budget": 300.0}  # a float, as the command line reads it
-    assert "## Results" in card_of("--results", write(results("nas_lora", **right))).content
+    assert "## Results" in glue_card_of(results("nas_lora", **right)).content
     with pytest.raises(SystemExit, match=re.escape(f"is of another adapter than my-adapter ({said})")):
-        card_of("--results", write(results("nas_lora", **{**right, **change})))
+        glue_card_of(results("nas_lora", **{**right, **change}))
 
 
 def test_card_two_splits():
@@ -301,7 +345,7 @@ def test_card_two_splits():
     assert found == [("validation_matched", "accuracy", 0.5), ("validation_mismatched", "accuracy", 0.25)]
     saved("far")
     record = {**results("far"), "task": "mnli", "final": final, "rows": {"train": 9, "dev_matched": 4}}
-    assert "| validation_matched | 4 | accuracy | 50.0 |" in card_of("--results", write(record)).content
+    assert "| validation_matched | 4 | accuracy | 50.0 |" in glue_card_of(record).content
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -319,42 +363,40 @@ def test_card_title_of_run():
     saved("far")
     Path("runs").mkdir()
     Path("my-adapter").rename("runs/adapter")
-    command(["runs/adapter"])
+    said("card", "runs/adapter")
     text = Path("runs/adapter/README.md").read_text()
     assert "# runs\n" in text and 'from_pretrained(base, "adapter")' in text
 
 
+def refusal(folder: str = "my-adapter") -> str:
+    return refused("card", folder)
+
+
 def test_card_of_other_folders():
     Path("my-adapter").mkdir()
-    with pytest.raises(SystemExit, match="must be the folder of a saved .* adapter, but it holds") as refused:
-        card_of()
-    assert {"Learner", "FAR", "NAS-LoRA", "bottleneck"} <= set(re.findall(r"[\w-]+", str(refused.value)))
+    message = refusal()
+    assert re.match("my-adapter must be the folder of a saved .* adapter, but it holds", message)
+    assert {"Learner", "FAR", "NAS-LoRA", "bottleneck"} <= set(re.findall(r"[\w-]+", message))
     get_peft_model(zoo.build("bert"), LoraConfig(target_modules=["query"])).save_pretrained("my-adapter")
-    with pytest.raises(SystemExit, match="but it holds an adapter of type LORA"):
-        card_of()
+    assert refusal().endswith("but it holds an adapter of type LORA.")
     saved("far")
-    with pytest.raises(SystemExit, match=r"README\.md must be the folder of .* adapter, but it is a file\."):
-        command(["my-adapter/README.md"])
-    with pytest.raises(SystemExit, match=r"nowhere must be the folder of .* adapter, but there is no such folder\."):
-        command(["nowhere"])
+    assert refusal("my-adapter/README.md").endswith("adapter, but it is a file.")
+    assert re.match("nowhere must be the folder of .* adapter, but there is no such folder.$", refusal("nowhere"))
+    assert refused("card", "my-adapter", "--picture", "none.png") == "--picture must be a file, got 'none.png'."
     Path("my-adapter/adapter_model.safetensors").unlink()
-    with pytest.raises(SystemExit, match=r"but it holds no adapter_model\.safetensors"):
-        card_of()
+    assert refusal().endswith("but it holds no adapter_model.safetensors.")
     Path("my-adapter/adapter_config.json").write_text('{"peft_type": "FAR",')
-    with pytest.raises(SystemExit, match=r"but its adapter_config\.json is damaged"):
-        card_of()
+    assert refusal().endswith("but its adapter_config.json is damaged.")
     Path("my-adapter/adapter_config.json").unlink()
-    with pytest.raises(SystemExit, match=r"but it holds no adapter_config\.json"):
-        card_of()
+    assert refusal().endswith("but it holds no adapter_config.json.")
 
 
 def test_card_without_task_type():
     """Without a task type the class is the model's own."""
     model = get_peft_model(zoo.build("vit"), LearnerConfig(r=4, priming_epochs=0))
     model.save_pretrained("my-adapter")
-    with pytest.raises(SystemExit, match="names no base model: give it with --base_model"):
-        card_of()
-    card = card_of("--base_model", "somebody/vit")
+    assert refusal().endswith("names no base model: give it with --base-model.")
+    card = card_of("--base-model", "somebody/vit")
     assert 'ViTForImageClassification.from_pretrained("somebody/vit", num_labels=2, ' in card.content
     assert card.data.pipeline_tag is None
 

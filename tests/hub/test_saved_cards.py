@@ -220,11 +220,7 @@ def test_readme_of_unnamed_method(tmp_path: Path, monkeypatch):
     assert "A NASLoRA adapter" in card_in(tmp_path).text
     card = write_card(tmp_path, base_model="somebody/base")
     assert "A NASLoRA adapter of `somebody/base`, made with peft-learners, a plugin for PEFT.\n\n## Use" in card.text
-    assert "| search | from ? | not in the file |" in card.text and card.data.tags == [
-        "peft",
-        "peft-learners",
-        "nas_lora",
-    ]
+    assert "| search | from ? | not in the file |" in card.text and "nas_lora" in card.data.tags
 
 
 def on_local_base(tmp_path: Path) -> tuple[PeftModel, Path]:
@@ -242,6 +238,20 @@ def test_readme_names_no_local_folder(tmp_path: Path):
         assert str(base) not in card.content and "base_model" not in card.data.to_dict()
         assert set(card.data.tags) == {"learner", "peft-learners", "transformers"}
         assert 'from_pretrained("local-base", num_labels=2, ignore_mismatched_sizes=True)' in card.text
+
+
+def test_own_header_names_no_local_folder(tmp_path: Path):
+    """Neither does that of a card which the user or Trainer wrote, into which PEFT writes it."""
+    model, base = on_local_base(tmp_path)
+    run = trainer(model, arguments(tmp_path / "run"))
+    run.save_model()
+    run.create_model_card(language="de")
+    written = card_in(tmp_path / "run")
+    assert written.data.base_model == str(base) and f"base_model:adapter:{base}" in written.data.tags
+    run.save_model()
+    card = card_in(tmp_path / "run")
+    assert str(base) not in card.content and "base_model" not in card.data.to_dict()
+    assert card.data.language == ["de"] and card.text == written.text and "transformers" in card.data.tags
 
 
 def test_push_warns_of_local_base(tmp_path: Path):

@@ -12,6 +12,7 @@ import torch
 import zoo
 from architectures import OTHERS
 from bottlenecks import adapted
+from console import refused
 from peft import convert_to_lora, get_peft_model
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
@@ -21,7 +22,6 @@ from zoo import logits_of
 
 from peft_learners import BottleneckConfig
 from peft_learners.export import to_lora
-from peft_learners.export.__main__ import main as export
 from peft_learners.structure.attention import attention_output_names
 from peft_learners.structure.modules import linear_names
 
@@ -194,8 +194,8 @@ def test_no_lora_no_merge(tmp_path: Path):
         with pytest.raises(NotImplementedError, match="not linear"):
             module.merge()
     model.save_pretrained(tmp_path / "adapter")
-    with pytest.raises(SystemExit, match="can't become a LoRA adapter. A bottleneck adapter is not linear"):
-        export([str(tmp_path / "adapter"), str(tmp_path / "out")])
+    wrong = refused("export", tmp_path / "adapter", tmp_path / "out")
+    assert "can't become a LoRA adapter. A bottleneck adapter is not linear" in wrong
     assert torch.equal(logits_of(model, inputs), logits) and not (tmp_path / "out").exists()
 
 

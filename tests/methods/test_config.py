@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import pickle
+import re
 from pathlib import Path
 
 import pytest
 import torch
 import zoo
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import nn
 
-from peft_learners import LearnerConfig
+import peft_learners
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
+from peft_learners.registry import methods
 
 
 @pytest.mark.parametrize(
@@ -54,6 +58,55 @@ def test_unknown_fields():
         LearnerConfig(primming_epochs=2)
     with pytest.raises(TypeError, match=r"unexpected keyword argument 'zzz'\. It has: .*priming_epochs"):
         LearnerConfig(zzz=2)
+
+
+FIELDS_OF_OTHERS = [
+    (LearnerConfig, "lora_alpha", "Here it is `scaling`: scaling = lora_alpha / r."),
+    (LearnerConfig, "lora_dropout", "Here it is `learner_dropout`."),
+    (LearnerConfig, "use_dora", "It is a field of PEFT's LoraConfig, and LearnerConfig has none like it"),
+    (LearnerConfig, "deltaT", "It is a field of PEFT's AdaLoraConfig, and"),
+    (FARConfig, "lora_alpha", "FAR trains whole weights, not low-rank updates"),
+    (NASLoRAConfig, "target_r", "Here it is `parameter_budget`"),
+    (BottleneckConfig, "r", "Here it is `bottleneck_dim`."),
+]
+
+
+@pytest.mark.parametrize("config,name,words", FIELDS_OF_OTHERS)
+def test_fields_of_other_methods(config, name, words):
+    """A field of another PEFT method gets one line: what it is called here."""
+    with pytest.raises(TypeError) as error:
+        config(**{name: 1})
+    assert f"unexpected keyword argument {name!r}. {words}" in str(error.value)
+    assert len(str(error.value)) < 250  # no list of all fields
+
+
+def test_lora_alpha_as_scaling():
+    """`scaling = lora_alpha / r` is LoRA's update: the same factors give the same weight."""
+    base = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=2, lora_alpha=3, target_modules=["0"]))
+    config = LearnerConfig(r=2, scaling=3 / 2, target_modules=["0"], priming_epochs=0)
+    ours = get_peft_model(copy.deepcopy(base), config)
+    with torch.no_grad():
+        for theirs, own in (("lora_A", "learner_P1"), ("lora_B", "learner_P2")):
+            values = torch.randn_like(getattr(lora.base_model.model[0], theirs)["default"].weight)
+            getattr(lora.base_model.model[0], theirs)["default"].weight.copy_(values)
+            getattr(ours.base_model.model[0], own)["default"].weight.copy_(values)
+    x = torch.randn(3, 6)
+    torch.testing.assert_close(ours(x), lora(x))
+
+
+def test_elsewhere():
+    """What a config says of others' fields is about fields that it has not, and names some that it has."""
+    for config in methods().values():
+        own = {field.name for field in dataclasses.fields(config)}
+        assert not own & set(config.elsewhere)
+        assert all(set(re.findall(r"`(\w+)`", text)) <= own for text in config.elsewhere.values())
+
+
+def test_public_names():
+    """`dir()` shows what is imported late, too, and all that it shows is there."""
+    assert {"PhaseCallback", "get_phased_scheduler", "LearnerConfig"} <= set(dir(peft_learners))
+    assert all(hasattr(peft_learners, name) for name in dir(peft_learners))
 
 
 def test_newer_version(tmp_path: Path):

@@ -27,6 +27,7 @@ from peft_learners.config import PhasedConfig
 from peft_learners.costs import PhaseCost
 from peft_learners.layers.base import DeltaLayer
 from peft_learners.learner import LearnerModel
+from peft_learners.phases.report import in_units
 from peft_learners.tuner import PhasedModel
 
 CONFIGS: dict[str, Any] = {
@@ -198,10 +199,10 @@ def test_phases_on_meta(config, counted):
 
 
 def test_printed(capsys):
-    """PEFT's own line, then one per phase of each active adapter, the present one marked."""
+    """PEFT's own line with the phase it is of, then one per phase of each active adapter, the present one marked."""
     model = get_peft_model(zoo.build("distilbert"), LearnerConfig(r=4, priming_steps=1, task_type="SEQ_CLS"))
     model.print_trainable_parameters()
-    line = capsys.readouterr().out
+    line = capsys.readouterr().out.rstrip("\n") + " || in the phase 'priming'\n"
     d, h = 16, 32
     norms, biases, head = 2 * 2 * 2 * d, 2 * (5 * d + h), d * d + d + 2 * d + 2
     learning = 2 * 4 * (4 * 2 * d + 2 * (d + h)) + norms + biases + head
@@ -214,7 +215,9 @@ def test_printed(capsys):
     model.base_model.set_schedule(total_steps=2)
     model.base_model.update_and_allocate(1)
     model.base_model.print_trainable_parameters()
-    assert [row.partition(": ")[0] for row in capsys.readouterr().out.splitlines()] == [
+    out = capsys.readouterr().out
+    assert out.startswith(f"trainable params: {learning:,} ||") and "|| in the phase 'learning'\n" in out
+    assert [row.partition(": ")[0] for row in out.splitlines()] == [
         "trainable params",
         "default, priming",
         "default, learning (now)",
@@ -397,4 +400,4 @@ def test_base_bytes():
      (999_600, "1.00 MB"), (24.16e9, "24.2 GB"), (128.5e9, "128 GB"), (3e15, "3000 TB")],
 )  # fmt: skip
 def test_units(count, text):
-    assert costs.in_units(count) == text
+    assert in_units(count) == text

@@ -13,7 +13,8 @@ import torch
 import zoo
 from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file, save_file
-from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, far, trainer
+from torch.optim.lr_scheduler import LambdaLR
+from training import KEEP_BEST, Rows, TightTrainer, adapter_values, arguments, far, sgd, trainer
 from transformers import Trainer
 from zoo import logits_of
 
@@ -96,9 +97,31 @@ def test_priming_length(tmp_path: Path, settings, boundary):
 
 
 def test_zero_learning_rate(tmp_path: Path):
-    """Priming at a learning rate of zero is refused. The first step of a linear warm-up has a learning rate of 0."""
-    with pytest.raises(ScheduleError, match="moved no FFN weight.*first step of a warm-up.*priming_steps"):
-        trainer(far(priming_ratio=0.01, priming_epochs=None), arguments(tmp_path, warmup_steps=1)).train()
+    """One step of priming that a warm-up would swallow is refused before it; two steps are not."""
+    run = trainer(far(priming_ratio=0.01, priming_epochs=None), arguments(tmp_path, warmup_steps=1))
+    with pytest.raises(ScheduleError, match=r"the warm-up makes the learning rate of that step 0.*priming_steps=10"):
+        run.train()
+    assert run.state.global_step == 0
+    for settings in ({"priming_steps": 2}, {"priming_steps": 1, "selection": "random"}):
+        trainer(far(priming_epochs=None, **settings), arguments(tmp_path, warmup_steps=1)).train()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["schedule-first", "schedule-later"])
+def test_zero_learning_rate_in_a_loop(known):
+    """A loop is told before the first step; where its schedule was made after `set_schedule`, at the boundary."""
+    model = far(priming_epochs=None, priming_steps=1)
+    optimizer, inputs = sgd(model), zoo.inputs_of("distilbert", model)
+    if known:
+        LambdaLR(optimizer, lambda step: step / 4)
+        with pytest.raises(ScheduleError, match="the warm-up makes the learning rate of that step 0"):
+            model.base_model.set_schedule(6, optimizer=optimizer)
+        return
+    model.base_model.set_schedule(6, optimizer=optimizer)
+    LambdaLR(optimizer, lambda step: step / 4)
+    model(**inputs).logits.sum().backward()
+    optimizer.step()
+    with pytest.raises(ScheduleError, match="moved no FFN weight"):
+        model.base_model.update_and_allocate(1)
 
 
 @pytest.mark.parametrize("settings", [{"priming_steps": 6}, {"priming_ratio": 1.0}], ids=["steps", "ratio"])

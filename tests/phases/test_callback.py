@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import warnings
 from pathlib import Path
 
@@ -98,17 +97,6 @@ def test_weight_decay(tmp_path: Path):
         "bias_delta",
         "layernorm_delta",
     }
-
-
-def test_log(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """One line goes to the log."""
-    with caplog.at_level(logging.INFO, logger="peft_learners"):
-        trainer(learner(), arguments(tmp_path)).train()
-    lines = [record.getMessage() for record in caplog.records if record.name == "peft_learners"]
-    assert lines[1:] == [
-        "adapter 'default' enters phase 'learning' at step 2: trained parameters "
-        f"{PRIMED} -> {UNPRIMED}"
-    ]  # fmt: skip
 
 
 def test_trainer_logs(tmp_path: Path):
@@ -231,7 +219,7 @@ def test_early_stopping_told(tmp_path: Path):
     run = trainer(
         model,
         arguments(
-            tmp_path, **KEEP_BEST, metric_for_best_model="flat", greater_is_better=True,
+            tmp_path, **KEEP_BEST, num_train_epochs=4, metric_for_best_model="flat", greater_is_better=True,
         ),
         compute_metrics=lambda prediction: {"flat": 0.5},
         callbacks=[PhaseCallback(), EarlyStoppingCallback(early_stopping_patience=2)],
@@ -390,17 +378,38 @@ def test_too_few_steps(tmp_path: Path):
     """Fewer steps than priming needs are told."""
     run = trainer(learner(priming_epochs=4), arguments(tmp_path))
     with pytest.raises(ScheduleError, match=r"priming needs 8 optimizer steps, but training has only 6\. "
-                                            r"priming_epochs=4 at 2 steps per epoch is too long: set priming_epochs "
-                                            r"to at most 3"):  # fmt: skip
+                                            r"priming_epochs=4 at 2 steps per epoch is too long: set it lower, "
+                                            r"for example LearnerConfig\(priming_epochs=1\.5\)"):  # fmt: skip
         run.train()
     assert run.state.global_step == 0
 
 
-def test_priming_whole_training(tmp_path: Path):
-    """Priming as long as the training is allowed."""
-    model = learner(priming_epochs=3)
-    trainer(model, arguments(tmp_path)).train()
-    assert model.peft_config["default"].completed_phases == ["priming"]
+@pytest.mark.parametrize("after_priming", ["keep", "fold"])
+@pytest.mark.parametrize("epochs,advised", [(2, 1), (1, 0.5)])
+def test_priming_whole_training(tmp_path: Path, epochs, advised, after_priming):
+    """Priming to the last step is refused before the first, by default too, and the advised value trains."""
+    run = trainer(
+        learner(priming_epochs=epochs, after_priming=after_priming), arguments(tmp_path, num_train_epochs=epochs)
+    )
+    with pytest.raises(ScheduleError, match="which leaves none for learning") as error:
+        run.train()
+    assert run.state.global_step == 0
+    assert f"for example LearnerConfig(priming_epochs={advised})" in str(error.value)
+    run = trainer(
+        learner(priming_epochs=advised, after_priming=after_priming), arguments(tmp_path, num_train_epochs=epochs)
+    )
+    run.train()
+    assert [start[0] for start in phase_starts(run)] == ["priming", "learning"]
+
+
+def test_priming_steps_whole_training(tmp_path: Path):
+    """The same of priming that is given in steps."""
+    run = trainer(learner(priming_epochs=0, priming_steps=6), arguments(tmp_path))
+    with pytest.raises(ScheduleError, match="leaves none for learning. Set priming_steps to at most 5, or train"):
+        run.train()
+    run = trainer(learner(priming_epochs=0, priming_steps=5), arguments(tmp_path))
+    run.train()
+    assert phase_starts(run)[1] == ("learning", 5, UNPRIMED)
 
 
 def test_model_without_attention(tmp_path: Path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import subprocess
 import sys
@@ -138,3 +139,22 @@ def test_optimizer_state():
     model = learner(priming_epochs=1)
     optimizer = by_hand(model, 5)
     assert set(optimizer.state) == {p for p in model.parameters() if p.requires_grad}
+
+
+def test_log(caplog: pytest.LogCaptureFixture):
+    """A loop has no console of ours: each phase that begins is a line in the log."""
+    model = learner()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
+    batch = torch.utils.data.default_collate([Rows()[i] for i in range(4)])
+    with caplog.at_level(logging.INFO, logger="peft_learners"):
+        model.base_model.set_schedule(4, 2, optimizer=optimizer)
+        for step in range(1, 4):
+            model(**batch).loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step)
+    lines = [record.getMessage() for record in caplog.records if record.name == "peft_learners"]
+    assert lines == [
+        "step 0, adapter 'default': phase 'priming' begins; trained parameters 4,498",
+        "step 2, adapter 'default': phase 'learning' begins; trained parameters 4,498 -> 2,450; "
+        f"optimizer state {4 * 4498 / 1e3:.1f} kB -> {4 * 2450 / 1e3:.2f} kB",
+    ]

@@ -4,6 +4,8 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from peft_learners import LearnerConfig
 from peft_learners.phases.schedule import Phase, Schedule, ScheduleError, epochs_to_steps, lay_out
@@ -86,3 +88,14 @@ def test_no_torch():
     import peft_learners.phases.schedule as module
 
     subprocess.run([sys.executable, "-c", code, module.__file__], check=True)
+
+
+@given(st.integers(1, 10_000), st.integers(1, 10_000))
+def test_advised_priming_fits(total, per_epoch):
+    """The value that the error of a priming without an end advises leaves steps to prime and to learn."""
+    config = LearnerConfig(priming_epochs=1_000_000)
+    with pytest.raises(ScheduleError, match=r"for example LearnerConfig\(priming_epochs=") as error:
+        config.schedule(total, per_epoch)
+    advised = float(str(error.value).partition("LearnerConfig(priming_epochs=")[2].partition(")")[0])
+    schedule = LearnerConfig(priming_epochs=advised).schedule(total, per_epoch)
+    assert total == 1 or 0 < schedule.first_steps["learning"] < total

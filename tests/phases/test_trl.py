@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +35,12 @@ def text(i: int) -> str:
     return " ".join(f"w{(i * 7 + j) % 40}" for j in range(6))
 
 
+def decoder(tied: bool) -> torch.nn.Module:
+    base = zoo.build("llama").config
+    base.tie_word_embeddings = tied
+    return type(zoo.build("llama"))(base)
+
+
 SETTINGS: dict[str, Any] = {
     "per_device_train_batch_size": 4, "num_train_epochs": 3, "learning_rate": 1e-2, "report_to": [], "use_cpu": True,
     "bf16": False, "logging_steps": 1, "save_strategy": "no", "max_length": 16, "disable_tqdm": True,
@@ -58,6 +66,41 @@ def test_sft_trainer(tmp_path: Path, after_priming):
     assert run.model.peft_config["default"].completed_phases == ["priming"]
     plain = run.model.unload()
     assert all(torch.equal(p, before[n]) for n, p in plain.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_far_defaults(tmp_path: Path, tied):
+    """`FARConfig()` in SFTTrainer: our sentence comes before TRL's error, and what it advises trains."""
+    from datasets import Dataset
+
+    def run(config: FARConfig) -> Any:
+        args = trl.SFTConfig(output_dir=str(tmp_path), **SETTINGS | {"warmup_steps": 0})
+        rows = Dataset.from_list([{"text": text(i)} for i in range(8)])
+        callbacks = [PhaseCallback()]
+        return trl.SFTTrainer(
+            decoder(tied), args, train_dataset=rows, processing_class=tokenizer(), peft_config=config,
+            callbacks=callbacks,
+        )  # fmt: skip
+
+    with (
+        pytest.warns(UserWarning, match=r"the LM head \(lm_head\).*FARConfig\(train_embeddings=False\)"),
+        pytest.raises(ValueError, match="Applying a PEFT adapter to `lm_head` is not supported"),
+    ):
+        run(FARConfig())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*LM head.*")
+        trained = run(FARConfig(train_embeddings=False))
+    trained.train()
+    assert trained.model.peft_config["default"].reconfigured
+
+
+def test_far_without_trl(monkeypatch: pytest.MonkeyPatch):
+    """Who has not imported TRL, or has no LM head that is adapted, hears nothing of it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*LM head.*")
+        get_peft_model(zoo.build("bert"), FARConfig(task_type="SEQ_CLS"))
+        monkeypatch.delitem(sys.modules, "trl")
+        get_peft_model(decoder(tied=False), FARConfig(task_type="CAUSAL_LM"))
 
 
 TRAINED: dict[str, Any] = {

@@ -29,11 +29,12 @@ from training import arguments, sgd, trainer
 from transformers import AutoModelForSequenceClassification
 from zoo import logits_of
 
-from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig
-from peft_learners.export.__main__ import main as export
+from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, cli
+from peft_learners.cli import push as push_command
+from peft_learners.cli import show, source
 from peft_learners.hub import PushError, push
-from scripts.hub.card import main as write_card
-from scripts.hub.push import main as push_command
+from peft_learners_cli import main, parse
+from scripts.glue.card import main as write_glue_card
 
 # huggingface_hub has no setting for its waits between tries (1 s, 2 s, 4 s, 8 s, 8 s). It tries as often as ever.
 assert {"base_wait_time", "max_wait_time"} <= http_backoff.__kwdefaults__.keys()
@@ -104,11 +105,15 @@ def train_and_push_on_local(out: Path, local: str) -> dict[str, object]:
 
 
 def attempt(arguments: list[str], **api) -> str:
-    """What `scripts.hub.push` says as it exits."""
+    """What `peft-learners push` says as it fails, in a thread of its own; with `api` what `push` says."""
+    _, given = parse(["push", *arguments])
     try:
-        push_command(arguments, HfApi(**api) if api else None)
-    except SystemExit as exit:
-        return str(exit.code)
+        if api:
+            push(given["folder"], given["repo_id"], api=HfApi(**api))
+        else:
+            push_command.run(**given)
+    except (cli.CommandError, PushError) as error:
+        return cli.with_options(str(error), given)
     return "pushed"
 
 
@@ -122,13 +127,13 @@ BRANCHES = ("branch-500", "branch-403")
 
 
 def push_with_results(out: Path, folder: Path) -> list[str]:
-    """Push with a card that tells results, and with one that `scripts.hub.card` had written before."""
+    """Push with a card that `scripts.glue.card` had written before, and with a picture."""
     (out / "results.json").write_text(json.dumps({**results("learner", priming_epochs=1.0), "model": BASE}))
     (out / "nodes.png").write_bytes(b"a picture")
-    more = ["--results", str(out / "results.json"), "--picture", str(out / "nodes.png")]
     shutil.copytree(folder, out / "with-card")
-    write_card([str(out / "with-card"), *more])
-    return [attempt([str(folder), "me/results", *more]), attempt([str(out / "with-card"), "me/with-card"])]
+    write_glue_card([str(out / "with-card"), str(out / "results.json"), "--picture", str(out / "nodes.png")])
+    shown = [str(folder), "me/with-picture", "--picture", str(out / "nodes.png")]
+    return [attempt([str(out / "with-card"), "me/with-card"]), attempt(shown)]
 
 
 def attempts(folder: str) -> dict[str, str]:
@@ -212,6 +217,8 @@ def push_all(out: Path) -> dict:
 
     far = trained(FARConfig(priming_steps=1, retention_ratio=0.25, task_type="SEQ_CLS"))
     push(far, "me/far")
+    far.save_pretrained(out / "far")
+    (out / "far-rows.json").write_text(json.dumps(show.summary(source.read(str(out / "far")), "far")["modules"]))
     push(far, "me/written", update=True)
     far.push_to_hub("me/far-by-peft", tags=["mine"])
     far.push_to_hub("me/written-by-peft")
@@ -254,6 +261,15 @@ def push_all(out: Path) -> dict:
 # -- loading ----------------------------------------------------------------------------------------------------------
 
 
+def refusal(repo_id: str) -> str:
+    """What the command says of what is no adapter on the Hub."""
+    try:
+        source.read(repo_id)
+    except cli.CommandError as error:
+        return str(error)
+    return ""
+
+
 def load_all(out: Path) -> dict:
     logits = torch.load(out / "logits.pt")
     same = {}
@@ -273,9 +289,14 @@ def load_all(out: Path) -> dict:
     for repo_id in ("me/learner", "me/local"):
         auto = AutoPeftModelForSequenceClassification.from_pretrained(repo_id, num_labels=LABELS)
         same[f"{repo_id}, by the auto class"] = torch.equal(logits_of(auto, inputs()), logits[repo_id])
-    export(["me/of-v9", str(out / "as-lora")])
+    main(["export", "me/of-v9", str(out / "as-lora")])
     lora = logits_of(PeftModel.from_pretrained(base("me/versions", "v9"), out / "as-lora"), inputs())
     same["me/of-v9, exported"] = torch.allclose(lora, logits["me/of-v9"], rtol=1e-5, atol=1e-6)
+    same["me/far, shown"] = show.summary(source.read("me/far"), "far")["modules"] == json.loads(
+        (out / "far-rows.json").read_text()
+    )
+    for repo_id, reason in (("me/nowhere", "no such repository"), ("me/tiny-base", "it holds no adapter_")):
+        same[f"{repo_id}, refused"] = reason in refusal(repo_id)
     return same
 
 

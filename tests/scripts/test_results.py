@@ -117,7 +117,7 @@ def test_export_costs(file):
         json.loads((ROOT / f"results/export/{file}.json").read_text()),
         (ROOT / "docs/export.md").read_text(),
     )
-    table = page.partition(f"(../results/export/{file}.json)")[2].partition("\n\nAnd FAR")[0]
+    table = page.partition(f"(../results/export/{file}.json)")[2].partition("\n\nThis is FAR")[0]
 
     def scores(dev: dict[str, float]) -> str:
         return f"{100 * dev['accuracy']:.1f} / {100 * dev['f1']:.1f}"

@@ -84,7 +84,7 @@ def test_cells():
     ]
     lines = table(marks).splitlines()
     assert "| `unload` | with limits: [2] | yes | not tested | not tested | t2, t3 |" in lines
-    assert "| `merge_and_unload` | not tested | no: [1] [2] | not tested | not tested | t1 |" in lines
+    assert "| `merge_and_unload` | not tested | no: [1], [2] | not tested | not tested | t1 |" in lines
     assert "1. never." in lines and "2. slow." in lines
     assert "- t1: `tests/b.py::three`" in lines and "- t2: `tests/a.py::one`" in lines
     assert "| `add_adapter` | not tested | not tested | not tested | not tested |  |" in lines

@@ -94,9 +94,14 @@ class Warm:
             raise RuntimeError(job.output())
         return log.read_text().strip()
 
-    def results(self, target: str, out: Path, ranks: int) -> dict[str, Any]:
+    def results(self, target: str, out: Path, ranks: int, *arguments: Any, **environment: str) -> dict[str, Any]:
         """What `target` leaves as `results.json` in a new folder, which it is given; in several ranks of one world, or
-        in one process without."""
+        in one process without.
+
+        Args:
+            arguments: further ones.
+            environment: what it has beside its parent's.
+        """
         out.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -105,7 +110,7 @@ class Warm:
         jobs = []
         for rank in map(str, range(ranks)):
             own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
-            jobs.append(self.start(target, str(out), log=out / f"log-{rank}", **own))
+            jobs.append(self.start(target, str(out), *arguments, log=out / f"log-{rank}", **own, **environment))
         assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
         return json.loads((out / "results.json").read_text())
 

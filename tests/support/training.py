@@ -30,6 +30,14 @@ class Rows(Dataset):
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids[0] % 2}
 
 
+class CausalRows(Rows):
+    """The same rows, to be continued."""
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(index)
+        return {**row, "labels": row["input_ids"]}
+
+
 def adapted(config: PeftConfig, arch: str = "distilbert", seed: int = 0, dropout: float = 0.0) -> torch.nn.Module:
     """A fresh adapter on a zoo model (head and adapter depend on `seed` alone)."""
     model = zoo.build(arch, seed)
@@ -99,7 +107,9 @@ def arguments(out: Path | str, **settings: Any) -> TrainingArguments:
 
 def trainer(model: torch.nn.Module, args: TrainingArguments, *, rows: int = 24, **kwargs: Any) -> Trainer:
     kwargs.setdefault("callbacks", [PhaseCallback()])
-    return Trainer(model, args, train_dataset=Rows(rows), eval_dataset=Rows(8, seed=9), **kwargs)
+    config = getattr(model, "active_peft_config", None)
+    kind = CausalRows if getattr(config, "task_type", None) == "CAUSAL_LM" else Rows
+    return Trainer(model, args, train_dataset=kind(rows), eval_dataset=kind(8, seed=9), **kwargs)
 
 
 #: A checkpoint and an evaluation after each step, and the best one taken at the end.

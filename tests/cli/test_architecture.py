@@ -1,6 +1,5 @@
-"""`scripts/glue/plot_architecture.py`: shares and their means are right, and what can't be averaged is refused."""
+"""Pictures of learned architectures: shares and their means are right, and what can't be averaged is refused."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,13 +7,16 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from console import refused, said
 from matplotlib.image import imread
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from training import adapted, arguments, sgd, trainer
 
-from peft_learners import Architecture, FARConfig, NASLoRAConfig
-from scripts.glue import plot_architecture
-from scripts.glue.plot_architecture import OUTSIDE, Column
+from peft_learners import Architecture, NASLoRAConfig
+from peft_learners.cli import architecture as architectures
+from peft_learners.cli.architecture import Column
+from peft_learners.cli.names import OUTSIDE, split_name
+from peft_learners.hub.full_card import read_adapter
 
 #: Parts with parameters kept and in the search space.
 Counts = dict[str, dict[str, tuple[int, int]]]
@@ -24,7 +26,7 @@ def architecture(counts: Counts, granularity: str = "unstructured", budget: int 
     return Architecture(granularity, 4, budget, counts, {})
 
 
-def columns(table: plot_architecture.Table) -> dict[Column, list]:
+def columns(table: architectures.Table) -> dict[Column, list]:
     """The table by columns."""
     return dict(zip(table.columns, map(list, zip(*table.shares, strict=True)), strict=True))
 
@@ -42,22 +44,23 @@ def saved(folder: Path, arch: str = "bert", *, past_search: bool = True, **setti
     return model
 
 
-def read(*folders: Path) -> plot_architecture.Table:
-    return plot_architecture.average({f.name: plot_architecture.read_architecture(f) for f in folders})
+def read(*folders: Path) -> architectures.Table:
+    found = {folder.name: read_adapter(folder, base_needed=False) for folder in folders}
+    return architectures.average({name: architectures.read_architecture(own) for name, own in found.items()})
 
 
 def test_split_names():
     """Names are split at the block."""
-    assert plot_architecture.split_name("bert.encoder.layer.10.output.dense") == (
+    assert split_name("bert.encoder.layer.10.output.dense") == (
         "bert.encoder.layer.10",
         "output.dense",
     )
-    assert plot_architecture.split_name("encoder.block.0.layer.1.EncDecAttention.q") == (
+    assert split_name("encoder.block.0.layer.1.EncDecAttention.q") == (
         "encoder.block.0",
         "layer.1.EncDecAttention.q",
     )
-    assert plot_architecture.split_name("bert.embeddings.LayerNorm") == ("", "bert.embeddings.LayerNorm")
-    assert plot_architecture.split_name("transformer.ln_1.0") == ("", "transformer.ln_1.0")
+    assert split_name("bert.embeddings.LayerNorm") == ("", "bert.embeddings.LayerNorm")
+    assert split_name("transformer.ln_1.0") == ("", "transformer.ln_1.0")
 
 
 def test_shares_of_one_architecture():
@@ -68,7 +71,7 @@ def test_shares_of_one_architecture():
         "bert.embeddings.LayerNorm": {"bias": (2, 5)},
         "bert.pooler.dense": {"U": (2, 8), "V": (2, 8), "bias": (4, 8)},
     }
-    table = plot_architecture.average({"a": architecture(counts)})
+    table = architectures.average({"a": architecture(counts)})
     assert table.rows == ["bert.encoder.layer.2", "bert.encoder.layer.10", OUTSIDE]
     assert columns(table) == {
         # 0 + 10 and 3 + 7 of 20 + 20
@@ -89,17 +92,17 @@ def test_shares_are_averaged():
     second = {"h.0.a": {"U": (12, 16), "V": (6, 8), "bias": (0, 4)}, "h.1.a": {"bias": (4, 4)}}
     third = {"h.1.a": {"bias": (4, 4)}, "h.0.a": {"bias": (4, 4), "V": (4, 8), "U": (8, 16)}}
     given = {"a": (first, 9), "b": (second, 7), "c": (third, 9)}
-    table = plot_architecture.average({k: architecture(c, "structured", budget) for k, (c, budget) in given.items()})
+    table = architectures.average({k: architecture(c, "structured", budget) for k, (c, budget) in given.items()})
     assert table.rows == ["h.0", "h.1"] and table.budgets == [9, 7, 9]
     # ranks 1, 3 and 2 of 4; biases 4, 0, 4 and 0, 4, 4 of 4
     assert columns(table) == {Column("a", "low_rank"): [0.5, None], Column("a", "bias"): [2 / 3, 2 / 3]}
-    assert plot_architecture.title_of(table) == (
+    assert architectures.title_of(table) == (
         "NAS-LoRA (structured): share kept by a budget of 7 to 9 of 32 parameters, mean of 3 adapters"
     )
 
 
 def test_biases_outside_the_blocks_alone():
-    table = plot_architecture.average({"a": architecture({"bert.embeddings.LayerNorm": {"bias": (1, 4)}})})
+    table = architectures.average({"a": architecture({"bert.embeddings.LayerNorm": {"bias": (1, 4)}})})
     assert (table.rows, table.columns, table.shares) == ([OUTSIDE], [Column("LayerNorm", "bias")], [[0.25]])
 
 
@@ -107,7 +110,7 @@ def test_other_search_spaces_are_refused():
     ours = architecture({"h.0.a": {"bias": (1, 4)}, "h.0.b": {"bias": (1, 4)}})
 
     def averaged_with(other: Architecture) -> None:
-        plot_architecture.average({"ours": ours, "same": ours, "theirs": other})
+        architectures.average({"ours": ours, "same": ours, "theirs": other})
 
     with pytest.raises(ValueError, match="bias update of h.0.b has 4 parameters in that of ours and 5 .* of theirs"):
         averaged_with(architecture({"h.0.a": {"bias": (1, 4)}, "h.0.b": {"bias": (1, 5)}}))
@@ -197,34 +200,31 @@ def trained(tmp_path_factory) -> Iterator[list[Path]]:
     yield folders
 
 
-def test_trained_adapters(tmp_path, trained, capsys):
+def test_trained_adapters(tmp_path, trained):
     """Picture and table of trained adapters."""
-    out, written = tmp_path / "new" / "heatmap.png", tmp_path / "new" / "table.json"
-    plot_architecture.main([*map(str, trained), "--out", str(out), "--json", str(written)])
-    assert capsys.readouterr().out == f"-> {out}\n-> {written}\n"
+    out = tmp_path / "new" / "heatmap.png"
+    assert said("plot", *trained, "--out", out) == f"Wrote {out}.\n"
     picture = imread(out)
     assert picture.ndim == 3 and picture.std() > 0
-    text = written.read_text()
-    found = json.loads(text)
-    assert found["adapters"] == ["seed0", "seed1"] and str(tmp_path.parent) not in text
-    assert found["budgets"] == [found["space"] // 2] * 2
+    found = {folder.parent.name: read_adapter(folder, base_needed=False) for folder in trained}
+    table = architectures.average({name: architectures.read_architecture(own) for name, own in found.items()})
+    assert table.budgets == [table.space // 2] * 2
     own = [{(r["module"], r["kind"]): r for r in Architecture.from_pretrained(str(f)).rows()} for f in trained]
-    columns = [(column["module"], column["kind"]) for column in found["columns"]]
     for block, module, kind in (
         ("bert.encoder.layer.1", "output.dense", "low_rank"),
         (OUTSIDE, "pooler.dense", "bias"),
     ):
         name = f"bert.{module}" if block == OUTSIDE else f"{block}.{module}"
         mean = sum(rows[name, kind]["parameters"] / rows[name, kind]["of"] for rows in own) / 2
-        shares = found["shares"][found["rows"].index(block)]
-        assert shares[columns.index((module, kind))] == pytest.approx(mean)
-    assert found["shares"][0][columns.index(("pooler.dense", "bias"))] is None
+        shares = table.shares[table.rows.index(block)]
+        assert shares[table.columns.index(Column(module, kind))] == pytest.approx(mean)
+    assert table.shares[0][table.columns.index(Column("pooler.dense", "bias"))] is None
 
 
 @pytest.mark.parametrize("settings", [{"r": 0}, {"train_biases": False}, {"parameter_budget": 1}], ids=str)
 def test_picture_of_other_search_spaces(tmp_path, settings):
     saved(tmp_path / "adapter", **settings)
-    plot_architecture.main([str(tmp_path / "adapter"), "--out", str(tmp_path / "a.png"), "--title", "Mine"])
+    said("plot", tmp_path / "adapter", "--out", tmp_path / "a.png", "--title", "Mine")
     assert imread(tmp_path / "a.png").std() > 0
 
 
@@ -238,23 +238,15 @@ def test_searching_refused(tmp_path):
         read(tmp_path / "two")
 
 
-def test_other_folders_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="folder of a saved adapter, but has no adapter_config.json"):
-        read(tmp_path)
-    for config, kind in ((LoraConfig(target_modules=["query"]), "LORA"), (FARConfig(), "FAR")):
-        get_peft_model(zoo.build("bert"), config).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match=f"must hold a NAS-LoRA adapter, got one of type '{kind}'"):
-            read(tmp_path)
-
-
 def test_other_spaces_refused(tmp_path):
     """Adapters of other spaces on disk are refused."""
     saved(tmp_path / "a")
-    for name, settings, said in (
+    for name, settings, sentence in (
         ("ranks", {"r": 2}, "has 128 parameters in that of a and 64 parameters in that of ranks"),
         ("granularities", {"granularity": "structured"}, "a is unstructured and granularities is structured"),
         ("models", {"arch": "roberta"}, "in that of a and none in that of models"),
     ):
         saved(tmp_path / name, **settings)
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=sentence):
             read(tmp_path / "a", tmp_path / name)
+    assert "none in that of models" in refused("plot", tmp_path / "a", tmp_path / "models")

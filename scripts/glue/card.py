@@ -1,17 +1,16 @@
-"""Write the model card (README.md) of a saved Learner, FAR, NAS-LoRA or bottleneck adapter.
+"""Write the model card (README.md) of an adapter that `scripts.glue.train` made, with the results of its run.
 
-    python -m scripts.hub.card ADAPTER_FOLDER [--results results.json] [--picture nodes.png] [--base_model HUB_ID]
+    python -m scripts.glue.card ADAPTER_FOLDER results.json [--picture nodes.png] [--base_model HUB_ID]
 
-What the card says comes from the adapter's files and, where given, from a results file of `scripts.glue.train`; a file
-of another run is refused. An earlier README.md in the folder is replaced.
+`peft-learners card` writes the same card without results, and `peft-learners push` pushes either. A results file of
+another run is refused.
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, Optional
 
 from huggingface_hub import EvalResult
 
@@ -127,30 +126,18 @@ def _limits_text(record: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def fail(error: Exception) -> NoReturn:
-    """End the command with an error's text, in which arguments of Python become options."""
-    sys.exit(re.sub(r'`(\w+)=(?:True|"(\S+)")?`', lambda m: f"--{m[1]} {m[2] or ''}".rstrip(), str(error)))
-
-
 def main(argv: Optional[list[str]] = None) -> None:
     parser = argparse.ArgumentParser(description="Write the README.md of an adapter's folder.")
     parser.add_argument("adapter", type=Path, metavar="ADAPTER_FOLDER", help="folder of a saved adapter")
-    parser.add_argument("--results", type=Path, help="results file of the run of scripts.glue.train that made it")
+    parser.add_argument("results", type=Path, help="results file of the run of scripts.glue.train that made it")
     parser.add_argument("--picture", type=Path, help="a picture, copied into the folder and shown")
     parser.add_argument("--base_model", help="the base model's Hub id (default: as in the adapter's config)")
     args = parser.parse_args(argv)
     try:
-        adapter = read_adapter(args.adapter, args.base_model)
-        results = read_results(args.results, adapter) if args.results else None
+        results = read_results(args.results, read_adapter(args.adapter, args.base_model))
         write_card(args.adapter, base_model=args.base_model, results=results, picture=args.picture)
     except ValueError as error:
-        fail(error)
-    if adapter.base_id is None:
-        print(
-            f"The adapter was trained on a local folder; the card calls the base model {adapter.base!r}. If it is on "
-            "the Hub, give its id: --base_model OWNER/NAME.",
-            file=sys.stderr,
-        )
+        sys.exit(str(error))
     print(f"-> {args.adapter / 'README.md'}")
 
 

@@ -1,0 +1,150 @@
+"""Engines (DDP, FSDP2, DeepSpeed) in two gloo processes on a CPU, against one process on the joined batch."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from forks import Warm
+from peft import PeftModel
+from runs.engine_cells import cells_of
+from runs.engines_tiny import ENGINES, ONE_RUN, PLAN
+from safetensors.torch import load_file
+
+from scripts.docs.engines_table import cells
+
+pytestmark = pytest.mark.slow
+Values = dict[str, torch.Tensor]
+CELLS = [(engine, f"{arch}-{case}") for engine, plan in PLAN.items() for arch, case in plan]
+ONE = [cell for cell in CELLS if cell[0] == "ddp" or cell[1].partition("-")[2] in ONE_RUN]
+TWO = [cell for cell in CELLS if cell not in ONE]
+
+
+@pytest.fixture(scope="session")
+def engines(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
+    """Gives an engine's folder and results; its runs are made when they are first asked for."""
+    root, results = tmp_path_factory.mktemp("engines"), {}
+
+    def of(engine: str) -> tuple[Path, dict]:
+        if engine.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
+            pytest.skip("needs deepspeed: pip install peft-learners[deepspeed]")
+        if engine == "fsdp2-sharded":
+            of("fsdp2-full")
+        if engine not in results:
+            out = root / engine
+            own = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
+            results[engine] = warm.results("runs.engines_tiny:main", out, 2, engine, **own)
+            job = warm.start("runs.engines_tiny:alone", str(out), engine, log=out / "alone.log")
+            assert job.wait() == 0, job.output()[-3000:]
+        return root / engine, results[engine]
+
+    return of
+
+
+def values(folder: Path, cell: str, run: str, rank: int = 0) -> list[Values]:
+    """After each step."""
+    return torch.load(folder / cell / f"{run}-{rank}.pt")
+
+
+def assert_close(ours: Values, theirs: Values, limit: float) -> None:
+    assert ours.keys() == theirs.keys() and ours
+    for key, value in ours.items():
+        torch.testing.assert_close(value, theirs[key], rtol=0, atol=limit, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def assert_as_alone(folder: Path, cell: str, run: str, limit: float = 1e-5) -> None:
+    """After each step the values are those of one process, and they move."""
+    ours, theirs = values(folder, cell, run), values(folder / "alone", cell, run)
+    assert len(ours) == len(theirs) >= 3
+    for one, other in zip(ours, theirs, strict=True):
+        assert_close(one, other, limit)
+    assert any((ours[0][key] - value).abs().max() > 10 * limit for key, value in ours[1].items() if value.numel())
+
+
+def assert_resumed(folder: Path, cell: str, run: str, step: int) -> None:
+    """A resumed run ends as the unbroken one, bit for bit."""
+    whole, resumed = values(folder, cell, run)[-1], values(folder, cell, f"{run}-{step}")[-1]
+    assert_close(resumed, whole, 0.0)
+
+
+def assert_saved(folder: Path, cell: str, last: Values) -> None:
+    """The adapter is one file, which loads in one process."""
+    again = PeftModel.from_pretrained(zoo.build(cell.partition("-")[0]), folder / cell / "final")
+    loaded = {key: value for key, value in again.state_dict().items() if key in last}
+    assert_close(loaded, last, 0.0)
+
+
+@pytest.mark.parametrize(("engine", "cell"), ONE)
+def test_one_run(engines, engine, cell):
+    """A run across the boundary computes what one process computes; resumed on either side, and reloaded, too."""
+    folder, results = engines(engine)
+    kinds = {"d": "DistributedDataParallel", "f": "FSDP", "z": "DeepSpeedEngine"}
+    assert results[cell]["run"]["kind"].startswith(kinds[engine[0]])
+    assert_as_alone(folder, cell, "run", 1e-6 if engine == "ddp" and "fold" not in cell else 1e-5)
+    for step in (2, 5):
+        assert_resumed(folder, cell, "run", step)
+    assert_saved(folder, cell, values(folder, cell, "run")[-1])
+
+
+@pytest.mark.parametrize(("engine", "cell"), TWO)
+def test_two_runs(engines, engine, cell):
+    """What can't cross a boundary under the engine is refused before the first step, and trains in two runs."""
+    folder, results = engines(engine)
+    name = {"f": "FSDP", "z": "DeepSpeed"}[engine[0]]
+    assert f"which {name} can't follow in one run" in results[cell]["refused"]
+    assert "PhaseCallback(stop_at_boundary=True)" in results[cell]["refused"]
+    for run in ("first", "second"):
+        assert_as_alone(folder, cell, run)
+        assert_resumed(folder, cell, run, 2)
+    assert_saved(folder, cell, values(folder, cell, "second")[-1])
+
+
+@pytest.mark.parametrize(("engine", "cell"), [cell for cell in TWO if "nas" in cell[1]])
+def test_scores(engines, engine, cell):
+    """A search's scores, gathered from the engine's own gradients, are those of one process."""
+    folder, _ = engines(engine)
+    path = Path(cell) / "first" / "checkpoint-2" / "adapter_model.safetensors"
+    files = load_file(folder / path), load_file(folder / "alone" / path)
+    ours, theirs = ({key: value for key, value in held.items() if "_scores" in key} for held in files)
+    assert ours.keys() <= theirs.keys() and any(value.any() for value in ours.values())
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours.get(key, torch.zeros_like(value)), value, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("engine", [name for name in ENGINES if name in ("ddp", "zero2")])
+def test_ranks_equal(engines, engine):
+    """Where each rank has the whole adapter, they have the same, after each step."""
+    folder, results = engines(engine)
+    for cell in results:
+        for run in ("run",) if "run" in results[cell] else ("first", "second"):
+            for one, other in zip(values(folder, cell, run), values(folder, cell, run, 1), strict=True):
+                assert_close(one, other, 0.0)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
+def test_costs_after_boundary(engines, engine):
+    """After the boundary a rank exchanges what trains, and under FSDP2 it holds optimizer state of no more."""
+    _, results = engines(engine)
+    run, unprimed = results["distilbert-learner"]["run"], results["distilbert-unprimed"]["run"]
+    assert run["sent"][0] > run["sent"][-1] == unprimed["sent"][-1] > 0
+    if engine == "fsdp2-full":
+        assert run["state"][0] > run["state"][-1] == unprimed["state"][-1]
+    else:  # DeepSpeed keeps what it was set up with
+        assert run["state"][0] == run["state"][-1] > unprimed["state"][-1]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_table(engines, engine):
+    """The table in docs/distributed.md is made of what these runs show."""
+
+    def told(found):
+        # Which single entries are kept, and how many bytes those have, depends on the last digits of their scores.
+        bytes_of = {"state_bytes", "gradient_bytes"}
+        kept = [{k: v for k, v in c.items() if k not in bytes_of or c["case"] != "nas"} for c in found]
+        return [{k: v for k, v in cell.items() if k != "difference"} for cell in kept]
+
+    assert told(cells_of(engines(engine)[0], engine)) == told([c for c in cells() if c["engine"] == engine])
