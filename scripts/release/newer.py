@@ -38,7 +38,7 @@ def main() -> None:
     needs = [Requirement(text) for text in tomllib.loads(PYPROJECT.read_text())["project"]["dependencies"]]
     found = [sentence for need in needs if (sentence := outside(need, newest(need.name)))]
     print("\n".join(found) or "The newest releases of all dependencies are allowed.")
-    sys.exit(bool(found))
+    sys.exit(1 if found else 0)
 
 
 if __name__ == "__main__":
