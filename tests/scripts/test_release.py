@@ -29,12 +29,8 @@ def test_newer(monkeypatch, capsys):
 
 def test_program():
     """A page's blocks under the mark are one program."""
-    block = "<!-- {} -->\n```python\n{}```\n"
-    page = "text
-".join(block.format(*of) for of in (("program", "a = 1
-"), ("run", "b
-"), ("program", "print(a)
-")))
+    block = "<!-- {} -->\n```python\n{}\n```\n"
+    page = "text\n".join(block.format(*of) for of in (("program", "a = 1"), ("run", "b"), ("program", "print(a)")))
     assert program.program(page) == "a = 1\n\nprint(a)\n"
     with pytest.raises(ValueError, match="no Python block under <!-- program -->"):
         program.program("text")
