@@ -26,6 +26,7 @@ from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
 from ..layers.value import Value
 from ..registry import tuner_of
+from ..structure.weights import shape_of
 from .ddp import (
     Ranks,
     all_ranks,
@@ -131,7 +132,7 @@ def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
 
 def trained_parameters(root: nn.Module) -> int:
     """Number of parameters that require a gradient; shared ones once."""
-    return sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+    return sum(shape_of(parameter).numel() for parameter in root.parameters() if parameter.requires_grad)
 
 
 class PhaseDriver:

@@ -110,13 +110,14 @@ def settings_of(engine: str, arch: str) -> dict[str, Any]:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes of gradients that this process gives to collectives: what is reduced, single numbers aside."""
+    """Counts collectives, and the bytes of gradients given to them: of what is reduced, single numbers aside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function.namespace == "c10d"
         if function.namespace == "c10d" and "reduce" in function.__name__:
             given = args[1] if "scatter" in function.__name__ else args[0]
             tensors = given if isinstance(given, (list, tuple)) else [given]
@@ -200,6 +201,13 @@ class Runs:
         # The watch comes first: it sees values before a boundary is crossed.
         ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" else []
         own = watch.trainer = trainer(model, args, callbacks=[watch, *ours])
+        saving, save = Sent(), model.save_pretrained
+
+        def counted(*arguments: Any, **keywords: Any) -> None:
+            with saving:
+                save(*arguments, **keywords)
+
+        model.save_pretrained = counted
         own.train(resume_from_checkpoint=None if resume is None else str(resume))
         if final:
             if own.is_fsdp_enabled:
@@ -207,6 +215,10 @@ class Runs:
             own.save_model(str(self.folder / "final"))
         torch.save(watch.values, self.folder / f"{name}-{self.rank}.pt")
         self.results[name] = {"state": watch.state, "sent": watch.sent, "kind": type(own.model_wrapped).__name__}
+        self.results[name]["collectives_in_saves"] = saving.calls
+        self.results[name]["trained"] = [
+            log.get("trained_parameters") for log in own.state.log_history if "loss" in log
+        ]
         own.accelerator.free_memory()
 
     def one_run(self) -> None:
