@@ -127,5 +127,6 @@ def _shape_error(what: str) -> str:
 
     return (
         f"peft_learners can't register with PEFT {peft.__version__} on Python {sys.version.split()[0]}: {what}. "
-        "It was made for peft>=0.21,<0.22: install that (`pip install 'peft>=0.21,<0.22'`) or a newer peft-learners."
+        "It was made for peft>=0.21.2,<0.22: install that (`pip install 'peft>=0.21.2,<0.22'`) or a newer "
+        "peft-learners."
     )

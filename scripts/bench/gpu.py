@@ -401,15 +401,12 @@ def reloaded(run: Run, kind: str, method: str) -> Numbers:
 
 
 def default_device(run: Run, kind: str, method: str) -> Numbers:
-    """With `torch.set_default_device` all is made where it belongs."""
+    """With a default device all is made where it belongs."""
     first = Training(run, kind, method).step()
     run.models  # noqa: B018, made on the CPU
-    torch.set_default_device(run.device)
-    try:
+    with torch.device(run.device):  # as set_default_device(), which torch 2.8 can't take back
         training = Training(run, kind, method)
         losses = training.losses()
-    finally:
-        torch.set_default_device(None)
     check_finite(losses)
     lost = {name for name, value in training.model.state_dict().items() if value.device.type != run.device.type}
     assert not lost, f"{sorted(lost)[:3]} are not on {run.device}."

@@ -157,6 +157,7 @@ def versions() -> dict[str, str | None]:
     for package in PACKAGES:
         with suppress(PackageNotFoundError):
             found[package] = version(package.replace("_", "-"))
+    found["torch"] = str(torch.__version__)  # it names the build, which the package's own metadata may leave out
     return {**dict.fromkeys(("python", *PACKAGES)), **found}
 
 

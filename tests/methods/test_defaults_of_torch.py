@@ -33,6 +33,9 @@ DEFAULTS = {"device": "meta", "float64": torch.float64, "bfloat16": torch.bfloat
 def put_back() -> Iterator[None]:
     yield
     torch.set_default_device(None)
+    vars(torch._GLOBAL_DEVICE_CONTEXT).pop(
+        "device_context", None
+    )  # torch 2.8's get_default_device() fails on its None
     torch.set_default_dtype(torch.float32)
 
 

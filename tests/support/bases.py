@@ -7,7 +7,9 @@ import importlib.util
 import logging
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as tf
+from packaging.version import Version
 from torch import Tensor, nn
 
 #: bitsandbytes' 4-bit layers on a CPU want multiples of 32 outputs, and blocks of 64 inputs.
@@ -85,6 +88,14 @@ def _torchao(keep: list[str]) -> Any:
     return tf.TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=keep)
 
 
+def _int8_of_torchao() -> str:
+    """The class of int8 weights, which has another name since torchao 0.18."""
+    with suppress(PackageNotFoundError):
+        if Version(version("torchao")) < Version("0.18"):
+            return "AffineQuantizedTensor"
+    return "Int8Tensor"
+
+
 @dataclass(frozen=True)
 class Kind:
     """A way to quantise.
@@ -120,7 +131,7 @@ KINDS: dict[str, Kind] = {
         config=_bnb(load_in_4bit=True, bnb_4bit_quant_storage=torch.bfloat16),
         precision=2e-2,
     ),
-    "torchao-int8": Kind("Int8Tensor", "torchao", config=_torchao),
+    "torchao-int8": Kind(_int8_of_torchao(), "torchao", config=_torchao),
     "quanto-int8": Kind(
         "WeightQBytesTensor",
         "optimum.quanto",
