@@ -143,6 +143,20 @@ def test_costs_after_boundary(engines, engine):
 
 
 @pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
+def test_forgotten(engines, engine):
+    """A run without PhaseCallback trains and saves, as in one process."""
+    folder, results = engines(engine)
+    assert "forgotten" in results["distilbert-nas"]
+    assert (folder / "distilbert-nas" / "forgotten" / "checkpoint-2" / "adapter_config.json").exists()
+
+
+def test_sharded_first_run(engines):
+    """A first run whose checkpoints would hold no adapter is refused."""
+    _, results = engines("fsdp2-sharded")
+    assert "Take 'FULL_STATE_DICT'" in results["distilbert-far"]["refused"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
 def test_saves_alone(engines, engine):
     """The one rank that saves asks the others for nothing."""
     _, results = engines(engine)

@@ -189,6 +189,7 @@ class Runs:
         stop: bool = False,
         final: bool = False,
         steps: int = STEPS,
+        driven: bool = True,
     ) -> None:
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -199,7 +200,7 @@ class Runs:
         args = arguments(out, per_device_train_batch_size=8 // self.world, max_steps=steps, **settings)
         watch = Watch(saves)
         # The watch comes first: it sees values before a boundary is crossed.
-        ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" else []
+        ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" and driven else []
         own = watch.trainer = trainer(model, args, callbacks=[watch, *ours])
         saving, save = Sent(), model.save_pretrained
 
@@ -239,6 +240,8 @@ class Runs:
             self.train("refused", self.fresh())
         except ScheduleError as error:
             self.results["refused"] = str(error)
+        if self.case == "nas":
+            self.train("forgotten", self.fresh(), saves=(2,), steps=2, driven=False)
         first, second = self.folder / "first", self.folder / "second"
         self.train("first", self.fresh(), saves=(2,), stop=True)
         searches = self.case.startswith("nas") or self.engine.startswith("fsdp2")  # scores lie in the adapter's file
@@ -248,6 +251,13 @@ class Runs:
         self.train("second", self.loaded(boundary), saves=(2,), steps=STEPS - BOUNDARY, final=True)
         model = self.loaded(second / "checkpoint-2" if self.engine.startswith("fsdp2") else boundary)
         self.train("second-2", model, resume=second / "checkpoint-2", steps=STEPS - BOUNDARY)
+
+    def first_run_refused(self) -> None:
+        """A first run whose checkpoints would hold no adapter."""
+        try:
+            self.train("refused", self.fresh(), stop=True)
+        except ValueError as error:
+            self.results["refused"] = str(error)
 
     def all(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -264,6 +274,10 @@ def main(folder: str, engine: str) -> None:
         runs = Runs(Path(folder), engine, arch, case)
         runs.all()
         results[f"{arch}-{case}"] = runs.results
+    if engine == "fsdp2-sharded":
+        runs = Runs(Path(folder), engine, "distilbert", "far")
+        runs.first_run_refused()
+        results["distilbert-far"] = runs.results
     if int(os.environ["RANK"]) == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results))
 
