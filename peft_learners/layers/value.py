@@ -40,7 +40,15 @@ class Value(nn.Module):
         self.register_parameter(name, nn.Parameter(value))
 
     def forward(self) -> Tensor:
-        return getattr(self, self.name)
+        value = getattr(self, self.name)
+        # FSDP2 makes a module of its own a subclass, FSDP1 marks all. It frees what such a module has as it returns.
+        alone = type(self) is not Value or self.__dict__.get("_is_fsdp_managed_module", False)
+        return value.clone() if alone else value
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and self.__dict__.get("name") == "bias":  # PEFT's policy for FSDP asks for a weight
+            return self.tensor
+        return super().__getattr__(name)
 
     @property
     def tensor(self) -> Tensor:

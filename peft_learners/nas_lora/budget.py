@@ -79,6 +79,7 @@ class Gatherer(Observer):
             if (layer, part) not in self._pieces:
                 begun = split(theta, own[part]) if part in own else torch.zeros_like(value, dtype=torch.float32)
                 self._pieces[layer, part] = theta, begun
+            own.pop(part, None)  # a save that nobody has collected for holds none, not those of an earlier step
             return self._pieces[layer, part][1]
         if part not in own:
             own[part] = torch.zeros_like(theta, dtype=torch.float32, requires_grad=False)

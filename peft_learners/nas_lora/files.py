@@ -89,7 +89,7 @@ def take_scores(layers: Layers, adapter: str, state_dict: Mapping[str, Tensor], 
     for name, layer in layers.items():
         layer.nas_lora_scores.pop(adapter, None)
         scores = {
-            part: state_dict[key].to(theta.device)
+            part: state_dict[key].to("cpu" if theta.is_meta else theta.device)
             for part, theta in layer.scored(adapter)
             if (key := f"{name}.nas_lora_{part}{_SCORES}") in state_dict
         }

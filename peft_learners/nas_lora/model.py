@@ -17,7 +17,7 @@ from ..costs import Values
 from ..phases.driver import Entry, Training, injected_model
 from ..phases.optimizer import Observer
 from ..phases.schedule import Phase, Schedule, ScheduleError
-from ..phases.shards import whole
+from ..phases.shards import compared
 from ..structure.attention import value_names
 from ..structure.modules import bias_names, bias_of, block_linear_names, is_linear, linear_names, walk
 from ..structure.targets import matches
@@ -381,8 +381,8 @@ class NASLoRAModel(PhasedModel):
         for layer in layers_of(root, adapter).values():
             space = layer.nas_lora_space[adapter]
             for part in reversed(space.shapes):  # biases first: zeros need no numbers to be drawn
-                value = whole(layer.leaf(CONTAINERS[part], adapter).tensor)
-                if not value.is_meta and not torch.equal(value, space.initial(part).to(value)):
+                value = layer.leaf(CONTAINERS[part], adapter).tensor
+                if not value.is_meta and not torch.equal(*compared(value, space.initial(part))):
                     return True
         return False
 

@@ -7,8 +7,10 @@ import os
 import warnings
 from typing import Any
 
+from accelerate.state import AcceleratorState
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import SaveStrategy
 
 from ..config import PhasedConfig
 from ..hub.short_card import warn_of_local_base
@@ -29,15 +31,19 @@ class PhaseCallback(TrainerCallback, ExportableState):
     resumed run keeps them, whatever else was changed.
 
     Args:
-        stop_at_boundary: end the run right at each boundary, with a checkpoint of the adapter as the next phase finds
-            it. The same run, resumed from there (`trainer.train(resume_from_checkpoint=True)`), trains what is left,
-            up to the next boundary or the end. For tools that keep copies, shapes or lists of parameters, and can't
-            bear that those change in the middle of a run.
+        stop_at_boundary: end the run right at each boundary, with a checkpoint. For tools that keep copies, shapes or
+            lists of parameters, and can't bear that those change in the middle of a run. In one process or under DDP
+            the checkpoint holds the adapter as the next phase finds it. The same run, resumed from there
+            (`trainer.train(resume_from_checkpoint=True)`), trains what is left, up to the next boundary or the end.
+            Under FSDP and DeepSpeed a new run loads the adapter from the checkpoint and does not resume
+            (docs/distributed.md, "Two runs").
 
     Raises:
         ScheduleError: when training begins: it is shorter than the phases need, or a phase has nothing to train.
         ValueError: when training begins: the model holds no adapter of this package; `stop_at_boundary` with
-            `load_best_model_at_end`; the run was resumed from a half-written checkpoint.
+            `load_best_model_at_end`, with `save_strategy="best"` or with a sharded state under FSDP;
+            `load_best_model_at_end` with a boundary ahead under DeepSpeed; the run was resumed from a half-written
+            checkpoint.
     """
 
     def __init__(self, stop_at_boundary: bool = False) -> None:
@@ -93,11 +99,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
                 "PhaseCallback found no adapter of peft_learners that is active and trained. Load it with "
                 "PeftModel.from_pretrained(..., is_trainable=True), or make it active with model.set_adapter(...)."
             )
-        if self.stop_at_boundary and args.load_best_model_at_end:
-            raise ValueError(
-                "PhaseCallback(stop_at_boundary=True) ends the run at a boundary with the adapter as it is there, but "
-                "load_best_model_at_end=True would put an earlier one in its place. Leave one of the two out."
-            )
+        self._refuse_lost_saves(args)
         # Read here, since Trainer restores callbacks only with `restore_callback_states_from_checkpoint`.
         name = type(self).__name__
         recorded = state.stateful_callbacks.get(name, {}).get("attributes", {}) if state.global_step > 0 else {}
@@ -118,6 +120,7 @@ class PhaseCallback(TrainerCallback, ExportableState):
             stops=self.stop_at_boundary,
             log=False,
         )
+        self._check_engine(args, driver)
         self.first_steps = {**recorded.get("first_steps", {}), **driver.first_steps()}
         self.fixed = {**recorded.get("fixed", {}), **{n: config.fixed_in_training() for n, config in configs.items()}}
         # Trainer adds to a list at each save if there are several of us, and fails where a checkpoint had none.
@@ -189,6 +192,43 @@ class PhaseCallback(TrainerCallback, ExportableState):
         else:
             self._warn_if_incomplete(driver, "training ended")
         driver.finish()
+
+    def on_evaluate(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._driver is not None and args.save_strategy == SaveStrategy.BEST:  # whether to save is decided then
+            self._driver.collect()
+
+    def _refuse_lost_saves(self, args: TrainingArguments) -> None:
+        """What would leave nothing at a boundary at which the run ends."""
+        if self.stop_at_boundary and args.load_best_model_at_end:
+            raise ValueError(
+                "PhaseCallback(stop_at_boundary=True) ends the run at a boundary with the adapter as it is there, but "
+                "load_best_model_at_end=True would put an earlier one in its place. Leave one of the two out."
+            )
+        if self.stop_at_boundary and args.save_strategy == SaveStrategy.BEST:
+            raise ValueError(
+                "PhaseCallback(stop_at_boundary=True) saves the adapter at the boundary, and save_strategy='best' may "
+                "not. Take save_strategy='epoch', 'steps' or 'no'."
+            )
+
+    def _check_engine(self, args: TrainingArguments, driver: PhaseDriver) -> None:
+        """What Trainer's own settings make of an engine's boundary."""
+        engine = engine_of(args)
+        if driver.leaves_boundary and engine == "FSDP":
+            plugin = AcceleratorState().fsdp_plugin
+            if "SHARDED" in str(getattr(plugin, "state_dict_type", "")):
+                raise ValueError(
+                    "PhaseCallback(stop_at_boundary=True): with fsdp_state_dict_type='SHARDED_STATE_DICT' checkpoints "
+                    "hold no adapter for the second run to load. Take 'FULL_STATE_DICT'."
+                )
+        crosses = any(schedule.phases[-1].first_step > driver.global_step for schedule in driver.schedules.values())
+        if engine == "DEEPSPEED" and crosses and args.load_best_model_at_end:
+            raise ValueError(
+                "load_best_model_at_end=True can't go back under DeepSpeed to a checkpoint from before a phase "
+                "boundary. Leave it out, or train in two runs: PhaseCallback(stop_at_boundary=True), then the last "
+                "phase with load_best_model_at_end=True."
+            )
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

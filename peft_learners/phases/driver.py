@@ -26,6 +26,7 @@ from ..config import PhasedConfig
 from ..layers.base import adapter_parameters, tuner_layers
 from ..layers.value import Value
 from ..registry import tuner_of
+from ..structure.weights import shape_of
 from .ddp import (
     Ranks,
     all_ranks,
@@ -131,7 +132,7 @@ def constant_buffers(root: nn.Module) -> Iterator[torch.Tensor]:
 
 def trained_parameters(root: nn.Module) -> int:
     """Number of parameters that require a gradient; shared ones once."""
-    return sum(parameter.numel() for parameter in root.parameters() if parameter.requires_grad)
+    return sum(shape_of(parameter).numel() for parameter in root.parameters() if parameter.requires_grad)
 
 
 class PhaseDriver:
@@ -347,9 +348,9 @@ class PhaseDriver:
 
     def _stop_at(self, global_step: int) -> bool:
         """Leave a boundary to the next training, if one lies here that an engine can't cross."""
-        ahead = {name: self.schedules[name].phase_at(global_step) for name in self._stopping & {*self.schedules}}
+        ahead = {name: schedule.phase_at(global_step) for name, schedule in self.schedules.items()}
         ahead = {name: phase for name, phase in ahead.items() if phase is not self._phase[name]}
-        if not ahead:
+        if not self._stopping & {*ahead}:
             return False
         if self.stopped:
             raise ScheduleError(
@@ -368,6 +369,12 @@ class PhaseDriver:
         self.collect()
         return True
 
+    @property
+    def leaves_boundary(self) -> bool:
+        """Whether a boundary ahead is left to the next training, since an engine can't cross it."""
+        ahead = {n for n, schedule in self.schedules.items() if self._phase.get(n) is not schedule.phases[-1]}
+        return bool(self._stopping & ahead)
+
     def collect(self) -> None:
         """Bring together, before a save, what an engine's processes have gathered. To be called by all of them."""
         for observer, _ in self._observing.values():
@@ -375,20 +382,26 @@ class PhaseDriver:
 
     def enter_next_phases(self) -> list[PhaseStart]:
         """Cross the boundaries that the last training has stopped at, before an engine takes hold of parameters."""
+        ahead = {name: config for name, config in self.configs().items() if config.next_phase is not None}
+        for name in ahead:
+            self._refuse_merged(name)
         starts = []
-        for name, config in self.configs().items():
-            if config.next_phase is None:
-                continue
+        for name, config in ahead.items():
             phases, tuner = config.outline().phases, tuner_of(config)
-            index = config.phase_names.index(config.next_phase)
+            index = config.phase_names.index(str(config.next_phase))
+            if config.init_weights and not tuner.has_trained(self.root, name, config):
+                config.write("next_phase", None)  # the config of another adapter, that had been trained
+                continue
             before = trained_parameters(self.root)
             tuner.check_trained(self.root, name, config, phases[index - 1])
             tuner.enter_phase(self.root, name, config, phases[index], "crossed", Training(0, None, all_ranks()))
             self.freeze_for(name, phases[index])
             config.write("completed_phases", config.phase_names[:index])
             config.write("next_phase", None)
+            config.write("phase_first_steps", None)  # those of the training that is over
             after = trained_parameters(self.root)
-            starts.append(PhaseStart(name, phases[index].name, 0, before, after, facts=config.boundary_facts()))
+            facts = ["this is a training of its own: train() without resume_from_checkpoint", config.boundary_facts()]
+            starts.append(PhaseStart(name, phases[index].name, 0, before, after, facts="; ".join(filter(None, facts))))
         return starts
 
     def _tell(self, lines: Sequence[object]) -> None:

@@ -77,6 +77,17 @@ def split(parameter: Tensor, values: Tensor) -> Tensor:
     return values
 
 
+def compared(parameter: Any, values: Tensor) -> tuple[Tensor, Tensor]:
+    """What this process has at hand of a parameter, and the same part of other values. Asks no other process."""
+    if hasattr(parameter, "placements"):
+        here = parameter.detach().to_local()
+        return here, split(parameter, values.to(here))
+    if hasattr(parameter, "ds_id"):
+        here = parameter.ds_tensor.detach().flatten()[: _span(parameter)[1]]
+        return here, split(parameter, values.to(here))
+    return parameter.detach(), values.to(parameter)
+
+
 def assembled(parameter: Tensor, piece: Tensor) -> Tensor:
     """The tensor of the parameter's shape whose pieces the processes have. To be called by all of them."""
     placed: Any = parameter

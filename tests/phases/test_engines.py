@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 import zoo
 from forks import Warm
 from peft import PeftModel
+from runs import wrapped_tiny
 from runs.engine_cells import cells_of
 from runs.engines_tiny import ENGINES, ONE_RUN, PLAN
 from safetensors.torch import load_file
@@ -36,7 +39,9 @@ def engines(warm: Warm, tmp_path_factory: pytest.TempPathFactory) -> Iterator:
             of("fsdp2-full")
         if engine not in results:
             out = root / engine
-            own = {"DS_ACCELERATOR": "cpu"} if engine.startswith("zero") else {}
+            # DeepSpeed compiles an operation, by a program that lies beside Python.
+            path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+            own = {"DS_ACCELERATOR": "cpu", "PATH": path} if engine.startswith("zero") else {}
             results[engine] = warm.results("runs.engines_tiny:main", out, 2, engine, **own)
             job = warm.start("runs.engines_tiny:alone", str(out), engine, log=out / "alone.log")
             assert job.wait() == 0, job.output()[-3000:]
@@ -137,6 +142,38 @@ def test_costs_after_boundary(engines, engine):
         assert run["state"][0] == run["state"][-1] > unprimed["state"][-1]
 
 
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
+def test_forgotten(engines, engine):
+    """A run without PhaseCallback trains and saves, as in one process."""
+    folder, results = engines(engine)
+    assert "forgotten" in results["distilbert-nas"]
+    assert (folder / "distilbert-nas" / "forgotten" / "checkpoint-2" / "adapter_config.json").exists()
+
+
+def test_sharded_first_run(engines):
+    """A first run whose checkpoints would hold no adapter is refused."""
+    _, results = engines("fsdp2-sharded")
+    assert "Take 'FULL_STATE_DICT'" in results["distilbert-far"]["refused"]
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
+def test_saves_alone(engines, engine):
+    """The one rank that saves asks the others for nothing."""
+    _, results = engines(engine)
+    runs = [run for cell in results.values() for run in cell.values() if isinstance(run, dict)]
+    assert runs and all(run["collectives_in_saves"] == 0 for run in runs)
+
+
+@pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
+def test_trained_parameters(engines, engine):
+    """The log tells how many parameters train, over all ranks: float32, two moments of Adam on two ranks."""
+    _, results = engines(engine)
+    for case in ("learner", "unprimed"):
+        run = results[f"distilbert-{case}"]["run"]
+        assert run["trained"][-1] == results["distilbert-unprimed"]["run"]["sent"][-1] // 4 > 0
+        assert run["trained"][0] == run["sent"][0] // 4
+
+
 @pytest.mark.parametrize("engine", ENGINES)
 def test_table(engines, engine):
     """The table in docs/distributed.md is made of what these runs show."""
@@ -148,3 +185,13 @@ def test_table(engines, engine):
         return [{k: v for k, v in cell.items() if k != "difference"} for cell in kept]
 
     assert told(cells_of(engines(engine)[0], engine)) == told([c for c in cells() if c["engine"] == engine])
+
+
+def test_wrap_policy(warm: Warm, tmp_path: Path):
+    """The policy that PEFT gives FSDP for LoRA wraps each part of our adapters, which compute what they do alone."""
+    results = warm.results("runs.wrapped_tiny:main", tmp_path / "wrapped", 2, ACCELERATE_TORCH_DEVICE="cpu")
+    assert results.keys() == {f"{name}-{version}" for name in wrapped_tiny.MAKE for version in (1, 2)}
+    for name, found in results.items():
+        # 12 linear layers have two factors, and 8 of them a dense delta: more units than blocks.
+        assert found["units"] > (12 if "bottleneck" in name else 30)
+        assert found["logits"] < 1e-6 and found["gradients"] < 1e-6

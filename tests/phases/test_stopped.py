@@ -12,9 +12,9 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel
-from training import adapter_values, arguments, bottleneck, far, learner, nas, trainer
+from training import adapted, adapter_values, arguments, bottleneck, far, learner, nas, trainer
 
-from peft_learners import PhaseCallback, ScheduleError
+from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
 
 MAKE = {
     "fold": partial(learner, priming_steps=3, after_priming="fold"),
@@ -46,9 +46,11 @@ def loaded(folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(zoo.build("distilbert"), folder, is_trainable=True)
 
 
-def three_steps(model: PeftModel, optimizer: torch.optim.Optimizer, **settings: bool) -> None:
+def three_steps(
+    model: PeftModel, optimizer: torch.optim.Optimizer, arch: str = "distilbert", **settings: bool
+) -> None:
     model.base_model.set_schedule(total_steps=6, steps_per_epoch=2, optimizer=optimizer, **settings)
-    inputs = zoo.inputs_of("distilbert", model)
+    inputs = zoo.inputs_of(arch, model)
     for step in (1, 2, 3):
         model(**inputs).loss.backward()
         optimizer.step()
@@ -150,3 +152,70 @@ def test_fsdp1(name):
         model.base_model.set_schedule(
             total_steps=6, steps_per_epoch=2, optimizer=zero(model, torch.optim.SGD), stop_at_boundary=True
         )
+
+
+@pytest.mark.parametrize("name", MAKE)
+def test_merged(name, tmp_path: Path):
+    """While it is merged, an adapter does not cross the boundary that it stands before."""
+    stopped = MAKE[name]()
+    three_steps(stopped, zero(stopped), stop_at_boundary=True)
+    stopped.save_pretrained(tmp_path)
+    model = loaded(tmp_path)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model.merge_adapter()
+    with pytest.raises(ScheduleError, match="is merged"):
+        model.base_model.prepare_optimizer()
+    with pytest.raises(ScheduleError, match="is merged"):
+        model.base_model.set_schedule(total_steps=3, optimizer=zero(model, torch.optim.SGD))
+    model.unmerge_adapter()
+    assert all(torch.allclose(value, before[key], atol=1e-6) for key, value in model.state_dict().items())
+
+
+def test_two_adapters(tmp_path: Path):
+    """Where one adapter stops, all do that have a boundary there."""
+    model = MAKE["fold"]("llama")
+    model.add_adapter("keep", LearnerConfig(r=4, priming_steps=3, task_type="CAUSAL_LM"))
+    model.base_model.set_adapter(["default", "keep"])
+    three_steps(model, zero(model), "llama", stop_at_boundary=True)
+    assert [config.next_phase for config in model.peft_config.values()] == ["learning", "learning"]
+    model.base_model.prepare_optimizer()
+    assert [config.completed_phases for config in model.peft_config.values()] == [["priming"], ["priming"]]
+
+
+@pytest.mark.parametrize("name", ["far", "nas"])
+def test_fresh_from_stopped_config(name, tmp_path: Path):
+    """A fresh adapter with the config of one that has stopped goes through all phases."""
+    stopped = MAKE[name]()
+    three_steps(stopped, zero(stopped), stop_at_boundary=True)
+    stopped.save_pretrained(tmp_path)
+    config = type(stopped.peft_config["default"]).from_pretrained(tmp_path)
+    config.inference_mode = False
+    assert config.next_phase is not None
+    model = adapted(config)
+    (start,) = model.base_model.set_schedule(total_steps=6, steps_per_epoch=2, optimizer=zero(model, torch.optim.SGD))
+    assert start.phase == model.peft_config["default"].phase_names[0]
+
+
+def test_scores_without_data(tmp_path: Path):
+    """A search's scores survive a load that leaves values without data at first."""
+    stopped = MAKE["nas"]()
+    three_steps(stopped, zero(stopped), stop_at_boundary=True)
+    stopped.save_pretrained(tmp_path)
+    models = [
+        PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path, is_trainable=True, low_cpu_mem_usage=low)
+        for low in (False, True)
+    ]
+    for model in models:
+        model.base_model.prepare_optimizer()
+    ours, theirs = map(adapter_values, models)
+    assert ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("settings", [{"save_strategy": "best"}, {"load_best_model_at_end": True}], ids=str)
+def test_lost_saves(settings, tmp_path: Path):
+    """Settings that would leave nothing at the boundary are refused before the first step."""
+    settings = {"eval_strategy": "epoch", "save_strategy": "epoch", "metric_for_best_model": "loss", **settings}
+    run = trainer(MAKE["far"](), arguments(tmp_path, **settings), callbacks=[PhaseCallback(stop_at_boundary=True)])
+    with pytest.raises(ValueError, match=r"PhaseCallback\(stop_at_boundary=True\)"):
+        run.train()
+    assert run.state.global_step == 0

@@ -110,13 +110,14 @@ def settings_of(engine: str, arch: str) -> dict[str, Any]:
 
 
 class Sent(TorchDispatchMode):
-    """Counts the bytes of gradients that this process gives to collectives: what is reduced, single numbers aside."""
+    """Counts collectives, and the bytes of gradients given to them: of what is reduced, single numbers aside."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
+        self.bytes = self.calls = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.calls += function.namespace == "c10d"
         if function.namespace == "c10d" and "reduce" in function.__name__:
             given = args[1] if "scatter" in function.__name__ else args[0]
             tensors = given if isinstance(given, (list, tuple)) else [given]
@@ -188,6 +189,7 @@ class Runs:
         stop: bool = False,
         final: bool = False,
         steps: int = STEPS,
+        driven: bool = True,
     ) -> None:
         AcceleratorState._reset_state()
         GradientState._reset_state()
@@ -198,8 +200,15 @@ class Runs:
         args = arguments(out, per_device_train_batch_size=8 // self.world, max_steps=steps, **settings)
         watch = Watch(saves)
         # The watch comes first: it sees values before a boundary is crossed.
-        ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" else []
+        ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" and driven else []
         own = watch.trainer = trainer(model, args, callbacks=[watch, *ours])
+        saving, save = Sent(), model.save_pretrained
+
+        def counted(*arguments: Any, **keywords: Any) -> None:
+            with saving:
+                save(*arguments, **keywords)
+
+        model.save_pretrained = counted
         own.train(resume_from_checkpoint=None if resume is None else str(resume))
         if final:
             if own.is_fsdp_enabled:
@@ -207,6 +216,10 @@ class Runs:
             own.save_model(str(self.folder / "final"))
         torch.save(watch.values, self.folder / f"{name}-{self.rank}.pt")
         self.results[name] = {"state": watch.state, "sent": watch.sent, "kind": type(own.model_wrapped).__name__}
+        self.results[name]["collectives_in_saves"] = saving.calls
+        self.results[name]["trained"] = [
+            log.get("trained_parameters") for log in own.state.log_history if "loss" in log
+        ]
         own.accelerator.free_memory()
 
     def one_run(self) -> None:
@@ -227,6 +240,8 @@ class Runs:
             self.train("refused", self.fresh())
         except ScheduleError as error:
             self.results["refused"] = str(error)
+        if self.case == "nas":
+            self.train("forgotten", self.fresh(), saves=(2,), steps=2, driven=False)
         first, second = self.folder / "first", self.folder / "second"
         self.train("first", self.fresh(), saves=(2,), stop=True)
         searches = self.case.startswith("nas") or self.engine.startswith("fsdp2")  # scores lie in the adapter's file
@@ -236,6 +251,13 @@ class Runs:
         self.train("second", self.loaded(boundary), saves=(2,), steps=STEPS - BOUNDARY, final=True)
         model = self.loaded(second / "checkpoint-2" if self.engine.startswith("fsdp2") else boundary)
         self.train("second-2", model, resume=second / "checkpoint-2", steps=STEPS - BOUNDARY)
+
+    def first_run_refused(self) -> None:
+        """A first run whose checkpoints would hold no adapter."""
+        try:
+            self.train("refused", self.fresh(), stop=True)
+        except ValueError as error:
+            self.results["refused"] = str(error)
 
     def all(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -252,6 +274,10 @@ def main(folder: str, engine: str) -> None:
         runs = Runs(Path(folder), engine, arch, case)
         runs.all()
         results[f"{arch}-{case}"] = runs.results
+    if engine == "fsdp2-sharded":
+        runs = Runs(Path(folder), engine, "distilbert", "far")
+        runs.first_run_refused()
+        results["distilbert-far"] = runs.results
     if int(os.environ["RANK"]) == 0:
         (Path(folder) / "results.json").write_text(json.dumps(results))
 
