@@ -130,13 +130,13 @@ class BottleneckLinear(BottleneckLayer):
             if self.in_mixed_batch and given is not None and alike and len(given) < len(x):
                 raise NotImplementedError(
                     "A parallel adapter needs all rows of a mixed batch, but the first linear layer of its "
-                    f"feed-forward network got {len(given)} of {len(x)} at once: an adapter trains that layer whole "
-                    "(modules_to_save), so that the rows are told apart before it. Make one call per adapter."
+                    f"feed-forward network got {len(given)} of {len(x)} at once. An adapter trains that layer whole "
+                    "(modules_to_save), so PEFT splits the batch before it. Make one call per adapter."
                 )
             raise RuntimeError(
-                "A parallel adapter adds, row by row, to what comes out of a feed-forward network by what goes in, "
-                f"but between its first linear layer ({got}) and its last one (that got {tuple(x.shape)}) the model "
-                "does more than apply them. Leave such networks out with exclude_modules, or take "
+                "A parallel adapter needs the input and the output of a feed-forward network row by row. This model "
+                f"reshapes or selects rows between the first linear layer ({got}) and the last one (that got "
+                f"{tuple(x.shape)}). Leave such networks out with exclude_modules, or take "
                 "BottleneckConfig(mode='sequential')."
             )
         return given.to(x.device)  # the first layer may be another device's

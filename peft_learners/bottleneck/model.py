@@ -70,9 +70,8 @@ class BottleneckModel(PhasedModel):
         ):
             if not found and (attentions or self._pairs):
                 warnings.warn(
-                    f"No {what} was found in the {type(model).__name__}, so that no adapter follows one. If it has "
-                    "any, name the linear layers that adapters are to follow: "
-                    "BottleneckConfig(target_modules=[...]).",
+                    f"No {what} was found in the {type(model).__name__}: no adapter is put there. If it has one, name "
+                    "the linear layers that adapters should follow: BottleneckConfig(target_modules=[...]).",
                     stacklevel=2,
                 )
         return [*attentions, *self._pairs]
@@ -156,6 +155,6 @@ class BottleneckModel(PhasedModel):
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "add_weighted_adapter: bottleneck adapters are not linear, so that the weighted sum of their weights is "
-            "not the sum of what they do. Use them together: model.base_model.set_adapter([...]) adds them up."
+            "add_weighted_adapter: bottleneck adapters are not linear. A weighted sum of their weights is not the sum "
+            "of what they do. Use them together: model.base_model.set_adapter([...]) adds them up."
         )

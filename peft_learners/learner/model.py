@@ -247,8 +247,8 @@ class LearnerModel(PhasedModel):
             return
         if entry == "resumed":
             raise ScheduleError(
-                f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
-                "folded, but it has not. Load the checkpoint's adapter before."
+                f"The training is resumed in the phase {phase.name!r}, but the adapter {adapter!r} is not folded yet. "
+                "Load the checkpoint's adapter first."
             )
         fold(root, adapter, config, training)
 

@@ -219,9 +219,10 @@ class NASLoRAModel(PhasedModel):
     def _config_of_sum(self, configs: list[Any], found: Combined) -> tuple[NASLoRAConfig, Combined]:
         if any(config.granularity != "structured" for config in configs):
             raise NotImplementedError(
-                "add_weighted_adapter: a sum of updates whose factors keep single entries is not of that form; it "
-                "needs granularity='structured'. Use the adapters together (model.base_model.set_adapter([...]) adds "
-                "them up), or export each to LoRA (peft_learners.export) and combine there."
+                "add_weighted_adapter: it needs granularity='structured'. With 'unstructured' the factors keep single "
+                "entries, and a sum of such updates has another form. Use the adapters together "
+                "(model.base_model.set_adapter([...]) adds them up), or export each to LoRA (peft_learners.export) "
+                "and combine there."
             )
         found = found.acting()
         if not found.names:
@@ -315,8 +316,8 @@ class NASLoRAModel(PhasedModel):
         elif entry == "resumed" and not config.phases_complete:
             if index and not any(layer.is_pruned(adapter) for layer in layers.values()):
                 raise ScheduleError(
-                    f"The training is resumed in the phase {phase.name!r}, in which the adapter {adapter!r} has been "
-                    "pruned, but it has not. Load the checkpoint's adapter before."
+                    f"The training is resumed in the phase {phase.name!r}, but the adapter {adapter!r} is not pruned "
+                    "yet. Load the checkpoint's adapter first."
                 )
             space, kept = space_of(layers, adapter), kept_of(layers, adapter)
             if index and kept > budget_path(space, config.budget_in(space), config.rounds)[index - 1]:

@@ -429,8 +429,8 @@ class PhaseDriver:
             True for _ in constant_buffers(self.root)
         ):
             raise ScheduleError(
-                "fsdp_cpu_ram_efficient_loading=true can't load a model with buffers that are in its state dict, and "
-                "what is kept of a FAR or NAS-LoRA adapter lies in such. Set it to false."
+                "fsdp_cpu_ram_efficient_loading=true can't load buffers, and a FAR or NAS-LoRA adapter behind its "
+                "boundary has some. Set it to false."
             )
 
     def finish(self) -> None:
@@ -524,8 +524,8 @@ class PhaseDriver:
             return
         if engine == "FSDP1":
             raise ScheduleError(
-                f"The adapter {name!r} goes through phases whose parameters have other shapes, of which FSDP1 shows "
-                "parts alone. Take FSDP2: fsdp_version: 2."
+                f"The adapter {name!r} changes the shapes of its parameters at a boundary, and FSDP1 shows parts of "
+                "them alone. Take FSDP2: fsdp_version: 2."
             )
         if stops:
             return
@@ -576,9 +576,9 @@ class PhaseDriver:
         """An average of weights (an EMA) that was copied from the model still has the parameters of the last phase."""
         if any(made() is not None for made in self._copies):
             warnings.warn(
-                f"The adapter {starts[0].adapter!r} enters the phase {starts[0].phase!r}, in which its parameters are "
-                "others, and a copy of the model is alive. If that is an average of weights (AveragedModel, an EMA), "
-                "make it anew now, from the model, or train phase by phase: PhaseCallback(stop_at_boundary=True). A "
+                f"The adapter {starts[0].adapter!r} enters the phase {starts[0].phase!r} with other parameters than "
+                "before, and a copy of the model is alive. If it is an average of weights (AveragedModel, an EMA), "
+                "make it anew from the model now, or train phase by phase: PhaseCallback(stop_at_boundary=True). A "
                 "frozen reference model may stay.",
                 stacklevel=4,
             )
@@ -588,8 +588,8 @@ class PhaseDriver:
         count = processes() or 1
         if count > 1 and not any(holds(wrapper, self.root) for wrapper in wrappers):
             raise ScheduleError(
-                f"{count} processes train together, but what wraps the model was not handed over. Pass what forward "
-                "is called on, as DistributedDataParallel or accelerator.prepare returned it: "
+                f"{count} processes train together, but the wrapper of the model was not handed over. Pass the model "
+                "as DistributedDataParallel or accelerator.prepare returned it: "
                 "model.base_model.set_schedule(..., wrapper=model)."
             )
 

@@ -111,7 +111,7 @@ class Twice(Reshaping):
 
 
 @pytest.mark.parametrize(("network", "said"), [
-    (Reshaping, r"first linear layer \(that got \(2, 3, 4\)\) and its last one \(that got \(6, 6\)\)"),
+    (Reshaping, r"first linear layer \(that got \(2, 3, 4\)\) and the last one \(that got \(6, 6\)\)"),
     (Reading, r"first linear layer \(it was not called\).*exclude_modules.*mode='sequential'"),
     (Twice, r"first linear layer \(it was not called\)"),
 ])  # fmt: skip

@@ -148,7 +148,7 @@ def test_fsdp1(name):
     model = MAKE[name]()
     for parameter in model.parameters():
         parameter._fsdp_flattened = True
-    with pytest.raises(ScheduleError, match="FSDP1 shows parts alone.*fsdp_version: 2"):
+    with pytest.raises(ScheduleError, match="FSDP1 shows parts of them alone.*fsdp_version: 2"):
         model.base_model.set_schedule(
             total_steps=6, steps_per_epoch=2, optimizer=zero(model, torch.optim.SGD), stop_at_boundary=True
         )
