@@ -19,7 +19,7 @@ from .driver import PhaseDriver, PhaseStart
 from .lr_schedule import restart_schedule
 from .report import tell
 from .schedule import ScheduleError
-from .whole_checkpoints import Record, record_of, refuse_half_loaded, warn_if_half_written
+from .whole_checkpoints import Record, record_of, refuse_half_loaded, warn_if_fresh, warn_if_half_written
 
 
 class PhaseCallback(TrainerCallback, ExportableState):
@@ -81,6 +81,8 @@ class PhaseCallback(TrainerCallback, ExportableState):
             driver.hold_frozen()
         if state.is_world_process_zero:
             warn_if_half_written(args)  # no other event comes before Trainer reads a checkpoint
+            if engine == "FSDP":
+                warn_if_fresh(args, {name: config.present_phase for name, config in driver.configs().items()})
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any

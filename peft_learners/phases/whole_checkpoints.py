@@ -12,6 +12,7 @@ import json
 import os
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,40 @@ def warn_if_half_written(args: TrainingArguments) -> None:
 
     That is the one that the arguments name, or the last one. A run that begins anew reads neither, so this only warns.
     """
-    named = Path(args.resume_from_checkpoint or "")
-    last = _checkpoints(Path(args.output_dir))[:1]
-    for folder in [named] if args.resume_from_checkpoint and named.is_dir() else last:
+    for folder in _resumed_from(args):
         fault = fault_of(folder)
         if fault is not None:
             warnings.warn(_sentence(f"The checkpoint {str(folder)!r}", fault, [folder.parent]), stacklevel=3)
+
+
+def warn_if_fresh(args: TrainingArguments, present: Mapping[str, str]) -> None:
+    """Look at whether an adapter is in the phase of the checkpoint that a run under FSDP would be resumed from.
+
+    torch loads an optimizer's state by name there, and stops at a parameter that the checkpoint has none of.
+
+    Args:
+        present: the phase that each adapter is in.
+    """
+    for folder in _resumed_from(args):
+        state = _state_in(folder) or {}
+        told = (state.get("stateful_callbacks") or {}).get("PhaseCallback", {})
+        for adapter, first_steps in told.get("attributes", {}).get("first_steps", {}).items() if told else ():
+            begun = {phase: step for phase, step in first_steps.items() if step <= state["global_step"]}
+            then, now = max(begun, key=lambda phase: begun[phase]), present.get(adapter)
+            if now != then and now in first_steps:
+                warnings.warn(
+                    f"The checkpoint {str(folder)!r} was written in the phase {then!r}, and the adapter {adapter!r} is "
+                    f"in {now!r}. To resume from it under FSDP, load its adapter first: model = "
+                    f"PeftModel.from_pretrained(base_model, {str(folder)!r}, is_trainable=True).",
+                    stacklevel=3,
+                )
+
+
+def _resumed_from(args: TrainingArguments) -> list[Path]:
+    """The checkpoint that a run would be resumed from: the one that the arguments name, or the last one."""
+    named = Path(args.resume_from_checkpoint or "")
+    last = _checkpoints(Path(args.output_dir))[:1]
+    return [named] if args.resume_from_checkpoint and named.is_dir() else last
 
 
 def refuse_half_loaded(args: TrainingArguments, state: TrainerState, lr_scheduler: Any, record: Record) -> None:

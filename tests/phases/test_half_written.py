@@ -23,7 +23,7 @@ from training import adapter_values, arguments, learner, nas, sgd, trainer
 from transformers import Trainer, TrainerCallback, TrainerState
 
 from peft_learners import PhaseCallback
-from peft_learners.phases.whole_checkpoints import fault_of, last_whole, record_of, refuse_half_loaded
+from peft_learners.phases.whole_checkpoints import fault_of, last_whole, record_of, refuse_half_loaded, warn_if_fresh
 
 Values = dict[str, torch.Tensor]
 MAKE = {"learner": partial(learner, dropout=0.1), "nas": partial(nas, dropout=0.1)}
@@ -425,3 +425,16 @@ def test_killed_in_saves(tmp_path: Path, warm: Warm, record_property, tuner, set
         assert final["starts"] == expected["starts"] and final["learned"] == expected["learned"]
     record_property(f"kills in saves, {tuner}", dict(outcomes))
     assert outcomes["told"] + outcomes["told to begin anew"] > 0
+
+
+def test_fresh_adapter_under_fsdp(tmp_path: Path):
+    """A fresh adapter is told of a checkpoint from behind the boundary, with the call that loads it; no other is."""
+    trainer(learner(), arguments(tmp_path, save_strategy="steps", save_steps=1)).train()
+    args = arguments(tmp_path)
+    with pytest.warns(UserWarning, match=r"written in the phase 'learning'.*from_pretrained\(base_model, '.*6'"):
+        warn_if_fresh(args, {"default": "priming"})
+    named = arguments(tmp_path, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warn_if_fresh(named, {"default": "priming"})
+        warn_if_fresh(args, {"default": "learning"})
