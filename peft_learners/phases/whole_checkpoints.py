@@ -66,8 +66,8 @@ def warn_if_fresh(args: TrainingArguments, present: Mapping[str, str]) -> None:
             then, now = max(begun, key=lambda phase: begun[phase]), present.get(adapter)
             if now != then and now in first_steps:
                 warnings.warn(
-                    f"The checkpoint {str(folder)!r} was written in the phase {then!r}, and the adapter {adapter!r} is "
-                    f"in {now!r}. To resume from it under FSDP, load its adapter first: model = "
+                    f"The checkpoint {str(folder)!r} was written in the phase {then!r}, but the adapter {adapter!r} "
+                    f"is in {now!r}. To resume from it under FSDP, load its adapter first: model = "
                     f"PeftModel.from_pretrained(base_model, {str(folder)!r}, is_trainable=True).",
                     stacklevel=3,
                 )
