@@ -417,8 +417,8 @@ class PhaseDriver:
         ):
             raise ScheduleError(
                 "fsdp_cpu_ram_efficient_loading=true can't load a model with buffers that are in its state dict, and "
-                "what is kept of a FAR or NAS-LoRA adapter lies in such. Set it to false in the config file: where that "
-                "says nothing, `accelerate launch` takes true."
+                "what is kept of a FAR or NAS-LoRA adapter lies in such. Set it to false in the config file: where "
+                "that does not name it, `accelerate launch` takes true."
             )
 
     def finish(self) -> None:

@@ -2,9 +2,10 @@
 
 Trainer writes the weights first, then the optimizer, the scheduler and the random numbers, and `trainer_state.json`
 last. It fails on some half-written checkpoints without saying what to do. From one that lacks the optimizer, the
-scheduler or the random numbers it resumes in silence, and the run ends elsewhere. Engines (FSDP, DeepSpeed) bring the
-processes together in what they write, so that it lies there before `trainer_state.json` does; of theirs, only that file
-and the random numbers, which each process writes when it gets there, are judged.
+scheduler or the random numbers it resumes in silence, and the run ends elsewhere.
+
+What engines write (FSDP, DeepSpeed) is complete before `trainer_state.json` begins, since they wait for all processes.
+So in their checkpoints only that file is judged, and the random numbers, which each process writes without waiting.
 """
 
 from __future__ import annotations

@@ -3,9 +3,8 @@
     PYTHONPATH=.:tests:tests/support python -m runs.engine_kills > results/engines/kills.jsonl
 
 Each line is one kill: the share of the time that was left to train at which both ranks were killed, the last step that
-was finished, the last whole checkpoint and the number of half-written ones. `equal` tells whether the adapter's file at
-the end is, bit for bit, that of a run that nobody killed. `program` is what is started, and started again: it is always
-the same.
+was finished, the last whole checkpoint, and how many were half-written. `equal` tells whether the adapter's file at
+the end is, bit for bit, that of a run that nobody killed. What is started again is always the same `program`.
 """
 
 from __future__ import annotations
