@@ -68,7 +68,7 @@ def program(folder: str, engine: str, case: str) -> None:
 
     if case in ONE_RUN:
         last = last_whole(runs.folder / "run")
-        own = train("run", last if fsdp and last and step_of(last) > BOUNDARY else None, last, STEPS)
+        own = train("run", last if fsdp else None, last, STEPS)
     else:
         last = last_whole(runs.folder / "first")
         if last is None or step_of(last) < BOUNDARY:
