@@ -8,6 +8,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
+from ..phases.shards import whole
 from ..structure.modules import new_head
 
 
@@ -21,7 +22,8 @@ def rewind_saved_modules(root: nn.Module, adapter: str, seed: int = 0, salt: str
     for name, module in root.named_modules():
         if not isinstance(module, ModulesToSaveWrapper) or adapter not in module.modules_to_save:
             continue
-        first = module.original_module.state_dict()
+        # ZeRO-3 holds parts of a base model that was loaded after TrainingArguments were made.
+        first = {key: whole(value) for key, value in module.original_module.state_dict(keep_vars=True).items()}
         if name in head:
             first = {
                 key: shuffled(value, seed, f"{name}.{key}{salt}") if value.is_floating_point() else value

@@ -430,7 +430,8 @@ class PhaseDriver:
         ):
             raise ScheduleError(
                 "fsdp_cpu_ram_efficient_loading=true can't load buffers, and a FAR or NAS-LoRA adapter behind its "
-                "boundary has some. Set it to false."
+                "boundary has some. Set it to false in the config file: where that does not name it, `accelerate launch` "
+                "takes true."
             )
 
     def finish(self) -> None:

@@ -2,8 +2,10 @@
 
 Trainer writes the weights first, then the optimizer, the scheduler and the random numbers, and `trainer_state.json`
 last. It fails on some half-written checkpoints without saying what to do. From one that lacks the optimizer, the
-scheduler or the random numbers it resumes in silence, and the run ends elsewhere. Of what engines write (FSDP,
-DeepSpeed), `trainer_state.json` alone is judged.
+scheduler or the random numbers it resumes in silence, and the run ends elsewhere.
+
+What engines write (FSDP, DeepSpeed) is complete before `trainer_state.json` begins, since they wait for all processes.
+So in their checkpoints only that file is judged, and the random numbers, which each process writes without waiting.
 """
 
 from __future__ import annotations
@@ -118,20 +120,21 @@ def fault_of(folder: Path) -> str | None:
     state = _state_in(folder)
     if state is None:
         return f"{_STATE} is cut off" if _STATE in names else f"it lacks {_STATE}"
-    if any(name.startswith(_OF_ENGINES) for name in names):
-        return None
+    engine = any(name.startswith(_OF_ENGINES) for name in names)
     weights = [
         path
         for path in [*folder.glob("*"), *folder.glob("*/*")]  # each further adapter has a folder of its own
         if path.name.startswith(_WEIGHTS) and path.suffix in (".safetensors", ".bin")
     ]
-    if not weights:
+    if not weights and not engine:
         return "it lacks the weights"
-    missing = sorted(_expected(state, names) - names)
+    judged = "rng_state" if engine else ""
+    missing = sorted(name for name in _expected(state, names) - names if name.startswith(judged))
     if missing:
         return f"it lacks {', '.join(missing)}"
     training = [folder / name for name in names if name.startswith((*_OF_TRAINING, "scaler.pt"))]
-    cut = next((path for path in sorted([*weights, *training]) if _is_cut(path)), None)
+    judged_files = [path for path in (*weights, *training) if path.name.startswith(judged)]
+    cut = next((path for path in sorted(judged_files) if _is_cut(path)), None)
     return None if cut is None else f"{cut.relative_to(folder)} is cut off"
 
 

@@ -130,6 +130,19 @@ def test_ranks_equal(engines, engine):
                 assert_close(one, other, 0.0)
 
 
+def test_partitioned_base(warm: Warm, tmp_path: Path):
+    """A base model of which ZeRO-3 holds parts before it gets its adapter trains as one that was loaded whole."""
+    pytest.importorskip("deepspeed", reason="needs deepspeed: pip install peft-learners[deepspeed]")
+    zoo.build("distilbert").save_pretrained(tmp_path / "base")
+    held, files = {}, {}
+    for name, partitioned in (("parts", True), ("whole", False)):
+        out = tmp_path / name
+        held[name] = warm.results("runs.zero_init:main", out, 2, partitioned, DS_ACCELERATOR="cpu")
+        files[name] = load_file(out / "final" / "adapter_model.safetensors")
+    assert held["whole"] == [0] and min(held["parts"]) > 0
+    assert_close(files["parts"], files["whole"], 1e-6)
+
+
 @pytest.mark.parametrize("engine", ["fsdp2-full", "zero2", "zero3"])
 def test_costs_after_boundary(engines, engine):
     """After the boundary a rank exchanges what trains, and under FSDP2 it holds optimizer state of no more."""

@@ -229,14 +229,18 @@ def test_further_adapter(copied):
     ids=["fsdp-full", "fsdp-sharded", "deepspeed"],
 )
 def test_engines(copied, files):
-    """Of the files of engines, only Trainer's own state is judged."""
+    """Of a checkpoint of an engine, Trainer's own state and the random numbers of each process are judged."""
     folder = copied(5) / "checkpoint-5"
-    for name in OF_TRAINING:
+    for name in OF_TRAINING[:2]:
         remove(folder / name)
-    assert fault_of(folder) == "it lacks optimizer.pt, rng_state.pth, scheduler.pt"
+    assert fault_of(folder) == "it lacks optimizer.pt, scheduler.pt"
     for name in files:
         (folder / name).mkdir() if name.endswith("/") else (folder / name).write_text("")
     assert fault_of(folder) is None
+    cut(folder / "rng_state.pth")
+    assert fault_of(folder) == "rng_state.pth is cut off"
+    remove(folder / "rng_state.pth")
+    assert fault_of(folder) == "it lacks rng_state.pth"
     cut(folder / "trainer_state.json")
     assert fault_of(folder) == "trainer_state.json is cut off"
 

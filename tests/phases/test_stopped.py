@@ -15,6 +15,7 @@ from peft import PeftModel
 from training import adapted, adapter_values, arguments, bottleneck, far, learner, nas, trainer
 
 from peft_learners import LearnerConfig, PhaseCallback, ScheduleError
+from peft_learners.phases.driver import PhaseDriver
 
 MAKE = {
     "fold": partial(learner, priming_steps=3, after_priming="fold"),
@@ -219,3 +220,13 @@ def test_lost_saves(settings, tmp_path: Path):
     with pytest.raises(ValueError, match=r"PhaseCallback\(stop_at_boundary=True\)"):
         run.train()
     assert run.state.global_step == 0
+
+
+def test_ram_efficient(monkeypatch: pytest.MonkeyPatch):
+    """accelerate fails on buffers in a state dict if one process alone loads the model: what was cut has such."""
+    model = far(priming_epochs=None, priming_steps=3)
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # `accelerate launch` does so where nothing is said
+    PhaseDriver.of(model).hold_frozen()
+    three_steps(model, zero(model, torch.optim.SGD))
+    with pytest.raises(ScheduleError, match="fsdp_cpu_ram_efficient_loading=true .*Set it to false"):
+        PhaseDriver.of(model).hold_frozen()

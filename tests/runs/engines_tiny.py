@@ -180,6 +180,16 @@ class Runs:
     def loaded(self, folder: Path) -> nn.Module:
         return PeftModel.from_pretrained(zoo.build(self.arch), folder, is_trainable=True)
 
+    def trainer(self, name: str, model: nn.Module, callbacks: list[TrainerCallback], **settings: Any) -> Any:
+        """Trainer under the engine, whatever trained in this process before."""
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        for key in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_USE_"))]:
+            del os.environ[key]
+        settings |= settings_of(self.engine, self.arch) if self.engine else {}
+        args = arguments(self.folder / name, per_device_train_batch_size=8 // self.world, **settings)
+        return trainer(model, args, callbacks=callbacks)
+
     def train(
         self,
         name: str,
@@ -191,17 +201,10 @@ class Runs:
         steps: int = STEPS,
         driven: bool = True,
     ) -> None:
-        AcceleratorState._reset_state()
-        GradientState._reset_state()
-        for key in [key for key in os.environ if key.startswith(("FSDP_", "ACCELERATE_USE_"))]:
-            del os.environ[key]
-        out = self.folder / name
-        settings = settings_of(self.engine, self.arch) if self.engine else {}
-        args = arguments(out, per_device_train_batch_size=8 // self.world, max_steps=steps, **settings)
         watch = Watch(saves)
         # The watch comes first: it sees values before a boundary is crossed.
         ours = [PhaseCallback(stop_at_boundary=stop)] if self.case != "lora" and driven else []
-        own = watch.trainer = trainer(model, args, callbacks=[watch, *ours])
+        own = watch.trainer = self.trainer(name, model, [watch, *ours], max_steps=steps)
         saving, save = Sent(), model.save_pretrained
 
         def counted(*arguments: Any, **keywords: Any) -> None:
@@ -211,9 +214,7 @@ class Runs:
         model.save_pretrained = counted
         own.train(resume_from_checkpoint=None if resume is None else str(resume))
         if final:
-            if own.is_fsdp_enabled:
-                own.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-            own.save_model(str(self.folder / "final"))
+            self.save(own)
         torch.save(watch.values, self.folder / f"{name}-{self.rank}.pt")
         self.results[name] = {"state": watch.state, "sent": watch.sent, "kind": type(own.model_wrapped).__name__}
         self.results[name]["collectives_in_saves"] = saving.calls
@@ -221,6 +222,12 @@ class Runs:
             log.get("trained_parameters") for log in own.state.log_history if "loss" in log
         ]
         own.accelerator.free_memory()
+
+    def save(self, own: Any) -> None:
+        """The adapter at the end, in one file."""
+        if own.is_fsdp_enabled:
+            own.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        own.save_model(str(self.folder / "final"))
 
     def one_run(self) -> None:
         """Across the boundary; then resumed before and after it."""
