@@ -430,7 +430,7 @@ class PhaseDriver:
         ):
             raise ScheduleError(
                 "fsdp_cpu_ram_efficient_loading=true can't load buffers, and a FAR or NAS-LoRA adapter behind its "
-                "boundary has some. Set it to false in the config file: where that does not name it, `accelerate launch` "
+                "boundary has some. Set it to false in the config file. Where none is set, `accelerate launch` "
                 "takes true."
             )
 
