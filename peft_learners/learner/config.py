@@ -45,11 +45,12 @@ def _is_choice(value: object) -> bool:
 class LearnerConfig(PhasedConfig):
     """Configuration of Learners: low-rank modules on every linear layer, with priming.
 
-    A Learner replaces a linear layer `y = x W^T + b` by `y = x (W + scaling * P2 P1 + D)^T + b + db`. `P1` and `P2`
-    have the shapes `(r, in_features)` and `(out_features, r)`; `db` is a delta on the bias. The attention's linear
-    layers also get a dense delta `D: (out_features, in_features)`. D trains for the first `priming_epochs` epochs and
-    is frozen from then on. Everything else trains throughout. Norms inside the blocks get a delta on their weight and
-    bias. The new head is trained whole.
+    A Learner replaces a linear layer `y = x W^T + b` by
+    `y = x (W + scaling * P2 P1 + priming_lr_scale * D)^T + b + db`. `P1` and `P2` have the shapes `(r, in_features)`
+    and `(out_features, r)`; `db` is a delta on the bias. The attention's linear layers also get a dense delta
+    `D: (out_features, in_features)`. D trains for the first `priming_epochs` epochs. Then it is frozen or, with
+    `after_priming="fold"`, folded into `P1` and `P2`. Everything else trains throughout. Norms inside the blocks get a
+    delta on their weight and bias. The new head is trained whole.
 
     Source: Vucetic et al., "Efficient Fine-Tuning of Compressed Language Models with Learners"
     (arXiv 2208.02070), section 4 and equation 2.

@@ -153,7 +153,7 @@ def test_plot_refusals(tmp_path: Path, monkeypatch):
     get_peft_model(zoo.build("bert"), LoraConfig(target_modules=["query"])).save_pretrained("lora")
     assert refused("plot", "bottleneck").startswith("There is nothing to draw of a bottleneck adapter: ")
     assert refused("plot", "learner", "lora").endswith("it holds an adapter of type LORA.")
-    together = "learner is a learner adapter and bottleneck is a bottleneck adapter. Draw them one by one."
+    together = "learner is a Learner adapter and bottleneck is a bottleneck adapter. Draw them one by one."
     assert refused("plot", "learner", "bottleneck").endswith(together)
     assert refused("plot", "learner", "--out", "a.txt") == "--out must end in .png, .svg or .pdf, got a.txt."
     assert not list(Path().glob("*.png"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import warnings
 from typing import Any
 
@@ -278,8 +279,9 @@ def test_factored_optimizer():
     assert optimizer.state[delta]["step"] == 2  # steps 3 and 4
 
 
-def test_shared_weights():
+def test_shared_weights(monkeypatch):
     """Weights that modules share have one delta."""
+    monkeypatch.delitem(sys.modules, "trl", raising=False)  # where it is imported, the LM head is warned of
     config = zoo.tf.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=64, n_positions=32, bos_token_id=0)
     base = zoo.tf.GPT2LMHeadModel(config)
     total = sum(p.numel() for p in base.parameters())
