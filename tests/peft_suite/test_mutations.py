@@ -125,7 +125,7 @@ MUTANTS = [
     Mutant(
         "Learner freezes by requires_grad alone",
         "layers/value.py",
-        "self.register_buffer(self.name, parameter.detach())",
+        "self.register_buffer(self.name, value)",
         "self.register_parameter(self.name, parameter)",
         CONTRACT + "test_stays_frozen[learner-distilbert]",
     ),

@@ -31,7 +31,7 @@ def cells_of(folder: Path, engine: str) -> list[dict[str, Any]]:
         runs = results[f"{arch}-{case}"]
         parts = [runs["run"]] if "run" in runs else [runs["first"], runs["second"]]
         # Where a run stops at the boundary, the next begins behind it.
-        held, sent = ([number for part in parts for number in part[key]] for key in ("state", "sent"))
+        held, sent = [number for part in parts for number in part["state"]], [part["sent"] for part in parts]
         names = ["run"] if "run" in runs else ["first", "second"]
         cell = {
             "engine": engine,
@@ -41,7 +41,7 @@ def cells_of(folder: Path, engine: str) -> list[dict[str, Any]]:
             "two_runs": None if "run" in runs else "works",
             "difference": max(difference(folder / f"{arch}-{case}", name) for name in names),
             "state_bytes": [held[0], held[BOUNDARY]],
-            "gradient_bytes": None if engine == "ddp" else [sent[0], sent[BOUNDARY]],
+            "gradient_bytes": None if engine == "ddp" else [sent[0][0], sent[-1][0 if len(sent) > 1 else 1]],
         }
         found.append(cell)
     return found

@@ -138,11 +138,13 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self._counter = Sent()
-        self._counter.__enter__()
+        if state.global_step in (0, BOUNDARY):
+            self._counter.__enter__()
 
     def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
-        self._counter.__exit__(None, None, None)
-        self.sent.append(self._counter.bytes)
+        if state.global_step - 1 in (0, BOUNDARY):
+            self._counter.__exit__(None, None, None)
+            self.sent.append(self._counter.bytes)
         self.values.append(values_of(self.trainer))
         while hasattr(optimizer, "optimizer"):
             optimizer = optimizer.optimizer

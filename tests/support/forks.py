@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -102,6 +103,17 @@ class Warm:
             arguments: further ones.
             environment: what it has beside its parent's.
         """
+        jobs = self._ranks(target, out, ranks, *arguments, **environment)
+        statuses = [job.wait() for job in jobs]
+        if min(statuses) < 0:  # a signal: gloo's own thread has crashed once, in libc, in a run that passes otherwise
+            print(f"{target} in {out}: exit statuses {statuses}, started once more", file=sys.stderr)
+            shutil.rmtree(out)
+            jobs = self._ranks(target, out, ranks, *arguments, **environment)
+            statuses = [job.wait() for job in jobs]
+        assert statuses == [0] * ranks, [job.output()[-3000:] for job in jobs]
+        return json.loads((out / "results.json").read_text())
+
+    def _ranks(self, target: str, out: Path, ranks: int, *arguments: Any, **environment: str) -> list[Job]:
         out.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
@@ -111,8 +123,7 @@ class Warm:
         for rank in map(str, range(ranks)):
             own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
             jobs.append(self.start(target, str(out), *arguments, log=out / f"log-{rank}", **own, **environment))
-        assert [job.wait() for job in jobs] == [0] * ranks, [job.output()[-3000:] for job in jobs]
-        return json.loads((out / "results.json").read_text())
+        return jobs
 
     def close(self) -> None:
         assert self.process.stdin is not None
