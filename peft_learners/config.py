@@ -282,6 +282,11 @@ class PhasedConfig(PeftConfig):
         if self.layers_pattern is not None and not self.layers_to_transform and self.layers_to_transform != 0:
             raise ValueError("When `layers_pattern` is specified, `layers_to_transform` must also be specified. ")
 
+    @classmethod
+    def shown_name(cls) -> str:
+        """What people call the method: `display_name`, or the class without "Config"."""
+        return cls.display_name or cls.__name__.removesuffix("Config")
+
     def _check_phases(self) -> None:
         """Phases that are recorded must be those of the method."""
         known = self._all_phases()

@@ -18,7 +18,7 @@ from ..hub.full_card import Adapter
 from ..nas_lora import Architecture
 from . import CommandError
 from .figure import heat_map, styled
-from .names import OUTSIDE, natural, shared_parts, split_name
+from .names import OUTSIDE, by_block, natural, shared_parts, split_name
 
 LABELS = {"low_rank": "low-rank", "bias": "bias"}
 
@@ -93,7 +93,7 @@ def average(architectures: Mapping[str, Any]) -> Table:
         found.setdefault((block, Column(rest, str(row["kind"]))), []).append(row["parameters"] / row["of"])
     means = {place: statistics.fmean(values) for place, values in found.items()}
     within = {column for block, column in means if block}
-    blocks = sorted({block for block, _ in means}, key=lambda block: (not block, "decoder" in block, natural(block)))
+    blocks = sorted({block for block, _ in means}, key=by_block)
     columns = sorted(
         {column for _, column in means},
         key=lambda column: (column not in within, column.kind != "low_rank", natural(column.module)),

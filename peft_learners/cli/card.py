@@ -7,15 +7,13 @@ from pathlib import Path
 from typing import Optional
 
 from ..hub import write_card
-from ..hub.full_card import read_adapter
+from ..hub.full_card import check_picture, read_adapter
 from ..hub.short_card import CARD
-from . import CommandError
 
 
 def run(folder: str, base_model: Optional[str], picture: Optional[Path]) -> None:
     """Write the card of the adapter in a folder."""
-    if picture is not None and not picture.is_file():
-        raise CommandError(f"`picture=` must be a file, got {str(picture)!r}.")
+    check_picture(picture)
     write_card(folder, base_model=base_model, picture=picture)
     adapter = read_adapter(folder, base_model)
     if adapter.base_id is None:

@@ -13,6 +13,11 @@ def natural(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdigit() else (-1, part.lower()) for part in re.split(r"(\d+)", name)]
 
 
+def by_block(block: str) -> tuple[bool, bool, list[tuple[int, str]]]:
+    """A key that sorts blocks as the model has them, a decoder's after an encoder's; last what lies outside ("")."""
+    return not block, "decoder" in block, natural(block)
+
+
 def split_name(module: str, shared: int = 0) -> tuple[str, str]:
     """A module's name as that of its block and the rest; outside the blocks the block is "", and the rest is without
     its first `shared` parts."""

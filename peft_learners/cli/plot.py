@@ -19,7 +19,7 @@ def run(adapters: Sequence[str], out: Optional[Path], title: Optional[str], widt
     found = {name: read(name) for name in adapters}
     methods = {adapter.config.method: name for name, adapter in found.items()}
     if len(methods) > 1:
-        titles = {adapter.config.method: adapter.config.display_name for adapter in found.values()}
+        titles = {adapter.config.method: adapter.config.shown_name() for adapter in found.values()}
         named = " and ".join(f"{name} is a {titles[method]} adapter" for method, name in methods.items())
         raise CommandError(f"Adapters of one method can be drawn together, but {named}. Draw them one by one.")
     (method,) = methods

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from ..hub.full_card import Adapter
 from .figure import heat_map, styled
-from .names import OUTSIDE, natural, shared_parts, split_name
+from .names import OUTSIDE, by_block, natural, shared_parts, split_name
 
 #: Heads of panels, and whether they hold shares, by what rows tell.
 PANELS = {"rank": ("rank of the update", False), "kept_energy": ("share of the energy that folding kept", True)}
@@ -43,7 +43,7 @@ def grid(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[list[str], list[s
     """What rows tell under a key, by block and kind of module: names of blocks, kinds, and values."""
     shared = shared_parts(row["module"] for row in rows)
     found = {split_name(row["module"], shared): row[key] for row in rows if key in row}
-    blocks = sorted({block for block, _ in found}, key=lambda block: (not block, "decoder" in block, natural(block)))
+    blocks = sorted({block for block, _ in found}, key=by_block)
     within = {kind for block, kind in found if block}
     kinds = sorted({kind for _, kind in found}, key=lambda kind: (kind not in within, natural(kind)))
     values = [[found.get((block, kind)) for kind in kinds] for block in blocks]

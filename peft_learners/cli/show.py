@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json as json_format
+import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -37,11 +38,11 @@ def summary(adapter: Adapter, name: str) -> dict[str, Any]:
     with safe_open(file, framework="pt") as tensors:
         for key in tensors.keys():  # noqa: SIM118
             part = tensors.get_slice(key)
-            values[TYPES.get(part.get_dtype(), part.get_dtype())] += _count(part.get_shape())
+            values[TYPES.get(part.get_dtype(), part.get_dtype())] += math.prod(part.get_shape())
     whole: Counter[str] = Counter()
     for key, shape in adapter.shapes.items():
         if f".{config.method}_" not in key:
-            whole[key.removeprefix("base_model.model.").rpartition(".")[0]] += _count(shape)
+            whole[key.removeprefix("base_model.model.").rpartition(".")[0]] += math.prod(shape)
     rows = sorted(config.module_rows(adapter.shapes), key=lambda row: natural(row["module"]))
     firsts, complete = config.phase_first_steps or {}, list(config.completed_phases)
     phases = [
@@ -57,7 +58,7 @@ def summary(adapter: Adapter, name: str) -> dict[str, Any]:
     return {
         "adapter": name,
         "method": config.method,
-        "display_name": config.display_name or type(config).__name__.removesuffix("Config"),
+        "display_name": config.shown_name(),
         "base_model": {
             "name": config.base_model_name_or_path,
             "revision": config.revision,
@@ -71,13 +72,6 @@ def summary(adapter: Adapter, name: str) -> dict[str, Any]:
         "kept_energy": _spread(energies) if energies else None,
         "modules": rows,
     }
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for size in shape:
-        count *= size
-    return count
 
 
 def _kept(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:

@@ -159,6 +159,16 @@ def write_card(
     return card
 
 
+def check_picture(picture: Union[str, Path, None]) -> None:
+    """Refuse a picture that is not there, before anything is written.
+
+    Raises:
+        ValueError: it is no file.
+    """
+    if picture is not None and not Path(picture).is_file():
+        raise ValueError(f"`picture=` must be a file, got {str(picture)!r}.")
+
+
 def header_in(path: Path) -> Optional[CardData]:
     """The header of a card; None if there is no such file, or none that can be read."""
     try:

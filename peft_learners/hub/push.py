@@ -23,7 +23,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from peft import PeftModel
 
-from .full_card import Adapter, Results, header_in, make_card, read_adapter, usage
+from .full_card import Adapter, Results, check_picture, header_in, make_card, read_adapter, usage
 from .short_card import CARD, CONFIG, HERE, WEIGHTS, fill_header, is_untouched
 
 #: What the Hub puts into a new repository.
@@ -137,8 +137,7 @@ def read(
     """The adapter, if it is whole, can be loaded from the Hub, and its card can be made."""
     try:
         adapter = read_adapter(folder, base_model)
-        if picture is not None and not Path(picture).is_file():
-            raise ValueError(f"`picture=` must be a file, got {str(picture)!r}.")
+        check_picture(picture)
         card_to_push(adapter, repo_id, results, picture, None)
     except ValueError as error:
         raise PushError(f"{error} Nothing was pushed.") from error

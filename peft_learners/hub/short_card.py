@@ -161,7 +161,7 @@ def warn_of_local_base(configs: Mapping[str, Any]) -> None:
 
 def first_sentence(config: Any, base: Optional[str], task: str = "") -> str:
     """What an adapter is. A method without a display name is called as its class."""
-    name, of = config.display_name or type(config).__name__.removesuffix("Config"), f" of `{base}`" if base else ""
+    name, of = config.shown_name(), f" of `{base}`" if base else ""
     return f"A {name} adapter{of}{task}, made with peft-learners, a plugin for PEFT."
 
 

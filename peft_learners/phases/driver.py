@@ -296,13 +296,13 @@ class PhaseDriver:
             engine, now = engines[name], schedule.phase_at(global_step)
             if engine is not None:
                 self._check_engine(name, engine, config, schedule, now, stops)
-            if now is not schedule.phases[-1] and tuner.reads_gradients and is_offloaded(optimizer):
-                raise ScheduleError(
-                    f"The adapter {name!r} can't be searched: DeepSpeed has offloaded the optimizer, and with it the "
-                    "gradients that units are scored by. Leave `offload_optimizer` out of the search; the retraining "
-                    "may have it."
-                )
             if now is not schedule.phases[-1]:
+                if tuner.reads_gradients and is_offloaded(optimizer):
+                    raise ScheduleError(
+                        f"The adapter {name!r} can't be searched: DeepSpeed has offloaded the optimizer, and with it "
+                        "the gradients that units are scored by. Leave `offload_optimizer` out of the search; the "
+                        "retraining may have it."
+                    )
                 if not is_deepspeeds(optimizer):  # which holds flat tensors
                     self._check_optimizer(name, tuner.why_optimizer(config), now, raw)
                     if raw is not None and global_step == 0:
@@ -348,6 +348,8 @@ class PhaseDriver:
 
     def _stop_at(self, global_step: int) -> bool:
         """Leave a boundary to the next training, if one lies here that an engine can't cross."""
+        if not self._stopping:
+            return False
         ahead = {name: schedule.phase_at(global_step) for name, schedule in self.schedules.items()}
         ahead = {name: phase for name, phase in ahead.items() if phase is not self._phase[name]}
         if not self._stopping & {*ahead}:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.hooks import RemovableHandle
+
+from .shards import local
 
 
 class Observer:
@@ -22,29 +24,28 @@ class Observer:
         """Bring together what the processes of an engine have seen. To be called by all of them, before a save."""
 
 
+def _with_inner(optimizer: object) -> Iterator[object]:
+    """An optimizer, the one that it holds, if it is a wrapper, and so on."""
+    while optimizer is not None:
+        yield optimizer
+        optimizer = getattr(optimizer, "optimizer", None)
+
+
 def raw_optimizer(optimizer: object) -> torch.optim.Optimizer | None:
     """The torch optimizer behind accelerate's wrapper, which is an Optimizer that holds another one."""
-    while (inner := getattr(optimizer, "optimizer", None)) is not None:
-        optimizer = inner
-    return optimizer if isinstance(optimizer, torch.optim.Optimizer) else None
+    *_, innermost = [None, *_with_inner(optimizer)]
+    return innermost if isinstance(innermost, torch.optim.Optimizer) else None
 
 
 def is_deepspeeds(optimizer: object) -> bool:
     """Whether DeepSpeed makes the steps: an optimizer of its own, or accelerate's wrapper for its engine."""
-    while optimizer is not None:
-        if "deepspeed" in type(optimizer).__module__.split("."):
-            return True
-        optimizer = getattr(optimizer, "optimizer", None)
-    return False
+    return any("deepspeed" in type(one).__module__.split(".") for one in _with_inner(optimizer))
 
 
 def is_offloaded(optimizer: object) -> bool:
     """Whether DeepSpeed makes the steps elsewhere than where the model is."""
-    while optimizer is not None:
-        if getattr(optimizer, "cpu_offload", False) or getattr(optimizer, "offload_optimizer", False):
-            return True
-        optimizer = getattr(optimizer, "optimizer", None)
-    return False
+    flags = ("cpu_offload", "offload_optimizer")
+    return any(getattr(one, flag, False) for one in _with_inner(optimizer) for flag in flags)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer | None) -> int | None:
@@ -52,9 +53,8 @@ def state_bytes(optimizer: torch.optim.Optimizer | None) -> int | None:
     if optimizer is None:
         return None
     values = (value for state in optimizer.state.values() for value in state.values())
-    tensors = (value for value in values if isinstance(value, torch.Tensor))
-    local: list[torch.Tensor] = [value.to_local() if hasattr(value, "to_local") else value for value in tensors]
-    return sum(value.numel() * value.element_size() for value in local)
+    tensors = (local(value) for value in values if isinstance(value, torch.Tensor))
+    return sum(value.numel() * value.element_size() for value in tensors)
 
 
 def resize(

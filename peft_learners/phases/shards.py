@@ -34,6 +34,11 @@ def whole(parameter: Tensor) -> Tensor:
     return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
+def local(value: Any) -> Tensor:
+    """What this process holds of a tensor that FSDP may have in shards."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
 @dataclass(frozen=True)
 class Piece:
     """The entries of a parameter that this process updates, as its optimizer is about to; DeepSpeed's are flat."""
@@ -52,7 +57,7 @@ def piece_of(parameter: Tensor, optimizer: torch.optim.Optimizer) -> Piece | Non
         gradient = parameter.grad
         if gradient is None:
             return None
-        return Piece(_local(parameter.detach()), _local(gradient))
+        return Piece(local(parameter.detach()), local(gradient))
     value = _deepspeeds_value(parameter)
     if value is None:
         nothing = torch.empty(0, device=parameter.device)
@@ -104,10 +109,6 @@ def assembled(parameter: Tensor, piece: Tensor) -> Tensor:
         torch.distributed.all_reduce(flat, group=group)
         return flat.view(shape_of(parameter))
     return piece
-
-
-def _local(value: Any) -> Tensor:
-    return value.to_local() if hasattr(value, "to_local") else value
 
 
 def _deepspeeds_value(parameter: Any) -> Tensor | None:

@@ -62,8 +62,7 @@ def warn_if_fresh(args: TrainingArguments, present: Mapping[str, str]) -> None:
     """
     for folder in _resumed_from(args):
         state = _state_in(folder) or {}
-        told = (state.get("stateful_callbacks") or {}).get("PhaseCallback", {})
-        for adapter, first_steps in told.get("attributes", {}).get("first_steps", {}).items() if told else ():
+        for adapter, first_steps in _told(state, "first_steps").items():
             begun = {phase: step for phase, step in first_steps.items() if step <= state["global_step"]}
             then, now = max(begun, key=lambda phase: begun[phase]), present.get(adapter)
             if now != then and now in first_steps:
@@ -149,10 +148,8 @@ def last_whole(output_dir: Path) -> Path | None:
 
 def _expected(state: dict[str, Any], names: set[str]) -> set[str]:
     """Files of the training's state that a checkpoint should have."""
-    for told in (state.get("stateful_callbacks") or {}).values():
-        record = told["attributes"].get("saved") if isinstance(told, dict) else None
-        if record:
-            return set(record["files"])
+    if record := _told(state, "saved"):
+        return set(record["files"])
     # Written without PhaseCallback: all of them or, with `save_only_model`, none.
     missing = {kind for kind in _OF_TRAINING if not any(name.startswith(kind) for name in names)}
     return set() if len(missing) == len(_OF_TRAINING) else {kind.replace("state", "state.pth") for kind in missing}
@@ -192,6 +189,12 @@ def _state_in(folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None
+
+
+def _told(state: dict[str, Any], attribute: str) -> dict[str, Any]:
+    """What PhaseCallback keeps under a name in a checkpoint; empty where there is nothing."""
+    callbacks = [told for told in (state.get("stateful_callbacks") or {}).values() if isinstance(told, dict)]
+    return next(filter(None, (told["attributes"].get(attribute) for told in callbacks)), {})
 
 
 def _is_cut(path: Path) -> bool:

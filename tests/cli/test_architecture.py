@@ -1,6 +1,5 @@
 """Pictures of learned architectures: shares and their means are right, and what can't be averaged is refused."""
 
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import zoo
 from console import refused, said
 from matplotlib.image import imread
 from peft import get_peft_model
-from training import adapted, arguments, sgd, trainer
+from training import adapted, arguments, save_undriven, sgd, trainer
 
 from peft_learners import Architecture, NASLoRAConfig
 from peft_learners.cli import architecture as architectures
@@ -38,10 +37,7 @@ def saved(folder: Path, arch: str = "bert", *, past_search: bool = True, **setti
     model.base_model.set_schedule(total_steps=5, optimizer=sgd(model))
     if past_search:
         model.base_model.update_and_allocate(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*phases were never driven")
-        model.save_pretrained(folder)
-    return model
+    return save_undriven(model, folder)
 
 
 def read(*folders: Path) -> architectures.Table:

@@ -1,6 +1,5 @@
 """Pictures of kept nodes: what is read is what the adapter holds, and overlaps are right."""
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ import zoo
 from console import refused, said
 from matplotlib.image import imread
 from peft import get_peft_model
-from training import sgd
+from training import save_undriven, sgd
 
 from peft_learners import FARConfig
 from peft_learners.cli import nodes
@@ -34,10 +33,7 @@ def saved(
             parameter.data.add_(torch.randn_like(parameter))
     if past_boundary:
         model.base_model.update_and_allocate(1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*phases were never driven")
-        model.save_pretrained(folder)
-    return model
+    return save_undriven(model, folder)
 
 
 def read_kept(folder: Path, widths: dict[str, int] | None = None) -> nodes.Kept:

@@ -25,7 +25,7 @@ from forks import Warm
 from hub_server import HubServer
 from peft import LoraConfig, PeftModel, convert_to_lora, get_peft_model
 from peft.utils.hotswap import hotswap_adapter
-from training import Rows, arguments, far, learner, nas, trainer
+from training import Rows, arguments, far, learner, nas, trainer, words_tokenizer
 from transformers.utils import check_peft_version
 from zoo import causal_lm, logits_of
 
@@ -353,19 +353,6 @@ def test_program(base, tmp_path: Path):
     assert re.findall(r"'phase': '(\w+)'", run.stdout) == ["priming"] * 3 + ["learning"] * 6
 
 
-def words_tokenizer() -> Any:
-    """A tokenizer of whole words, of which the tiny models know 60."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    names = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(50))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(names)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
-
-
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that holds what the snippets load by name: a base model, and a trained Learner for it."""
@@ -373,7 +360,7 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Path:
     zoo.build("distilbert").save_pretrained(out / "distilbert-base-uncased")
     causal_lm("gpt2").save_pretrained(out / "gpt2")
     decoder = out / "HuggingFaceTB" / "SmolLM2-135M-Instruct"
-    words = words_tokenizer()
+    words = words_tokenizer(50)
     causal_lm("llama").save_pretrained(decoder)
     words.save_pretrained(decoder)
     rows = [{"prompt": "w1 w2", "completion": f" w{i} w3"} for i in range(8)]

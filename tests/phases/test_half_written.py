@@ -7,7 +7,6 @@ import json
 import random
 import re
 import shutil
-import socket
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -365,14 +364,7 @@ def test_two_processes(tmp_path: Path, warm: Warm):
     both refuse it."""
 
     def run(ranks: int, *options: str) -> tuple[set[int], list[str]]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-        jobs = []
-        for rank in map(str, range(ranks)):
-            own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
-            words = [str(tmp_path), *options]
-            jobs.append(warm.start("runs.train_tiny:main", words, log=tmp_path / f"log-{rank}", **own))
+        jobs = warm.ranks(ranks, "runs.train_tiny:main", [str(tmp_path), *options], logs=tmp_path)
         return {job.wait() for job in jobs}, [job.output() for job in jobs]
 
     statuses, output = run(2)

@@ -11,24 +11,11 @@ import pytest
 import torch
 import zoo
 from peft import PeftModel, get_peft_model
-from training import sgd
+from training import sgd, words_tokenizer
 
 from peft_learners import BottleneckConfig, FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl (tested with the version in constraints.txt)")
-
-
-def tokenizer() -> Any:
-    """One token per word."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = ["<pad>", "<s>", "</s>", "<unk>", *(f"w{i}" for i in range(40))]
-    raw = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=raw, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
-    )
 
 
 def text(i: int) -> str:
@@ -58,7 +45,7 @@ def test_sft_trainer(tmp_path: Path, after_priming):
     config = LearnerConfig(r=4, priming_epochs=1, after_priming=after_priming, task_type="CAUSAL_LM")
     run = trl.SFTTrainer(
         base, args, train_dataset=Dataset.from_list([{"text": text(i)} for i in range(8)]),
-        processing_class=tokenizer(), peft_config=config, callbacks=[PhaseCallback()],
+        processing_class=words_tokenizer(), peft_config=config, callbacks=[PhaseCallback()],
     )  # fmt: skip
     run.train()
     starts = {log["phase"]: log["step"] for log in run.state.log_history if "phase_first_step" in log}
@@ -78,7 +65,7 @@ def test_far_defaults(tmp_path: Path, tied):
         rows = Dataset.from_list([{"text": text(i)} for i in range(8)])
         callbacks = [PhaseCallback()]
         return trl.SFTTrainer(
-            decoder(tied), args, train_dataset=rows, processing_class=tokenizer(), peft_config=config,
+            decoder(tied), args, train_dataset=rows, processing_class=words_tokenizer(), peft_config=config,
             callbacks=callbacks,
         )  # fmt: skip
 
@@ -136,7 +123,7 @@ def test_dpo_reference(tmp_path: Path, tuner, loaded):
         model = PeftModel.from_pretrained(zoo.causal_lm("llama"), tmp_path / "adapter", is_trainable=True)
     rows = [{"prompt": text(i), "chosen": f" w{i}", "rejected": f" w{i + 1}"} for i in range(8)]
     args = trl.DPOConfig(output_dir=str(tmp_path / "dpo"), **{**SETTINGS, "max_steps": 2})
-    run = trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=tokenizer())
+    run = trl.DPOTrainer(model, args=args, train_dataset=Dataset.from_list(rows), processing_class=words_tokenizer())
     run.train()
     losses = [log["loss"] for log in run.state.log_history if "loss" in log]
     assert losses[0] == pytest.approx(0.6931, abs=1e-4) and losses[1] != losses[0]

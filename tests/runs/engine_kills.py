@@ -15,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import socket
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -87,16 +86,7 @@ def step_of(checkpoint: Path) -> int:
 def start(warm: Warm, folder: Path, engine: str, case: str) -> list[Job]:
     """Both ranks."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        world = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return [
-        warm.start(
-            "runs.engine_kills:program", str(folder), engine, case, log=folder / f"log-{rank}",
-            **world, RANK=rank, LOCAL_RANK=rank,
-        )
-        for rank in "01"
-    ]  # fmt: skip
+    return warm.ranks(2, "runs.engine_kills:program", str(folder), engine, case, logs=folder)
 
 
 def lines_of(file: Path) -> list[str]:

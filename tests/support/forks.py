@@ -103,26 +103,35 @@ class Warm:
             arguments: further ones.
             environment: what it has beside its parent's.
         """
-        jobs = self._ranks(target, out, ranks, *arguments, **environment)
+
+        def start() -> list[Job]:
+            out.mkdir()
+            return self.ranks(ranks, target, str(out), *arguments, logs=out, **environment)
+
+        jobs = start()
         statuses = [job.wait() for job in jobs]
         if min(statuses) < 0:  # a signal: gloo's own thread has crashed once, in libc, in a run that passes otherwise
             print(f"{target} in {out}: exit statuses {statuses}, started once more", file=sys.stderr)
             shutil.rmtree(out)
-            jobs = self._ranks(target, out, ranks, *arguments, **environment)
+            jobs = start()
             statuses = [job.wait() for job in jobs]
         assert statuses == [0] * ranks, [job.output()[-3000:] for job in jobs]
         return json.loads((out / "results.json").read_text())
 
-    def _ranks(self, target: str, out: Path, ranks: int, *arguments: Any, **environment: str) -> list[Job]:
-        out.mkdir()
+    def ranks(self, count: int, target: str, *arguments: Any, logs: Path, **environment: str) -> list[Job]:
+        """Start the ranks of one world, or one process without.
+
+        Args:
+            logs: folder in which `log-RANK` is where a rank's stdout goes.
+        """
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
-        world = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        world = {"WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         jobs = []
-        for rank in map(str, range(ranks)):
-            own = {} if ranks == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
-            jobs.append(self.start(target, str(out), *arguments, log=out / f"log-{rank}", **own, **environment))
+        for rank in map(str, range(count)):
+            own = {} if count == 1 else {**world, "RANK": rank, "LOCAL_RANK": rank}
+            jobs.append(self.start(target, *arguments, log=logs / f"log-{rank}", **own, **environment))
         return jobs
 
     def close(self) -> None:
