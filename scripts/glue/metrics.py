@@ -18,6 +18,7 @@ METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "qnli": ("accuracy",),
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
+    "grammar": ("accuracy",),
 }
 #: Seconds to wait for the Hub before the metrics are computed without it.
 HUB_TIMEOUT = 5.0
