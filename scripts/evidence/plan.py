@@ -27,11 +27,20 @@ SEEDS: Sequence[int] = _DATA["seeds"]
 
 @dataclass(frozen=True)
 class Task:
-    """A task: its rows, how often a run sees those to train on, and arguments of `transformers.TrainingArguments`."""
+    """A task.
+
+    Attributes:
+        sizes: numbers of its rows.
+        epochs: how often a run sees those to train on.
+        recipe: arguments of `transformers.TrainingArguments`.
+        tokens: of a row, about: the length at which steps are timed.
+    """
+
 
     sizes: Sizes
     epochs: float
     recipe: Mapping[str, Any]
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Variant:
 
 
 TASKS = {
-    name: Task(Sizes(**entry["rows"]), entry["epochs"], {**_DATA["recipe"], **entry.get("recipe", {})})
+    name: Task(Sizes(**entry["rows"]), entry["epochs"], {**_DATA["recipe"], **entry.get("recipe", {})}, entry["tokens"])
     for name, entry in _DATA["tasks"].items()
 }
 VARIANTS = {name: Variant(**entry) for name, entry in _DATA["variants"].items()}

@@ -39,7 +39,10 @@ def rows(task: str, data_dir: Path, model: str) -> tuple[PreTrainedTokenizerBase
     """The tokenizer, and the rows of a task by part, as a model's inputs."""
     tokenizer = AutoTokenizer.from_pretrained(model)
     parts = vars(data.cut(task, TASKS[task].sizes, data_dir))
-    return tokenizer, {name: glue_data.tokenize(part, tokenizer, MAX_LENGTH) for name, part in parts.items()}
+    encoded = {name: glue_data.tokenize(part, tokenizer, MAX_LENGTH) for name, part in parts.items()}
+    for name in ("choice", "test"):  # by length, so that little is padded
+        encoded[name] = encoded[name].select(np.argsort([len(ids) for ids in encoded[name]["input_ids"]], kind="stable"))
+    return tokenizer, encoded
 
 
 def answers(task: str, logits: np.ndarray) -> np.ndarray:

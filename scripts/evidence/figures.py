@@ -1,0 +1,164 @@
+"""What the finished runs say, as numbers: scores, steps to a score, and what a step costs.
+
+A *cell* is a variant on a task at its best rate, with all seeds that are finished there. A difference or a ratio to
+another variant is taken seed by seed, then averaged; its standard error is that of the mean over seeds.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from scripts.evidence import costs, sweep
+from scripts.evidence.plan import SEEDS, TASKS, VARIANTS, Run, best_rate
+from scripts.glue import run_record
+
+REFERENCE = "lora"
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over seeds, or over tasks.
+
+    Attributes:
+        value: of the mean.
+        error: its standard error; None for one value.
+        count: number of values.
+        rows: standard error of it for other test rows; None where that is not known.
+    """
+
+    value: float
+    error: float | None
+    count: int
+    rows: float | None = None
+
+    @classmethod
+    def of(cls, values: Sequence[float], rows: float | None = None) -> Mean:
+        error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
+        return cls(statistics.fmean(values), error, len(values), rows)
+
+    @classmethod
+    def over_tasks(cls, means: Sequence[Mean]) -> Mean:
+        """The mean of independent means."""
+        errors = [mean.error for mean in means]
+        known = [error for error in errors if error is not None]
+        error = math.hypot(*known) / len(means) if len(known) == len(means) else None
+        return cls(statistics.fmean(mean.value for mean in means), error, len(means))
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a phase of a variant costs: times LoRA's step, in flops per step, and in bytes that a step holds."""
+
+    time: float
+    flops: int
+    bytes: int
+
+
+@dataclass
+class Evidence:
+    """The finished runs and the measured costs."""
+
+    runs: Mapping[Run, Record]
+    cost_rows: Sequence[Record] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, out: Path = sweep.OUT, cost_file: Path = costs.OUT) -> Evidence:
+        return cls(sweep.finished(out), run_record.read_lines(cost_file))
+
+    @cached_property
+    def choice(self) -> dict[Run, float]:
+        """Score on the rows to choose by, at the end of each run."""
+        return sweep.scores(dict(self.runs))
+
+    def rate(self, task: str, variant: str) -> float | None:
+        """The best rate of a variant on a task; None as long as it is not known."""
+        return best_rate(self.choice, task, variant)
+
+    def cell(self, task: str, variant: str) -> dict[int, Record]:
+        """Records by seed, at the best rate."""
+        rate = self.rate(task, variant)
+        found = {seed: self.runs.get(Run(task, variant, rate, seed)) for seed in SEEDS} if rate is not None else {}
+        return {seed: record for seed, record in found.items() if record is not None}
+
+    # -- scores ----------------------------------------------------------------------------------------------------
+
+    def test(self, task: str, variant: str) -> Mean | None:
+        """Score on the test part."""
+        records = self.cell(task, variant).values()
+        if not records or any(record["test"] is None for record in records):
+            return None
+        resamples = np.mean([record["resampled"] for record in records], axis=0)
+        return Mean.of([record["test"] for record in records], float(resamples.std(ddof=1)))
+
+    def difference(self, task: str, variant: str, other: str = REFERENCE) -> Mean | None:
+        """Of the scores on the test part, over the seeds that both have."""
+        own, others = self.cell(task, variant), self.cell(task, other)
+        pairs = [(own[seed], others[seed]) for seed in own if seed in others]
+        if not pairs or any(record["test"] is None for pair in pairs for record in pair):
+            return None
+        resamples = np.mean([np.subtract(a["resampled"], b["resampled"]) for a, b in pairs], axis=0)
+        return Mean.of([a["test"] - b["test"] for a, b in pairs], float(resamples.std(ddof=1)))
+
+    # -- steps to a score ------------------------------------------------------------------------------------------
+
+    def target(self, task: str) -> float | None:
+        """LoRA's score at the end of its training, on the rows to choose by, in the mean over seeds."""
+        records = self.cell(task, REFERENCE).values()
+        return statistics.fmean(record["curve"][-1]["score"] for record in records) if records else None
+
+    def arrival(self, task: str, record: Record) -> int | None:
+        """The first evaluated step with the target's score; None if it never comes."""
+        target = self.target(task)
+        found = (point["step"] for point in record["curve"] if (point["score"] or 0) >= target)
+        return next(found, None)
+
+    def arrived(self, task: str, variant: str) -> int:
+        """How many seeds reach the target."""
+        return sum(self.arrival(task, record) is not None for record in self.cell(task, variant).values())
+
+    def spent(self, task: str, record: Record, variant: str, what: str) -> float:
+        """What a run has spent as it reaches the target, or to its end where it doesn't.
+
+        Args:
+            what: "steps"; "time", in steps of LoRA; or "flops".
+        """
+        end = self.arrival(task, record) or record["curve"][-1]["step"]
+        starts = [phase["first_step"] for phase in record["phases"]]
+        steps = [max(0, min(end, b) - a) for a, b in zip(starts, [*starts[1:], end], strict=True)]
+        if what == "steps":
+            return float(sum(steps))
+        found = self.costs(variant, TASKS[task].tokens)
+        return sum(count * getattr(found[min(i, len(found) - 1)], what) for i, count in enumerate(steps))
+
+    def ratio(self, task: str, variant: str, what: str) -> Mean | None:
+        """What a variant spends to the target, to what LoRA spends."""
+        own, others = self.cell(task, variant), self.cell(task, REFERENCE)
+        seeds = [seed for seed in own if seed in others]
+        if not seeds or (what != "steps" and not self.costs(variant, TASKS[task].tokens)):
+            return None
+        reference = statistics.fmean(self.spent(task, others[seed], REFERENCE, what) for seed in seeds)
+        return Mean.of([self.spent(task, own[seed], variant, what) / reference for seed in seeds])
+
+    # -- costs -----------------------------------------------------------------------------------------------------
+
+    def costs(self, variant: str, tokens: int) -> list[Cost]:
+        """Of a variant's phases, in their order."""
+        rows = [row for row in self.cost_rows if (row["variant"], row["tokens"]) == (variant, tokens)]
+        return [
+            Cost(row["ratio_to_lora"]["median"], sum(row["flops"].values()), row["bytes"]["total"])
+            for row in sorted(rows, key=lambda row: row["phase"])
+        ]
+
+    def mean_over(self, tasks: Sequence[str], values: Sequence[Mean | None]) -> Mean | None:
+        """Over tasks; None where one has no value."""
+        known = [value for value in values if value is not None]
+        return Mean.over_tasks(known) if tasks and len(known) == len(tasks) else None
