@@ -26,7 +26,7 @@ jinja2.Environment.compile = functools.cache(jinja2.Environment.compile)  # type
 pytest_plugins = ["tiny_glue"]
 REFUSES_PEFT = Version(peft.__version__) < Version(MIN_PEFT_VERSION)
 #: Files that take longest: they go first, so that two workers end at about the same time.
-LONGEST = ("test_train_glue.py", "test_peft_suite.py", "test_sweep.py")
+LONGEST = ("test_train_glue.py", "test_peft_suite.py")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -9,7 +9,7 @@ has the time of a step, relative to LoRA's, against rank, tokens, width and numb
 """
 
 import argparse
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Optional
 
@@ -88,14 +88,10 @@ def draw_scaling(rows: pd.DataFrame, title: str, path: Path) -> None:
     save(figure, path)
 
 
-def save(figure: Any, path: Path, metadata: Optional[Mapping[str, str]] = None) -> None:
-    """Write a picture into a file, and forget the figure.
-
-    Args:
-        metadata: texts by keyword, to be written into the file: any keyword in PNG, only those of Dublin Core in SVG.
-    """
+def save(figure: Any, path: Path) -> None:
+    """Write a picture into a file, and forget the figure."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=130, metadata=dict(metadata or {}))
+    figure.savefig(path, dpi=130)
     plt.close(figure)
 
 

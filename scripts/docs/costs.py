@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pandas as pd
 
 from scripts.bench.tables import time_column
 from scripts.docs.pages import Lines, markdown
-from scripts.docs.runs import Papers
-from scripts.docs.scores import MISSING
 
+#: Of a cell that nothing stands behind.
+MISSING = "\N{EN DASH}"
 #: Settings of the benchmark by the table's name: that of the scores, and one of the paper's model.
 SETTINGS = {"table1": "minilm-16x128-r64", "table1-distilbert": "distilbert-16x128-r64"}
 
@@ -51,22 +52,27 @@ METHODS = (
 )
 
 
-def table1(table: pd.DataFrame, papers: Papers, setting: str = SETTINGS["table1"]) -> Lines:
+def table1(table: pd.DataFrame, paper: Mapping[str, Any], setting: str = SETTINGS["table1"]) -> Lines:
     """Per method: trained parameters, time of a step, bytes; of methods with phases, of each in their order, and the
     mean time of a step of a whole training, the phases weighted by their steps.
 
     A method of the paper without benchmark rows has dashes beside the paper's numbers; other methods without rows are
     left out. Bytes are counted, in MB: *weights* (buffers too), *stored* (what autograd keeps from forward for
     backward), *optimizer* (its state), and *peak*, the sum of these and of the gradients.
+
+    Args:
+        table: the benchmark's rows.
+        paper: the Learners paper's part of `papers.json`.
+        setting: of the benchmark.
     """
-    theirs = papers.rows("learners", "table1")
+    theirs = {row["ours"]: row for row in paper["table1"]["rows"]}
     phases = {method: _phases(table, method, setting) for method in METHODS}
     if not any(phases.values()):
         return [f"No rows of {setting} yet."]
     lines = []
     for method, found in phases.items():
         if found or method.paper:
-            beside = _paper_cells(papers.model("learners"), theirs.get(method.paper), theirs["full"]["time"])
+            beside = _paper_cells(paper["model"], theirs.get(method.paper), theirs["full"]["time"])
             lines.append({"": method.label, **_cells(found, method.shares), **beside})
     return markdown(pd.DataFrame(lines))
 

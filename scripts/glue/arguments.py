@@ -39,13 +39,6 @@ class ScriptArguments:
     results_file: Optional[str] = field(
         default=None, metadata={"help": "The results file. Default: results.json in output_dir."}
     )
-    holdout_share: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the train rows that are held out of training, the same for every seed: what is chosen "
-            "among runs (a learning rate) is chosen on them, not on dev."
-        },
-    )
     float32_matmul_precision: str = field(
         default="highest",
         metadata={
@@ -115,7 +108,6 @@ DATA_ARGUMENTS = (
     "pad_to_max_length",
     "max_train_samples",
     "max_eval_samples",
-    "holdout_share",
     "float32_matmul_precision",
 )
 

@@ -11,8 +11,6 @@ from datasets import Dataset, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 HUB_DATASET = "nyu-mll/glue"
-#: Of the choice of held-out rows. Not a run's seed: all runs that are compared hold out the same.
-HOLDOUT_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -63,13 +61,11 @@ TASKS: dict[str, Task] = {
 
 @dataclass
 class GlueData:
-    """The rows of a task: `dev` maps a suffix for metrics ("" unless there are several dev splits) to its rows;
-    `holdout` are rows taken out of train."""
+    """The rows of a task: `dev` maps a suffix for metrics ("" unless there are several dev splits) to its rows."""
 
     task: Task
     train: Dataset
     dev: dict[str, Dataset]
-    holdout: Dataset | None = None
 
 
 def find_task(name: str) -> Task:
@@ -85,7 +81,6 @@ def load_glue(
     data_dir: str | None,
     max_train_samples: int | None = None,
     max_eval_samples: int | None = None,
-    holdout_share: float = 0.0,
 ) -> GlueData:
     """The task's train and dev rows, with the columns `text`, `text_pair` (tasks on pairs) and `label`.
 
@@ -94,10 +89,7 @@ def load_glue(
         data_dir: folder that holds the task's folder of TSV files; None: `nyu-mll/glue` from the Hub.
         max_train_samples: keep that many first rows for training; None: all.
         max_eval_samples: keep that many first rows of each dev split; None: all.
-        holdout_share: share of the train rows that is held out, the same rows in every call.
     """
-    if not 0 <= holdout_share < 1:
-        raise ValueError(f"--holdout_share must be from 0 to below 1, got {holdout_share}.")
     for name, value in (("max_train_samples", max_train_samples), ("max_eval_samples", max_eval_samples)):
         if value is not None and value < 1:
             raise ValueError(f"--{name} must be at least 1, got {value}.")
@@ -110,11 +102,7 @@ def load_glue(
     else:
         train, dev = _from_hub(task)
     dev = {suffix: _first(rows, max_eval_samples) for suffix, rows in dev.items()}
-    train, holdout = _first(train, max_train_samples), None
-    if holdout_share:
-        parts = train.train_test_split(test_size=holdout_share, seed=HOLDOUT_SEED)
-        train, holdout = parts["train"], parts["test"]
-    return GlueData(task, train, dev, holdout)
+    return GlueData(task, _first(train, max_train_samples), dev)
 
 
 def tokenize(

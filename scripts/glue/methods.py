@@ -2,11 +2,10 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import get_peft_model
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback
 
 from peft_learners import FARConfig, LearnerConfig, NASLoRAConfig, PhaseCallback
 from scripts.glue import peers as peers
@@ -25,22 +24,6 @@ def learner(model: PreTrainedModel, args: MethodArguments) -> torch.nn.Module:
         after_priming=args.after_priming,
     )
     return get_peft_model(model, config)
-
-
-class Rewarm(TrainerCallback):
-    """Lets the learning rate rise linearly over the first steps of each phase but the first one.
-
-    Attributes:
-        steps: number of those steps.
-    """
-
-    steps = 20
-
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **kwargs: Any) -> None:
-        first = max((entry.get("phase_first_step", 0) for entry in state.log_history), default=0)
-        if first and state.global_step - first < self.steps:
-            for group in kwargs["optimizer"].param_groups:  # the schedule sets the rate anew after each step
-                group["lr"] *= (state.global_step - first + 1) / self.steps
 
 
 FAR_ARGUMENTS = (
@@ -105,11 +88,12 @@ class Method:
         return args.num_virtual_tokens if "num_virtual_tokens" in self.arguments else 0
 
 
-LEARNER_ARGUMENTS = ("r", "priming_epochs", "priming_lr_scale", "after_priming", "dropout")
-
 METHODS: dict[str, Method] = {
-    "learner": Method(learner, LEARNER_ARGUMENTS, callbacks=(PhaseCallback,)),
-    "learner_rewarm": Method(learner, LEARNER_ARGUMENTS, callbacks=(PhaseCallback, Rewarm)),
+    "learner": Method(
+        learner,
+        ("r", "priming_epochs", "priming_lr_scale", "after_priming", "dropout"),
+        callbacks=(PhaseCallback,),
+    ),
     "far": Method(far, FAR_ARGUMENTS, callbacks=(PhaseCallback,)),
     "nas_lora": Method(nas_lora, NAS_LORA_ARGUMENTS, callbacks=(PhaseCallback,), rank=16),
     "lora": Method(peers.lora, ("r", "dropout")),

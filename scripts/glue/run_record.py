@@ -62,17 +62,6 @@ def only_process(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def is_busy(folder: Path) -> bool:
-    """Whether a process works in the folder of a run."""
-    if not folder.is_dir():
-        return False
-    try:
-        with only_process(folder):
-            return False
-    except BusyError:
-        return True
-
-
 class PhaseTimer(TrainerCallback, ExportableState):
     """Adds up the seconds of optimizer steps per phase, without data loading, evaluation, logging and saving.
 

@@ -134,12 +134,12 @@ def open_run(
 
 def build_trainer(
     args: ScriptArguments, method_args: MethodArguments, training_args: TrainingArguments
-) -> tuple[Trainer, dict[str, Any], Optional[datasets.Dataset]]:
-    """The Trainer of a run, what the record says about its rows, metrics and parameters, and the held-out rows."""
+) -> tuple[Trainer, dict[str, Any]]:
+    """The Trainer of a run, and what the record says about its rows, metrics and parameters."""
     task = glue_data.find_task(args.task)
     set_seed(training_args.seed)  # before the model: the seed decides the new head too
     model, tokenizer = load_model(args, method_args, task)
-    data = glue_data.load_glue(task, args.data_dir, args.max_train_samples, args.max_eval_samples, args.holdout_share)
+    data = glue_data.load_glue(task, args.data_dir, args.max_train_samples, args.max_eval_samples)
 
     def encode(rows: datasets.Dataset, name: str) -> datasets.Dataset:
         return glue_data.tokenize(rows, tokenizer, args.max_length, args.pad_to_max_length, f"Tokenizing {name}")
@@ -159,16 +159,13 @@ def build_trainer(
         callbacks=callbacks,
     )
     counts = {f"dev_{suffix}".rstrip("_"): len(rows) for suffix, rows in dev.items()}
-    holdout = None if data.holdout is None else encode(data.holdout, "held-out rows")
-    if holdout is not None:
-        counts["holdout"] = len(holdout)
     about = {
         "rows": {"train": len(data.train), **counts},
         "metrics_source": source,
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "total": sum(p.numel() for p in model.parameters()),
     }
-    return trainer, about, holdout
+    return trainer, about
 
 
 def check_rows(record: Path, rows: dict[str, int], checkpoint: Optional[Path], trainer: Trainer) -> None:
@@ -212,13 +209,6 @@ def final_evaluation(trainer: Trainer, epochs: list[dict[str, Any]]) -> dict[str
     return run_record.eval_values(trainer.evaluate())
 
 
-def holdout_evaluation(trainer: Trainer, rows: datasets.Dataset) -> dict[str, Any]:
-    """Loss and metrics, by their names, on the rows that were held out of training."""
-    values = trainer.evaluate(rows, metric_key_prefix="holdout")
-    as_dev = {name.replace("holdout_", "eval_", 1): value for name, value in values.items()}
-    return {name.removeprefix("eval_"): value for name, value in run_record.eval_values(as_dev).items()}
-
-
 def peak_memory(trainer: Trainer, timer: run_record.PhaseTimer) -> int:
     """Highest memory use of any process of the run, in bytes."""
     peak = torch.tensor([max(timer.peak_bytes, run_record.peak_memory_bytes())], device=trainer.args.device)
@@ -242,7 +232,7 @@ def train(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Train, evaluate and save; returns what the results file says about the run, without its settings."""
-    trainer, about, holdout = build_trainer(args, method_args, training_args)
+    trainer, about = build_trainer(args, method_args, training_args)
     say(f"Rows: {about['rows']}. Parameters: {about['trained']:,} of {about['total']:,} trained.")
     check_rows(Path(training_args.output_dir) / "run_config.json", about["rows"], checkpoint, trainer)
     if checkpoint:
@@ -251,7 +241,6 @@ def train(
     log = trainer.state.log_history
     epochs = run_record.epoch_rows(log)  # before the final evaluation adds itself to the log
     final = final_evaluation(trainer, epochs)
-    held_out = {} if holdout is None else {"holdout": holdout_evaluation(trainer, holdout)}
     folder = save(trainer)
     # By type: the Trainer may have put a restored copy in its place.
     timer = next(c for c in trainer.callback_handler.callbacks if isinstance(c, run_record.PhaseTimer))
@@ -269,7 +258,6 @@ def train(
         },
         "epochs": epochs,
         "final": final,
-        **held_out,
         **learned_architecture(model),
         **kept_energy(model),
         "metrics_source": about["metrics_source"],

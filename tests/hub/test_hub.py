@@ -180,7 +180,7 @@ def test_pushed_results_and_picture(pushed):
         assert f'PeftModel.from_pretrained(base, "{repo_id}")' in card.text
     card = pushed.card("me/with-card")
     assert [(r.metric_type, r.metric_value) for r in card.data.eval_results] == (
-        [("accuracy", 0.75), ("f1", 0.8360128617363344)]  # results/glue/mrpc-learner-r64-minilm-seed0.json
+        [("accuracy", 0.75), ("f1", 0.8360128617363344)]  # mrpc-learner-r64 of results/archive.jsonl
     )
     assert "| validation | 408 | accuracy | 75.0 |" in card.text
 

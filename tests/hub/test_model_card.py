@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
+from archive import single_run
 from console import refused, said
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
@@ -29,7 +30,7 @@ CONFIGS = {
     "bottleneck": lambda **more: BottleneckConfig(**{"bottleneck_dim": 4, "task_type": "SEQ_CLS", **more}),
 }
 METHODS = list(CONFIGS)
-RECORD = json.loads((ROOT / "results/glue/mrpc-learner-r64-minilm-seed0.json").read_text())
+RECORD = single_run("mrpc-learner-r64-minilm-seed0")
 
 
 @pytest.fixture(autouse=True)
@@ -419,7 +420,7 @@ def test_committed_card_per_method():
 def test_committed_cards_tell_results(name):
     """Cards in the repository tell committed results."""
     method, run = COMMITTED[name]
-    record = json.loads((ROOT / f"results/glue/{run}.json").read_text())
+    record = single_run(run)
     card = ModelCard.load(ROOT / f"model_cards/{name}.md")
     assert card.data.base_model == "sentence-transformers/all-MiniLM-L6-v2" and method in card.data.tags
     found = {f"eval_{r.metric_type}": r.metric_value for r in card.data.eval_results}

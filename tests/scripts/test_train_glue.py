@@ -7,7 +7,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -204,7 +203,6 @@ def test_run_and_record(method, arguments, tmp_path, capsys):
     # 6 steps, 3 per epoch: one epoch of priming; 1 % of the steps, at least one
     starts = {
         "learner": {"priming": 0, "learning": 3},
-        "learner_rewarm": {"priming": 0, "learning": 3},
         "far": {"priming": 0, "reconfigured": 1},
         "nas_lora": {"search": 0, "retraining": 3},
     }.get(method)
@@ -246,21 +244,6 @@ def test_fold_is_recorded(arguments, tmp_path):
     assert "kept_energy" not in keeps and folds["adapter_bytes"] < keeps["adapter_bytes"]
     assert folds["optimizer_bytes"] == keeps["optimizer_bytes"]
     assert folds["optimizer_bytes"]["learning"] < folds["optimizer_bytes"]["priming"]
-
-
-def test_rewarm_after_the_boundary():
-    """The rate rises linearly over twenty steps after the first phase, and is the schedule's before and after."""
-    state = SimpleNamespace(log_history=[{"phase_first_step": 0}, {"phase_first_step": 30}], global_step=29)
-
-    def rate(step: int) -> float:
-        state.global_step = step
-        optimizer = SimpleNamespace(param_groups=[{"lr": 1.0}])
-        glue_methods.Rewarm().on_step_begin(None, state, None, optimizer=optimizer)
-        return optimizer.param_groups[0]["lr"]
-
-    assert [rate(30), rate(39), rate(49), rate(50), rate(80)] == [0.05, 0.5, 1, 1, 1]
-    state.log_history.pop()
-    assert rate(5) == 1
 
 
 # AdaLoRA's recorded loss holds a regularisation, and PEFT gives none for an adapter that is loaded: see test_peers.py.
@@ -351,6 +334,12 @@ def test_own_rows_only(arguments, tmp_path):
         train_glue.main(arguments(max_steps=3, save_steps=3))
 
 
+def test_busy_folder(arguments, tmp_path):
+    """A folder in which another process trains is left alone."""
+    with run_record.only_process(tmp_path / "run"), pytest.raises(run_record.BusyError, match="trains there"):
+        train_glue.main(arguments())
+
+
 def test_architecture_recorded(arguments, tmp_path):
     """A search leaves its architecture in the record."""
     found = train_glue.main(arguments(method="nas_lora", parameter_budget=40))["architecture"]
@@ -358,14 +347,6 @@ def test_architecture_recorded(arguments, tmp_path):
     assert sum(row["parameters"] for row in found["rows"]) == 40
     other = tmp_path / "other"
     assert "architecture" not in train_glue.main(arguments(method="full", output_dir=other))
-
-
-def test_held_out_rows(arguments):
-    """Held out rows are scored beside dev."""
-    found = train_glue.main(arguments(holdout_share=0.25))
-    assert found["rows"] == {"train": 36, "dev": 24, "holdout": 12}
-    assert set(found["holdout"]) == {"loss", "matthews_correlation"} and set(found["final"]) >= {"eval_loss"}
-    assert found["config"]["holdout_share"] == 0.25
 
 
 def test_wrong_arguments_are_named(arguments, tmp_path):
@@ -427,7 +408,7 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_killed_run(arguments, tmp_path):
-    """A killed run goes on and ends as an uninterrupted one (killed Learners: test_sweep.py)."""
+    """A killed run goes on and ends as an uninterrupted one."""
     settings = {"method": "nas_lora", "num_train_epochs": 12, "per_device_train_batch_size": 4}
     command = [sys.executable, "-m", "scripts.glue.train"]
     killed = subprocess.Popen([*command, *arguments(**settings)], env=environment(), stderr=subprocess.DEVNULL)
