@@ -66,7 +66,9 @@ def _read(name: str, data_dir: Path) -> Dataset:
     part = data_dir / f"{task.folder}-part"
     folder = part if part.is_dir() else data_dir / task.folder
     files = [folder / "train.tsv", *(folder / file for _, _, file in task.dev_splits)]
-    return concatenate_datasets([glue_data.read_tsv(file, task) for file in files if file == files[0] or file.is_file()])
+    return concatenate_datasets(
+        [glue_data.read_tsv(file, task) for file in files if file == files[0] or file.is_file()]
+    )
 
 
 def _distinct(rows: Dataset) -> Dataset:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scripts.evidence import costs, sweep
-from scripts.evidence.plan import SEEDS, TASKS, VARIANTS, Run, best_rate
+from scripts.evidence.plan import SEEDS, TASKS, Run, best_rate
 from scripts.glue import run_record
 
 REFERENCE = "lora"

@@ -36,7 +36,6 @@ class Task:
         tokens: of a row, about: the length at which steps are timed.
     """
 
-
     sizes: Sizes
     epochs: float
     recipe: Mapping[str, Any]
@@ -55,11 +54,15 @@ class Variant:
 
 
 TASKS = {
-    name: Task(Sizes(**entry["rows"]), entry["epochs"], {**_DATA["recipe"], **entry.get("recipe", {})}, entry["tokens"])
+    name: Task(
+        Sizes(**entry["rows"]), entry["epochs"], {**_DATA["recipe"], **entry.get("recipe", {})}, entry["tokens"]
+    )
     for name, entry in _DATA["tasks"].items()
 }
 VARIANTS = {name: Variant(**entry) for name, entry in _DATA["variants"].items()}
 STAGES: Sequence[Mapping[str, Sequence[str]]] = _DATA["stages"]
+#: Variants in each table of the page.
+PAGE: Mapping[str, Sequence[str]] = _DATA["page"]
 #: Score on the rows to choose by at the end of each finished run; minus infinity where training diverged.
 Scores = Mapping["Run", float]
 

@@ -14,7 +14,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -41,7 +40,9 @@ def rows(task: str, data_dir: Path, model: str) -> tuple[PreTrainedTokenizerBase
     parts = vars(data.cut(task, TASKS[task].sizes, data_dir))
     encoded = {name: glue_data.tokenize(part, tokenizer, MAX_LENGTH) for name, part in parts.items()}
     for name in ("choice", "test"):  # by length, so that little is padded
-        encoded[name] = encoded[name].select(np.argsort([len(ids) for ids in encoded[name]["input_ids"]], kind="stable"))
+        encoded[name] = encoded[name].select(
+            np.argsort([len(ids) for ids in encoded[name]["input_ids"]], kind="stable")
+        )
     return tokenizer, encoded
 
 
@@ -105,7 +106,9 @@ def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, 
         train_dataset=parts["train"],
         eval_dataset=parts["choice"],
         data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda found: {"score": score(run.task, answers(run.task, found.predictions), found.label_ids)},
+        compute_metrics=lambda found: {
+            "score": score(run.task, answers(run.task, found.predictions), found.label_ids)
+        },
         callbacks=[*variants.callbacks(variant.method), timer],  # the timer after the one that names the phase
     )
     trainer.remove_callback(PrinterCallback)

@@ -12,7 +12,6 @@ started again, and started twice.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import shutil

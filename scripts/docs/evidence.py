@@ -1,0 +1,157 @@
+"""Tables and the picture of results/evidence: scores, steps to LoRA's score, and costs, by method and task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from scripts.docs.pages import Lines, markdown
+from scripts.evidence.figures import REFERENCE, Evidence, Mean
+from scripts.evidence.plan import PAGE, SEEDS, TASKS, VARIANTS
+
+NOTHING: Lines = ["No finished runs yet."]
+LABELS = {"grammar": "grammar", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC"}
+MB = 1e6
+
+
+class Tables:
+    """The tables of the page, each under the name of its marker."""
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.tasks = [task for task in TASKS if evidence.cell(task, REFERENCE)]
+        self.tables: dict[str, Callable[[], Lines]] = {
+            **{f"scores-{name}": lambda name=name: self.scores(PAGE[name]) for name in PAGE},
+            **{f"steps-{name}": lambda name=name: self.steps(PAGE[name]) for name in PAGE},
+            "rates": self.rates,
+            "rows": self.rows,
+        }
+
+    def _shown(self, names: Sequence[str]) -> list[str]:
+        return [name for name in names if any(self.evidence.cell(task, name) for task in self.tasks)]
+
+    def scores(self, names: Sequence[str]) -> Lines:
+        """Score on the test part by task, and how far it is from LoRA's."""
+        rows = []
+        for name in self._shown(names):
+            row = {"": VARIANTS[name].label}
+            for task in self.tasks:
+                row[LABELS[task]] = self._score(task, name)
+            differences = [self.evidence.difference(task, name) for task in self.tasks]
+            mean = self.evidence.mean_over(self.tasks, differences)
+            row["to LoRA, mean over tasks"] = "" if name == REFERENCE else signed(mean)
+            rows.append(row)
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def _score(self, task: str, name: str) -> str:
+        found, difference = self.evidence.test(task, name), self.evidence.difference(task, name)
+        if found is None:
+            return "diverged" if self.evidence.cell(task, name) else "–"
+        own = f"**{found.value:.1f}** ± {found.error:.1f}" if found.error is not None else f"**{found.value:.1f}**"
+        beside = "" if difference is None or name == REFERENCE else f"; {signed(difference)}"
+        return f"{own} ({found.count}){beside}"
+
+    def steps(self, names: Sequence[str]) -> Lines:
+        """What each method spends to LoRA's score, to what LoRA spends."""
+        rows = []
+        for name in self._shown(names):
+            row = {"": VARIANTS[name].label}
+            for task in self.tasks:
+                ratio = self.evidence.ratio(task, name, "steps")
+                count = len(self.evidence.cell(task, name))
+                reached = f"{self.evidence.arrived(task, name)} of {count}"
+                row[LABELS[task]] = "–" if ratio is None else f"{plain(ratio)} ({reached})"
+            for what, label in (("steps", "steps"), ("time", "time"), ("flops", "flops")):
+                ratios = [self.evidence.ratio(task, name, what) for task in self.tasks]
+                row[f"{label}, mean"] = plain(self.evidence.mean_over(self.tasks, ratios))
+            row["file, MB"] = self._file(name)
+            row["peak, MB"] = self._peak(name)
+            rows.append(row)
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def _file(self, name: str) -> str:
+        sizes = {record["file_bytes"] for task in self.tasks for record in self.evidence.cell(task, name).values()}
+        return f"{max(sizes) / MB:.2f}" if sizes else ""
+
+    def _peak(self, name: str) -> str:
+        """Of steps of the longest rows, by phase."""
+        tokens = max((TASKS[task].tokens for task in self.tasks), default=0)
+        return ", then ".join(f"{cost.bytes / MB:.0f}" for cost in self.evidence.costs(name, tokens))
+
+    def rates(self) -> Lines:
+        """Score on the rows to choose by, by rate, with the first seed."""
+        rows = []
+        for name, variant in VARIANTS.items():
+            row = {"": variant.label}
+            for task in self.tasks:
+                row[LABELS[task]] = self._rates(task, name)
+            if any(row[LABELS[task]] for task in self.tasks):
+                rows.append(row)
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def _rates(self, task: str, name: str) -> str:
+        best, cells = self.evidence.rate(task, name), []
+        for rate in VARIANTS[name].rates:
+            run = next((r for r in self.evidence.runs if (*vars(r).values(),) == (task, name, rate, SEEDS[0])), None)
+            if run is not None:
+                text = f"{self.evidence.choice[run]:.1f}"
+                cells.append(f"{power(rate)}: **{text}**" if rate == best else f"{power(rate)}: {text}")
+        return ", ".join(cells)
+
+    def rows(self) -> Lines:
+        """Rows, steps and target of each task."""
+        rows = []
+        for task in self.tasks:
+            record = next(iter(self.evidence.cell(task, REFERENCE).values()))
+            target = self.evidence.target(task)
+            row = {"": LABELS[task], **{part: f"{count:,}" for part, count in record["rows"].items()}}
+            rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": f"{target:.1f}"})
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+
+def plain(mean: Mean | None) -> str:
+    """A mean with its error over seeds."""
+    if mean is None:
+        return "–"
+    return f"{mean.value:.2f}" if mean.error is None else f"{mean.value:.2f} ± {mean.error:.2f}"
+
+
+def signed(mean: Mean | None) -> str:
+    """A difference with its errors: over seeds, and for other test rows."""
+    if mean is None:
+        return "–"
+    errors = [f"{error:.1f}" for error in (mean.error, mean.rows) if error is not None]
+    return " ± ".join([f"{mean.value:+.1f}", *(["/".join(errors)] if errors else [])])
+
+
+def power(rate: float) -> str:
+    """A learning rate without needless zeros: 3e-5."""
+    mantissa, exponent = f"{rate:.0e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
+
+
+def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
+    """Draw the score on the rows to choose by against steps, a panel per task; the dashed line is LoRA's at its end."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    tasks = [task for task in TASKS if evidence.cell(task, REFERENCE)]
+    figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    for panel, task in zip(panels[0], tasks, strict=True):
+        for name in names:
+            if records := evidence.cell(task, name):
+                curves = [[point["score"] for point in record["curve"]] for record in records.values()]
+                steps = [point["step"] for point in next(iter(records.values()))["curve"]]
+                means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
+                panel.plot(steps, means, marker=".", label=VARIANTS[name].label)
+        panel.axhline(evidence.target(task), color="0.4", linestyle="--", linewidth=1)
+        panel.set(title=LABELS[task], xlabel="steps")
+        panel.grid(alpha=0.25)
+    panels[0][0].set_ylabel("score on the rows to choose by")
+    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    plt.close(figure)
