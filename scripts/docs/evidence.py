@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
 
 from scripts.docs.pages import Lines, markdown
 from scripts.evidence.figures import REFERENCE, Evidence, Mean
-from scripts.evidence.plan import PAGE, SEEDS, TASKS, VARIANTS
+from scripts.evidence.plan import Run
 
+NONE = "\u2013"
 NOTHING: Lines = ["No finished runs yet."]
 LABELS = {"grammar": "grammar", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC"}
 MB = 1e6
@@ -21,10 +23,10 @@ class Tables:
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.tasks = [task for task in TASKS if evidence.cell(task, REFERENCE)]
+        self.tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
         self.tables: dict[str, Callable[[], Lines]] = {
-            **{f"scores-{name}": lambda name=name: self.scores(PAGE[name]) for name in PAGE},
-            **{f"steps-{name}": lambda name=name: self.steps(PAGE[name]) for name in PAGE},
+            **{f"scores-{name}": partial(self.scores, shown) for name, shown in evidence.protocol.page.items()},
+            **{f"steps-{name}": partial(self.steps, shown) for name, shown in evidence.protocol.page.items()},
             "rates": self.rates,
             "rows": self.rows,
         }
@@ -36,7 +38,7 @@ class Tables:
         """Score on the test part by task, and how far it is from LoRA's."""
         rows = []
         for name in self._shown(names):
-            row = {"": VARIANTS[name].label}
+            row = {"": self.evidence.protocol.variants[name].label}
             for task in self.tasks:
                 row[LABELS[task]] = self._score(task, name)
             differences = [self.evidence.difference(task, name) for task in self.tasks]
@@ -48,7 +50,7 @@ class Tables:
     def _score(self, task: str, name: str) -> str:
         found, difference = self.evidence.test(task, name), self.evidence.difference(task, name)
         if found is None:
-            return "diverged" if self.evidence.cell(task, name) else "–"
+            return "diverged" if self.evidence.cell(task, name) else NONE
         own = f"**{found.value:.1f}** ± {found.error:.1f}" if found.error is not None else f"**{found.value:.1f}**"
         beside = "" if difference is None or name == REFERENCE else f"; {signed(difference)}"
         return f"{own} ({found.count}){beside}"
@@ -57,12 +59,12 @@ class Tables:
         """What each method spends to LoRA's score, to what LoRA spends."""
         rows = []
         for name in self._shown(names):
-            row = {"": VARIANTS[name].label}
+            row = {"": self.evidence.protocol.variants[name].label}
             for task in self.tasks:
                 ratio = self.evidence.ratio(task, name, "steps")
                 count = len(self.evidence.cell(task, name))
                 reached = f"{self.evidence.arrived(task, name)} of {count}"
-                row[LABELS[task]] = "–" if ratio is None else f"{plain(ratio)} ({reached})"
+                row[LABELS[task]] = NONE if ratio is None else f"{plain(ratio)} ({reached})"
             for what, label in (("steps", "steps"), ("time", "time"), ("flops", "flops")):
                 ratios = [self.evidence.ratio(task, name, what) for task in self.tasks]
                 row[f"{label}, mean"] = plain(self.evidence.mean_over(self.tasks, ratios))
@@ -77,13 +79,13 @@ class Tables:
 
     def _peak(self, name: str) -> str:
         """Of steps of the longest rows, by phase."""
-        tokens = max((TASKS[task].tokens for task in self.tasks), default=0)
+        tokens = max((self.evidence.protocol.tasks[task].tokens for task in self.tasks), default=0)
         return ", then ".join(f"{cost.bytes / MB:.0f}" for cost in self.evidence.costs(name, tokens))
 
     def rates(self) -> Lines:
         """Score on the rows to choose by, by rate, with the first seed."""
         rows = []
-        for name, variant in VARIANTS.items():
+        for name, variant in self.evidence.protocol.variants.items():
             row = {"": variant.label}
             for task in self.tasks:
                 row[LABELS[task]] = self._rates(task, name)
@@ -93,9 +95,9 @@ class Tables:
 
     def _rates(self, task: str, name: str) -> str:
         best, cells = self.evidence.rate(task, name), []
-        for rate in VARIANTS[name].rates:
-            run = next((r for r in self.evidence.runs if (*vars(r).values(),) == (task, name, rate, SEEDS[0])), None)
-            if run is not None:
+        for rate in self.evidence.protocol.variants[name].rates:
+            run = Run(task, name, rate, self.evidence.protocol.seeds[0])
+            if run in self.evidence.runs:
                 text = f"{self.evidence.choice[run]:.1f}"
                 cells.append(f"{power(rate)}: **{text}**" if rate == best else f"{power(rate)}: {text}")
         return ", ".join(cells)
@@ -114,14 +116,14 @@ class Tables:
 def plain(mean: Mean | None) -> str:
     """A mean with its error over seeds."""
     if mean is None:
-        return "–"
+        return NONE
     return f"{mean.value:.2f}" if mean.error is None else f"{mean.value:.2f} ± {mean.error:.2f}"
 
 
 def signed(mean: Mean | None) -> str:
     """A difference with its errors: over seeds, and for other test rows."""
     if mean is None:
-        return "–"
+        return NONE
     errors = [f"{error:.1f}" for error in (mean.error, mean.rows) if error is not None]
     return " ± ".join([f"{mean.value:+.1f}", *(["/".join(errors)] if errors else [])])
 
@@ -133,13 +135,14 @@ def power(rate: float) -> str:
 
 
 def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
-    """Draw the score on the rows to choose by against steps, a panel per task; the dashed line is LoRA's at its end."""
+    """Draw the score on the rows to choose by against steps, a panel per task; the dashed line is LoRA's
+    at its end."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in TASKS if evidence.cell(task, REFERENCE)]
+    tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
         for name in names:
@@ -147,7 +150,7 @@ def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
                 curves = [[point["score"] for point in record["curve"]] for record in records.values()]
                 steps = [point["step"] for point in next(iter(records.values()))["curve"]]
                 means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-                panel.plot(steps, means, marker=".", label=VARIANTS[name].label)
+                panel.plot(steps, means, marker=".", label=evidence.protocol.variants[name].label)
         panel.axhline(evidence.target(task), color="0.4", linestyle="--", linewidth=1)
         panel.set(title=LABELS[task], xlabel="steps")
         panel.grid(alpha=0.25)

@@ -2,8 +2,8 @@
 
     python -m scripts.evidence.costs --model_name_or_path MODEL   # results/evidence/costs.jsonl
 
-Seconds of runs that trained side by side tell nothing. So the seconds to a score are steps times a phase's median ratio
-to LoRA's step, measured here round by round, on rows of a task's usual length.
+Seconds of runs that trained side by side tell nothing. So the seconds to a score are steps times a phase's median
+ratio to LoRA's step, measured here round by round, on rows of a task's usual length.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 from scripts.bench import measure
 from scripts.evidence import variants
-from scripts.evidence.plan import PRECISION, TASKS, VARIANTS
+from scripts.evidence.plan import Protocol, Variant
 from scripts.glue import run_record
 
 OUT = Path("results/evidence/costs.jsonl")
@@ -39,9 +39,8 @@ def rows(tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
-def phases(name: str, base: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[measure.Variant]:
+def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[measure.Variant]:
     """The variant in each of its phases, ready to take steps."""
-    variant = VARIANTS[name]
     length = next((steps for field, steps in LENGTHS.items() if field in variant.fields), None)
     fields = {key: value for key, value in variant.fields.items() if key not in LENGTHS}
     for past in (False, True) if length else (False,):
@@ -68,14 +67,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args(argv)
-    torch.set_float32_matmul_precision(PRECISION)
+    protocol = Protocol.read()
+    torch.set_float32_matmul_precision(protocol.precision)
     base = AutoModelForSequenceClassification.from_pretrained(
         args.model_name_or_path, num_labels=2, dtype=torch.float32, attn_implementation="eager"
     )
     found: list[dict[str, Any]] = []
-    for tokens in sorted({task.tokens for task in TASKS.values()}):
+    for tokens in sorted({task.tokens for task in protocol.tasks.values()}):
         batch = rows(tokens, base.config.vocab_size)
-        ready = {(name, v.phase): v for name in VARIANTS for v in phases(name, base, batch)}
+        ready = {
+            (name, v.phase): v for name in protocol.variants for v in phases(protocol.variants[name], base, batch)
+        }
         counted = {key: (measure.measure_bytes(v, batch), measure.step_flops(v, batch)) for key, v in ready.items()}
         measure.take_rounds(ready, batch, args.rounds)
         reference = ready[REFERENCE, "0"]

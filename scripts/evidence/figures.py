@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from scripts.evidence import costs, sweep
-from scripts.evidence.plan import SEEDS, TASKS, Run, best_rate
+from scripts.evidence.plan import Protocol, Run
 from scripts.glue import run_record
 
 REFERENCE = "lora"
@@ -67,12 +67,16 @@ class Cost:
 class Evidence:
     """The finished runs and the measured costs."""
 
+    protocol: Protocol
     runs: Mapping[Run, Record]
     cost_rows: Sequence[Record] = field(default_factory=list)
 
     @classmethod
-    def read(cls, out: Path = sweep.OUT, cost_file: Path = costs.OUT) -> Evidence:
-        return cls(sweep.finished(out), run_record.read_lines(cost_file))
+    def read(cls, folder: Path) -> Evidence:
+        """What lies in a folder of results."""
+        protocol = Protocol.read()
+        runs = sweep.finished(protocol, folder / sweep.OUT.name)
+        return cls(protocol, runs, run_record.read_lines(folder / costs.OUT.name))
 
     @cached_property
     def choice(self) -> dict[Run, float]:
@@ -81,12 +85,14 @@ class Evidence:
 
     def rate(self, task: str, variant: str) -> float | None:
         """The best rate of a variant on a task; None as long as it is not known."""
-        return best_rate(self.choice, task, variant)
+        return self.protocol.best_rate(self.choice, task, variant)
 
     def cell(self, task: str, variant: str) -> dict[int, Record]:
         """Records by seed, at the best rate."""
         rate = self.rate(task, variant)
-        found = {seed: self.runs.get(Run(task, variant, rate, seed)) for seed in SEEDS} if rate is not None else {}
+        if rate is None:
+            return {}
+        found = {seed: self.runs.get(Run(task, variant, rate, seed)) for seed in self.protocol.seeds}
         return {seed: record for seed, record in found.items() if record is not None}
 
     # -- scores ----------------------------------------------------------------------------------------------------
@@ -116,10 +122,13 @@ class Evidence:
         return statistics.fmean(record["curve"][-1]["score"] for record in records) if records else None
 
     def arrival(self, task: str, record: Record) -> int | None:
-        """The first evaluated step with the target's score; None if it never comes."""
-        target = self.target(task)
-        found = (point["step"] for point in record["curve"] if (point["score"] or 0) >= target)
-        return next(found, None)
+        """The first evaluated step of a run's last phase with the target's score; None if it never comes.
+
+        What is there before that phase is not yet what the run ends with: a LoRA once folded, a searched architecture.
+        """
+        target, first = self.target(task), record["phases"][-1]["first_step"]
+        later = (point for point in record["curve"] if point["step"] > first)
+        return next((point["step"] for point in later if (point["score"] or 0.0) >= (target or 0.0)), None)
 
     def arrived(self, task: str, variant: str) -> int:
         """How many seeds reach the target."""
@@ -136,14 +145,14 @@ class Evidence:
         steps = [max(0, min(end, b) - a) for a, b in zip(starts, [*starts[1:], end], strict=True)]
         if what == "steps":
             return float(sum(steps))
-        found = self.costs(variant, TASKS[task].tokens)
+        found = self.costs(variant, self.protocol.tasks[task].tokens)
         return sum(count * getattr(found[min(i, len(found) - 1)], what) for i, count in enumerate(steps))
 
     def ratio(self, task: str, variant: str, what: str) -> Mean | None:
         """What a variant spends to the target, to what LoRA spends."""
         own, others = self.cell(task, variant), self.cell(task, REFERENCE)
         seeds = [seed for seed in own if seed in others]
-        if not seeds or (what != "steps" and not self.costs(variant, TASKS[task].tokens)):
+        if not seeds or (what != "steps" and not self.costs(variant, self.protocol.tasks[task].tokens)):
             return None
         reference = statistics.fmean(self.spent(task, others[seed], REFERENCE, what) for seed in seeds)
         return Mean.of([self.spent(task, own[seed], variant, what) / reference for seed in seeds])

@@ -1,4 +1,4 @@
-"""Which runs the protocol makes, and in which order. What there is to train stands in protocol.yaml.
+"""Which runs a protocol makes, and in which order. What there is to train stands in protocol.yaml.
 
 A *variant* is a method with its settings. A *run* is a variant trained on a task with one learning rate and one seed.
 Each variant has three rates in half decades. The first seed trains all three; the best on the rows to choose by is the
@@ -15,54 +15,7 @@ from typing import Any
 
 import yaml
 
-from scripts.evidence.data import Sizes
-
-_DATA = yaml.safe_load((Path(__file__).parent / "protocol.yaml").read_text(encoding="utf-8"))
-MODEL: str = _DATA["model"]
-EVALUATIONS: int = _DATA["evaluations"]
-PRECISION: str = _DATA["precision"]
-MAX_LENGTH: int = _DATA["max_length"]
-SEEDS: Sequence[int] = _DATA["seeds"]
-
-
-@dataclass(frozen=True)
-class Task:
-    """A task.
-
-    Attributes:
-        sizes: numbers of its rows.
-        epochs: how often a run sees those to train on.
-        recipe: arguments of `transformers.TrainingArguments`.
-        tokens: of a row, about: the length at which steps are timed.
-    """
-
-    sizes: Sizes
-    epochs: float
-    recipe: Mapping[str, Any]
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Variant:
-    """A method with its settings; protocol.yaml says what the fields mean."""
-
-    label: str
-    method: str
-    rates: Sequence[float]
-    fields: Mapping[str, Any] = field(default_factory=dict)
-    length: float = 1.0
-
-
-TASKS = {
-    name: Task(
-        Sizes(**entry["rows"]), entry["epochs"], {**_DATA["recipe"], **entry.get("recipe", {})}, entry["tokens"]
-    )
-    for name, entry in _DATA["tasks"].items()
-}
-VARIANTS = {name: Variant(**entry) for name, entry in _DATA["variants"].items()}
-STAGES: Sequence[Mapping[str, Sequence[str]]] = _DATA["stages"]
-#: Variants in each table of the page.
-PAGE: Mapping[str, Sequence[str]] = _DATA["page"]
+FILE = Path(__file__).parent / "protocol.yaml"
 #: Score on the rows to choose by at the end of each finished run; minus infinity where training diverged.
 Scores = Mapping["Run", float]
 
@@ -89,32 +42,117 @@ class Run:
             ValueError: it is no name of a run.
         """
         match = re.fullmatch(r"([a-z0-9]+)-(\w+)-lr([0-9.e+-]+)-seed(\d+)", name)
-        if not match or match[1] not in TASKS or match[2] not in VARIANTS:
+        if not match:
             raise ValueError(f"A run is called <task>-<variant>-lr<rate>-seed<seed>, got {name!r}.")
         return cls(match[1], match[2], float(match[3]), int(match[4]))
 
 
-def best_rate(scores: Scores, task: str, variant: str) -> float | None:
-    """The rate with the best score; None as long as one of them is not finished, or where all diverged. Of two equal
-    ones the lower."""
-    found = {rate: scores.get(Run(task, variant, rate, SEEDS[0])) for rate in VARIANTS[variant].rates}
-    known = {rate: score for rate, score in found.items() if score is not None}
-    if len(known) < len(found) or not any(score > float("-inf") for score in known.values()):
-        return None
-    return max(known, key=lambda rate: (known[rate], -rate))
+@dataclass(frozen=True)
+class Task:
+    """A task.
+
+    Attributes:
+        rows: numbers of its rows to train on, to choose by and to test with.
+        epochs: how often a run sees those to train on.
+        tokens: of a row, about: the length at which steps are timed.
+        recipe: arguments of `transformers.TrainingArguments`, beside those of the protocol.
+    """
+
+    rows: Mapping[str, int]
+    epochs: float
+    tokens: int
+    recipe: Mapping[str, Any] = field(default_factory=dict)
 
 
-def planned(scores: Scores) -> list[Run]:
-    """All runs in their order, finished ones too, as far as the finished ones tell which come."""
-    return list(dict.fromkeys(run for stage in STAGES for run in _stage(scores, stage)))
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings; protocol.yaml says what the fields mean."""
+
+    label: str
+    method: str
+    rates: Sequence[float]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    length: float = 1.0
 
 
-def _stage(scores: Scores, stage: Mapping[str, Sequence[str]]) -> Iterator[Run]:
-    cells = [(task, variant) for task in stage["tasks"] for variant in stage["variants"]]
-    first, *others = SEEDS
-    for index in (1, 0, 2):
-        yield from (Run(task, variant, VARIANTS[variant].rates[index], first) for task, variant in cells)
-    for seed in others:
-        for task, variant in cells:
-            if (rate := best_rate(scores, task, variant)) is not None:
-                yield Run(task, variant, rate, seed)
+@dataclass(frozen=True)
+class Stage:
+    """Variants that are trained on tasks before the next stage begins.
+
+    Attributes:
+        seeds: how many of the protocol's; None: all.
+    """
+
+    tasks: Sequence[str]
+    variants: Sequence[str]
+    seeds: int | None = None
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """A recipe, tasks and variants.
+
+    Attributes:
+        recipe: arguments of `transformers.TrainingArguments`.
+        evaluations: on the rows to choose by, in a training of usual length.
+        precision: what `torch.set_float32_matmul_precision` gets.
+        max_length: tokens of a row; longer ones are cut.
+        page: variants in each table of the page, by the names of the tables.
+    """
+
+    recipe: Mapping[str, Any]
+    evaluations: int
+    precision: str
+    max_length: int
+    seeds: Sequence[int]
+    tasks: Mapping[str, Task]
+    variants: Mapping[str, Variant]
+    stages: Sequence[Stage]
+    page: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path = FILE) -> Protocol:
+        """The protocol in a YAML file."""
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+        values["tasks"] = {name: Task(**entry) for name, entry in values["tasks"].items()}
+        values["variants"] = {name: Variant(**entry) for name, entry in values["variants"].items()}
+        values["stages"] = [Stage(**entry) for entry in values["stages"]]
+        return cls(**values)
+
+    def settings(self, run: Run) -> dict[str, Any]:
+        """What decides what a run computes, besides the rows and the code."""
+        task, variant = self.tasks[run.task], self.variants[run.variant]
+        return {
+            **self.recipe,
+            **task.recipe,
+            "method": variant.method,
+            "fields": dict(variant.fields),
+            "epochs": task.epochs * variant.length,
+            "precision": self.precision,
+            "max_length": self.max_length,
+        }
+
+    def best_rate(self, scores: Scores, task: str, variant: str) -> float | None:
+        """The rate with the best score of the first seed; None as long as one of them is not finished, or where all
+        diverged. Of two equal ones the lower."""
+        rates = self.variants[variant].rates
+        found = {rate: scores.get(Run(task, variant, rate, self.seeds[0])) for rate in rates}
+        known = {rate: score for rate, score in found.items() if score is not None}
+        if len(known) < len(found) or not any(score > float("-inf") for score in known.values()):
+            return None
+        return max(known, key=lambda rate: (known[rate], -rate))
+
+    def planned(self, scores: Scores) -> list[Run]:
+        """All runs in their order, finished ones too, as far as the finished ones tell which come."""
+        return list(dict.fromkeys(run for stage in self.stages for run in self._stage(scores, stage)))
+
+    def _stage(self, scores: Scores, stage: Stage) -> Iterator[Run]:
+        cells = [(task, variant) for variant in stage.variants for task in stage.tasks]
+        first, *others = self.seeds[: stage.seeds]
+        for index in (1, 0, 2):
+            for task, variant in cells:
+                yield Run(task, variant, self.variants[variant].rates[index], first)
+        for seed in others:
+            for task, variant in cells:
+                if (rate := self.best_rate(scores, task, variant)) is not None:
+                    yield Run(task, variant, rate, seed)

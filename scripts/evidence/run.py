@@ -1,7 +1,8 @@
-"""Train one run of the protocol with the Trainer, and tell it as one record."""
+"""Train one run of a protocol with the Trainer, and tell it as one record."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
+    EvalPrediction,
     PreTrainedTokenizerBase,
     PrinterCallback,
     Trainer,
@@ -23,7 +25,7 @@ from transformers import (
 
 from peft_learners.phases.whole_checkpoints import last_whole
 from scripts.evidence import data, variants
-from scripts.evidence.plan import EVALUATIONS, MAX_LENGTH, PRECISION, TASKS, VARIANTS, Run
+from scripts.evidence.plan import Protocol, Run
 from scripts.glue import data as glue_data
 from scripts.glue import metrics, run_record
 from scripts.glue.train import kept_energy
@@ -31,19 +33,25 @@ from scripts.glue.train import kept_energy
 #: Resamples of the test part, drawn alike for all runs: two runs can be compared resample by resample.
 RESAMPLES, RESAMPLE_SEED = 200, 0
 REGRESSION = ("stsb",)
+#: How often a run writes a checkpoint, in evaluations.
+SAVES = 5
 
 
 @cache
-def rows(task: str, data_dir: Path, model: str) -> tuple[PreTrainedTokenizerBase, dict[str, Dataset]]:
-    """The tokenizer, and the rows of a task by part, as a model's inputs."""
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    parts = vars(data.cut(task, TASKS[task].sizes, data_dir))
-    encoded = {name: glue_data.tokenize(part, tokenizer, MAX_LENGTH) for name, part in parts.items()}
+def _tokenizer(model: str) -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(model)
+
+
+def rows(
+    task: str, counts: Mapping[str, int], data_dir: Path | None, model: str, max_length: int
+) -> dict[str, Dataset]:
+    """The rows of a task by part, as a model's inputs."""
+    parts = data.cut(task, counts, data_dir)
+    encoded = {name: glue_data.tokenize(part, _tokenizer(model), max_length) for name, part in parts.items()}
     for name in ("choice", "test"):  # by length, so that little is padded
-        encoded[name] = encoded[name].select(
-            np.argsort([len(ids) for ids in encoded[name]["input_ids"]], kind="stable")
-        )
-    return tokenizer, encoded
+        lengths = [len(ids) for ids in encoded[name]["input_ids"]]
+        encoded[name] = encoded[name].select(np.argsort(lengths, kind="stable"))
+    return encoded
 
 
 def answers(task: str, logits: np.ndarray) -> np.ndarray:
@@ -64,11 +72,12 @@ def resampled(task: str, predictions: np.ndarray, labels: np.ndarray) -> list[fl
     return [round(score(task, predictions[draw], labels[draw]), 3) for draw in draws]
 
 
-def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, Any]:
+def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, folder: Path) -> dict[str, Any]:
     """Train the run, from its last checkpoint in `folder` if there is one, and return its record."""
-    task, variant = TASKS[run.task], VARIANTS[run.variant]
-    tokenizer, parts = rows(run.task, data_dir, model_name)
-    torch.set_float32_matmul_precision(PRECISION)
+    task, variant = protocol.tasks[run.task], protocol.variants[run.variant]
+    recipe = {**protocol.recipe, **task.recipe}
+    parts = rows(run.task, task.rows, data_dir, model_name, protocol.max_length)
+    torch.set_float32_matmul_precision(protocol.precision)
     set_seed(run.seed)
     base = AutoModelForSequenceClassification.from_pretrained(
         model_name,
@@ -81,8 +90,12 @@ def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, 
     model: Any = variants.build(base, variant.method, variant.fields, epochs)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     timer = run_record.PhaseTimer()
-    steps = round(epochs * -(-len(parts["train"]) // task.recipe["per_device_train_batch_size"]))
-    evaluations = round(EVALUATIONS * variant.length)
+    steps = round(epochs * -(-len(parts["train"]) // recipe["per_device_train_batch_size"]))
+    interval = steps // round(protocol.evaluations * variant.length)
+
+    def scored(found: EvalPrediction) -> dict[str, float]:
+        return {"score": score(run.task, answers(run.task, found.predictions), found.label_ids)}
+
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -92,23 +105,21 @@ def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, 
             seed=run.seed,
             per_device_eval_batch_size=64,
             eval_strategy="steps",
-            eval_steps=steps // evaluations,
-            logging_steps=steps // evaluations,
+            eval_steps=interval,
+            logging_steps=interval,
             save_strategy="steps",
-            save_steps=steps // evaluations * 5,
+            save_steps=interval * SAVES,
             save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
             dataloader_pin_memory=False,
             use_cpu=not torch.cuda.is_available(),
-            **task.recipe,
+            **recipe,
         ),
         train_dataset=parts["train"],
         eval_dataset=parts["choice"],
-        data_collator=DataCollatorWithPadding(tokenizer),
-        compute_metrics=lambda found: {
-            "score": score(run.task, answers(run.task, found.predictions), found.label_ids)
-        },
+        data_collator=DataCollatorWithPadding(_tokenizer(model_name)),
+        compute_metrics=scored,
         callbacks=[*variants.callbacks(variant.method), timer],  # the timer after the one that names the phase
     )
     trainer.remove_callback(PrinterCallback)
@@ -120,12 +131,11 @@ def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, 
     test = trainer.predict(parts["test"])
     said = answers(run.task, test.predictions)
     trainer.save_model(str(folder / "saved"))
-    cpu = SimpleNamespace(device=trainer.args.device, world_size=1)
+    machine = SimpleNamespace(device=trainer.args.device, world_size=1)
+    curve = [{"step": e["step"], "score": e["eval_score"], "loss": e["eval_loss"]} for e in log if "eval_score" in e]
     return {
         "run": run.name,
-        "curve": [
-            {"step": e["step"], "score": e["eval_score"], "loss": e["eval_loss"]} for e in log if "eval_score" in e
-        ],
+        "curve": curve,
         "train_loss": [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e],
         "test": score(run.task, said, test.label_ids),
         "resampled": resampled(run.task, said, test.label_ids),
@@ -134,22 +144,9 @@ def train(run: Run, data_dir: Path, model_name: str, folder: Path) -> dict[str, 
         **kept_energy(trainer.model),
         "rows": {name: len(part) for name, part in parts.items()},
         "model": run_record.model_label(model_name),
-        "settings": settings(run),
+        "settings": protocol.settings(run),
         "versions": run_record.versions(),
         "code": run_record.code(),
-        "device": run_record.device_record(cpu),
+        "device": run_record.device_record(machine),
         "date": run_record.now(),
-    }
-
-
-def settings(run: Run) -> dict[str, Any]:
-    """What decides what the run computes, besides the data and the code."""
-    variant = VARIANTS[run.variant]
-    return {
-        **TASKS[run.task].recipe,
-        "method": variant.method,
-        "fields": dict(variant.fields),
-        "epochs": TASKS[run.task].epochs * variant.length,
-        "precision": PRECISION,
-        "max_length": MAX_LENGTH,
     }

@@ -1,12 +1,12 @@
-"""Train the runs of the protocol, as many as the time allows.
+"""Train the runs of a protocol, as many as the time allows.
 
     python -m scripts.evidence.sweep --model_name_or_path MODEL --data_dir ../shared/glue --jobs 2 --budget_hours 2
     python -m scripts.evidence.sweep --list                          # the order, and what is finished
     python -m scripts.evidence.sweep ... --only 'grammar-(lora|fold)-.*'
 
-Each job is a process that takes the first run in the plan that is not finished and that no other job trains. A finished
-run is a line of `--out`. A run that was cut off goes on from its last checkpoint. So a sweep can be killed at any time,
-started again, and started twice.
+Each job is a process that takes the first run in the plan that is not finished and that no other job trains. A
+finished run is a line of `--out`. A run that was cut off goes on from its last checkpoint. So a sweep can be killed at
+any time, started again, and started twice.
 """
 
 from __future__ import annotations
@@ -20,33 +20,44 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from scripts.evidence import plan
+from scripts.evidence.plan import FILE, Protocol, Run
 from scripts.glue import run_record
 
 OUT = Path("results/evidence/runs.jsonl")
 WORK = Path("runs/evidence")
 #: Seconds before a job that finds all that is left in training elsewhere looks again.
-LOOK_AGAIN = 10.0
+LOOK_AGAIN = 5.0
 
 Record = dict[str, Any]
 
 
-def finished(out: Path = OUT) -> dict[plan.Run, Record]:
+def finished(protocol: Protocol, out: Path = OUT) -> dict[Run, Record]:
     """The finished runs and their records.
 
     Raises:
-        ValueError: a line is of no run of the plan.
+        ValueError: a line is of no run of the protocol, or was made with other settings or rows than the protocol has.
     """
-    return {plan.Run.parse(str(row.get("run"))): row for row in run_record.read_lines(out)}
+    found = {Run.parse(str(row.get("run"))): row for row in run_record.read_lines(out)}
+    for run, record in found.items():
+        if run.task not in protocol.tasks or run.variant not in protocol.variants:
+            raise ValueError(f"{out} must hold runs of the protocol's tasks and variants, got {run.name}.")
+        there = {**record["settings"], "rows": record["rows"]}
+        here = {**protocol.settings(run), "rows": protocol.tasks[run.task].rows}
+        if changed := run_record.differences(there, here):
+            raise ValueError(
+                f"{out}, {run.name}, was made with other settings ({'; '.join(changed)}). Delete the line to train it "
+                "again."
+            )
+    return found
 
 
-def scores(records: dict[plan.Run, Record]) -> dict[plan.Run, float]:
+def scores(records: Mapping[Run, Record]) -> dict[Run, float]:
     """Score of each run on the rows to choose by, at its end; minus infinity where it is no number."""
     found = {run: record["curve"][-1]["score"] for run, record in records.items()}
     return {run: float("-inf") if score is None else score for run, score in found.items()}
@@ -54,12 +65,19 @@ def scores(records: dict[plan.Run, Record]) -> dict[plan.Run, float]:
 
 def add(out: Path, record: Record) -> None:
     """Add a run's line to the file, which is replaced whole."""
+    out.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(out.parent / ".lock"):
         run_record.write_lines(out, [*run_record.read_lines(out), record])
 
 
-def work(args: argparse.Namespace) -> None:
-    """Train runs until none is left or the time is over."""
+def wanted(args: argparse.Namespace) -> list[Run]:
+    """The runs in their order, as far as they are known."""
+    runs = args.protocol.planned(scores(finished(args.protocol, args.out)))
+    return [run for run in runs if re.fullmatch(args.only, run.name)]
+
+
+def work(args: argparse.Namespace) -> int:
+    """Train runs until none is left or the time is over; returns how many failed."""
     import datasets
     import transformers
 
@@ -69,19 +87,19 @@ def work(args: argparse.Namespace) -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    failed: set[plan.Run] = set()
+    failed: set[Run] = set()
     while time.time() < args.deadline:
-        left = [run for run in wanted(args) if run not in finished(args.out) and run not in failed]
+        done = finished(args.protocol, args.out)
+        left = [run for run in wanted(args) if run not in done and run not in failed]
         if not left:
             break
         for run in left:
             folder = args.work / run.name
             try:
                 with run_record.only_process(folder):
-                    if run in finished(args.out):  # another job's, since the last look
-                        continue
-                    print(run.name, flush=True)
-                    add(args.out, train(run, args.data_dir, args.model_name_or_path, folder))
+                    if run not in finished(args.protocol, args.out):  # another job's, since the last look
+                        print(run.name, flush=True)
+                        add(args.out, train(args.protocol, run, args.data_dir, args.model_name_or_path, folder))
                     shutil.rmtree(folder)
             except run_record.BusyError:
                 continue
@@ -91,13 +109,12 @@ def work(args: argparse.Namespace) -> None:
             break
         else:
             time.sleep(LOOK_AGAIN)
-    sys.exit(bool(failed))
+    return len(failed)
 
 
-def wanted(args: argparse.Namespace) -> list[plan.Run]:
-    """The runs in their order, as far as they are known."""
-    runs = plan.planned(scores(finished(args.out)))
-    return [run for run in runs if re.fullmatch(args.only, run.name)]
+def protocol_of(file: str) -> Protocol:
+    """The protocol in a file."""
+    return Protocol.read(Path(file))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,22 +123,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--data_dir", type=Path, help="folder of GLUE's tasks as TSV files, as in scripts.glue.train")
+    parser.add_argument("--protocol", type=protocol_of, default=str(FILE), help="YAML file")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the finished runs")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the runs in training")
     parser.add_argument("--only", default=".*", help="a regex: train only runs whose whole name it matches")
     parser.add_argument("--jobs", type=int, default=1, help="processes side by side")
     parser.add_argument("--budget_hours", type=float, default=float("inf"), help="begin no run after that time")
     parser.add_argument("--list", action="store_true", help="print the order and what is finished, and train nothing")
-    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)
+    parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # of a job
     args = parser.parse_args(words)
     if args.list:
-        done = finished(args.out)
+        done = finished(args.protocol, args.out)
         print(*(f"{'x' if run in done else ' '} {run.name}" for run in wanted(args)), sep="\n")
         return 0
-    if args.data_dir is None:
-        parser.error("--data_dir is needed: the folder of GLUE's tasks as TSV files")
     if args.deadline is not None:
-        work(args)
+        return work(args)
     deadline = time.time() + 3600 * args.budget_hours
     command = [sys.executable, "-m", "scripts.evidence.sweep", *words, "--deadline", str(deadline)]
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // args.jobs))
