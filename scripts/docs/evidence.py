@@ -14,7 +14,6 @@ from scripts.evidence.plan import Run
 
 NONE = "\u2013"
 NOTHING: Lines = ["No finished runs yet."]
-LABELS = {"grammar": "grammar", "sst2": "SST-2", "stsb": "STS-B", "cola": "CoLA", "mrpc": "MRPC"}
 MB = 1e6
 
 
@@ -34,13 +33,16 @@ class Tables:
     def _shown(self, names: Sequence[str]) -> list[str]:
         return [name for name in names if any(self.evidence.cell(task, name) for task in self.tasks)]
 
+    def _label(self, task: str) -> str:
+        return self.evidence.protocol.tasks[task].label
+
     def scores(self, names: Sequence[str]) -> Lines:
         """Score on the test part by task, and how far it is from LoRA's."""
         rows = []
         for name in self._shown(names):
             row = {"": self.evidence.protocol.variants[name].label}
             for task in self.tasks:
-                row[LABELS[task]] = self._score(task, name)
+                row[self._label(task)] = self._score(task, name)
             differences = [self.evidence.difference(task, name) for task in self.tasks]
             mean = self.evidence.mean_over(self.tasks, differences)
             row["to LoRA, mean over tasks"] = "" if name == REFERENCE else signed(mean)
@@ -64,7 +66,7 @@ class Tables:
                 ratio = self.evidence.ratio(task, name, "steps")
                 count = len(self.evidence.cell(task, name))
                 reached = f"{self.evidence.arrived(task, name)} of {count}"
-                row[LABELS[task]] = NONE if ratio is None else f"{plain(ratio)} ({reached})"
+                row[self._label(task)] = NONE if ratio is None else f"{plain(ratio)} ({reached})"
             for what, label in (("steps", "steps"), ("time", "time"), ("flops", "flops")):
                 ratios = [self.evidence.ratio(task, name, what) for task in self.tasks]
                 row[f"{label}, mean"] = plain(self.evidence.mean_over(self.tasks, ratios))
@@ -88,8 +90,8 @@ class Tables:
         for name, variant in self.evidence.protocol.variants.items():
             row = {"": variant.label}
             for task in self.tasks:
-                row[LABELS[task]] = self._rates(task, name)
-            if any(row[LABELS[task]] for task in self.tasks):
+                row[self._label(task)] = self._rates(task, name)
+            if any(row[self._label(task)] for task in self.tasks):
                 rows.append(row)
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
@@ -108,7 +110,7 @@ class Tables:
         for task in self.tasks:
             record = next(iter(self.evidence.cell(task, REFERENCE).values()))
             target = self.evidence.target(task)
-            row = {"": LABELS[task], **{part: f"{count:,}" for part, count in record["rows"].items()}}
+            row = {"": self._label(task), **{part: f"{count:,}" for part, count in record["rows"].items()}}
             rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": f"{target:.1f}"})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
@@ -152,7 +154,7 @@ def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
                 means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 panel.plot(steps, means, marker=".", label=evidence.protocol.variants[name].label)
         panel.axhline(evidence.target(task), color="0.4", linestyle="--", linewidth=1)
-        panel.set(title=LABELS[task], xlabel="steps")
+        panel.set(title=evidence.protocol.tasks[task].label, xlabel="steps")
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("score on the rows to choose by")
     figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)

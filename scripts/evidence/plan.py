@@ -52,12 +52,14 @@ class Task:
     """A task.
 
     Attributes:
+        label: its name in tables.
         rows: numbers of its rows to train on, to choose by and to test with.
         epochs: how often a run sees those to train on.
         tokens: of a row, about: the length at which steps are timed.
         recipe: arguments of `transformers.TrainingArguments`, beside those of the protocol.
     """
 
+    label: str
     rows: Mapping[str, int]
     epochs: float
     tokens: int

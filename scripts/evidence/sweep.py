@@ -100,7 +100,7 @@ def work(args: argparse.Namespace) -> int:
                     if run not in finished(args.protocol, args.out):  # another job's, since the last look
                         print(run.name, flush=True)
                         add(args.out, train(args.protocol, run, args.data_dir, args.model_name_or_path, folder))
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)  # another job may clear it too
             except run_record.BusyError:
                 continue
             except Exception as error:  # the others go on
@@ -112,18 +112,13 @@ def work(args: argparse.Namespace) -> int:
     return len(failed)
 
 
-def protocol_of(file: str) -> Protocol:
-    """The protocol in a file."""
-    return Protocol.read(Path(file))
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script; returns the number of jobs with a run that failed."""
     words = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="sentence-transformers/all-MiniLM-L6-v2")
     parser.add_argument("--data_dir", type=Path, help="folder of GLUE's tasks as TSV files, as in scripts.glue.train")
-    parser.add_argument("--protocol", type=protocol_of, default=str(FILE), help="YAML file")
+    parser.add_argument("--protocol", type=Path, default=FILE, help="YAML file")
     parser.add_argument("--out", type=Path, default=OUT, help="file of the finished runs")
     parser.add_argument("--work", type=Path, default=WORK, help="folder of the runs in training")
     parser.add_argument("--only", default=".*", help="a regex: train only runs whose whole name it matches")
@@ -132,6 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--list", action="store_true", help="print the order and what is finished, and train nothing")
     parser.add_argument("--deadline", type=float, help=argparse.SUPPRESS)  # of a job
     args = parser.parse_args(words)
+    args.protocol = Protocol.read(args.protocol)
     if args.list:
         done = finished(args.protocol, args.out)
         print(*(f"{'x' if run in done else ' '} {run.name}" for run in wanted(args)), sep="\n")
