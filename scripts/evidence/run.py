@@ -33,8 +33,6 @@ from scripts.glue.train import kept_energy
 #: Resamples of the test part, drawn alike for all runs: two runs can be compared resample by resample.
 RESAMPLES, RESAMPLE_SEED = 200, 0
 REGRESSION = ("stsb",)
-#: How often a run writes a checkpoint, in evaluations.
-SAVES = 5
 
 
 @cache
@@ -107,8 +105,7 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
             eval_strategy="steps",
             eval_steps=interval,
             logging_steps=interval,
-            save_strategy="steps",
-            save_steps=interval * SAVES,
+            save_strategy="epoch",  # in mid-epoch transformers does not know the order of rows sorted by length again
             save_total_limit=1,
             report_to="none",
             disable_tqdm=True,
