@@ -97,7 +97,7 @@ class Tables:
 
     def _rates(self, task: str, name: str) -> str:
         best, cells = self.evidence.rate(task, name), []
-        for rate in self.evidence.protocol.variants[name].rates:
+        for rate in self.evidence.protocol.rates(task, name):
             run = Run(task, name, rate, self.evidence.protocol.seeds[0])
             if run in self.evidence.runs:
                 text = f"{self.evidence.choice[run]:.1f}"

@@ -81,7 +81,7 @@ class Evidence:
     @cached_property
     def choice(self) -> dict[Run, float]:
         """Score on the rows to choose by, at the end of each run."""
-        return sweep.scores(dict(self.runs))
+        return sweep.scores(self.protocol, self.runs)
 
     def rate(self, task: str, variant: str) -> float | None:
         """The best rate of a variant on a task; None as long as it is not known."""
@@ -117,9 +117,9 @@ class Evidence:
     # -- steps to a score ------------------------------------------------------------------------------------------
 
     def target(self, task: str) -> float | None:
-        """LoRA's score at the end of its training, on the rows to choose by, in the mean over seeds."""
-        records = self.cell(task, REFERENCE).values()
-        return statistics.fmean(record["curve"][-1]["score"] for record in records) if records else None
+        """What LoRA's trainings are judged by at their end (`Protocol.value`), in the mean over seeds."""
+        ends = [record["curve"][-1] for record in self.cell(task, REFERENCE).values()]
+        return statistics.fmean(self.protocol.value(task, end) for end in ends) if ends else None
 
     def arrival(self, task: str, record: Record) -> int | None:
         """The first evaluated step of a run's last phase with the target's score; None if it never comes.
@@ -127,8 +127,8 @@ class Evidence:
         What is there before that phase is not yet what the run ends with: a LoRA once folded, a searched architecture.
         """
         target, first = self.target(task), record["phases"][-1]["first_step"]
-        later = (point for point in record["curve"] if point["step"] > first)
-        return next((point["step"] for point in later if (point["score"] or 0.0) >= (target or 0.0)), None)
+        later = (point for point in record["curve"] if point["step"] > first and target is not None)
+        return next((point["step"] for point in later if self.protocol.value(task, point) >= target), None)
 
     def arrived(self, task: str, variant: str) -> int:
         """How many seeds reach the target."""

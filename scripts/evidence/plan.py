@@ -57,6 +57,8 @@ class Task:
         epochs: how often a run sees those to train on.
         tokens: of a row, about: the length at which steps are timed.
         recipe: arguments of `transformers.TrainingArguments`, beside those of the protocol.
+        causal: whether it is the decoder's.
+        rates: of variants that have others here than usual.
     """
 
     label: str
@@ -64,6 +66,8 @@ class Task:
     epochs: float
     tokens: int
     recipe: Mapping[str, Any] = field(default_factory=dict)
+    causal: bool = False
+    rates: Mapping[str, Sequence[float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -134,11 +138,20 @@ class Protocol:
             "max_length": self.max_length,
         }
 
+    def value(self, task: str, point: Mapping[str, Any]) -> float:
+        """What an evaluation on the rows to choose by is judged by: the score, or the decoder's loss with a minus,
+        for one row more or less would decide there. Minus infinity where it is no number."""
+        value = -point["loss"] if self.tasks[task].causal and point["loss"] is not None else point["score"]
+        return float("-inf") if value is None else value
+
+    def rates(self, task: str, variant: str) -> Sequence[float]:
+        """The three rates of a variant on a task."""
+        return self.tasks[task].rates.get(variant, self.variants[variant].rates)
+
     def best_rate(self, scores: Scores, task: str, variant: str) -> float | None:
         """The rate with the best score of the first seed; None as long as one of them is not finished, or where all
         diverged. Of two equal ones the lower."""
-        rates = self.variants[variant].rates
-        found = {rate: scores.get(Run(task, variant, rate, self.seeds[0])) for rate in rates}
+        found = {rate: scores.get(Run(task, variant, rate, self.seeds[0])) for rate in self.rates(task, variant)}
         known = {rate: score for rate, score in found.items() if score is not None}
         if len(known) < len(found) or not any(score > float("-inf") for score in known.values()):
             return None
@@ -153,7 +166,7 @@ class Protocol:
         first, *others = self.seeds[: stage.seeds]
         for index in (1, 0, 2):
             for task, variant in cells:
-                yield Run(task, variant, self.variants[variant].rates[index], first)
+                yield Run(task, variant, self.rates(task, variant)[index], first)
         for seed in others:
             for task, variant in cells:
                 if (rate := self.best_rate(scores, task, variant)) is not None:

@@ -57,10 +57,9 @@ def finished(protocol: Protocol, out: Path = OUT) -> dict[Run, Record]:
     return found
 
 
-def scores(records: Mapping[Run, Record]) -> dict[Run, float]:
-    """Score of each run on the rows to choose by, at its end; minus infinity where it is no number."""
-    found = {run: record["curve"][-1]["score"] for run, record in records.items()}
-    return {run: float("-inf") if score is None else score for run, score in found.items()}
+def scores(protocol: Protocol, records: Mapping[Run, Record]) -> dict[Run, float]:
+    """What each run is judged by at its end, on the rows to choose by."""
+    return {run: protocol.value(run.task, record["curve"][-1]) for run, record in records.items()}
 
 
 def add(out: Path, record: Record) -> None:
@@ -72,7 +71,7 @@ def add(out: Path, record: Record) -> None:
 
 def wanted(args: argparse.Namespace) -> list[Run]:
     """The runs in their order, as far as they are known."""
-    runs = args.protocol.planned(scores(finished(args.protocol, args.out)))
+    runs = args.protocol.planned(scores(args.protocol, finished(args.protocol, args.out)))
     return [run for run in runs if re.fullmatch(args.only, run.name)]
 
 

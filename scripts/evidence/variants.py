@@ -35,12 +35,13 @@ def build(model: PreTrainedModel, method: str, fields: Mapping[str, Any], epochs
     if method in IN_PLACE:
         return IN_PLACE[method](model, MethodArguments())
     fields = dict(fields)
+    task_type = "SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM"
     if "priming_share" in fields:
         fields["priming_epochs"] = fields.pop("priming_share") * epochs
     if own := getattr(peft_learners, method, None):
-        return get_peft_model(model, own(task_type="SEQ_CLS", **fields))
+        return get_peft_model(model, own(task_type=task_type, **fields))
     # PEFT takes the new head for a part of the backbone in some models.
-    config = getattr(peft, method)(task_type="SEQ_CLS", modules_to_save=peers.head(model), **fields)
+    config = getattr(peft, method)(task_type=task_type, modules_to_save=peers.head(model), **fields)
     return get_peft_model(model, config)
 
 

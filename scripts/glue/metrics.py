@@ -19,6 +19,7 @@ METRIC_NAMES: dict[str, tuple[str, ...]] = {
     "rte": ("accuracy",),
     "wnli": ("accuracy",),
     "grammar": ("accuracy",),
+    "decoder": ("accuracy",),
 }
 #: Seconds to wait for the Hub before the metrics are computed without it.
 HUB_TIMEOUT = 5.0

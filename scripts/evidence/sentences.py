@@ -1,6 +1,6 @@
 """A small task for a language model, written by rules: an order as a record, and the sentence that tells it.
 
-    python -m scripts.decoder.task
+    python -m scripts.evidence.sentences
 
 The prompt gives five fields in any order. The completion names the day two days later, the number in words and the
 plural: copying, spelling and counting, in a form that is always the same. Pure Python; the same seed gives the same
@@ -49,12 +49,6 @@ def rows(count: int, seed: int, but: list[Row] | None = None) -> list[Row]:
             seen.add(made["completion"])
             found.append(made)
     return found
-
-
-def splits(train: int, held_out: int) -> tuple[list[Row], list[Row]]:
-    """The rows to train on, and others; the others are the same however many train."""
-    others = rows(held_out, seed=1)
-    return rows(train, seed=0, but=others), others
 
 
 if __name__ == "__main__":
