@@ -16,33 +16,38 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForSequenceClassification
 
 from scripts.bench import measure
-from scripts.evidence import variants
+from scripts.evidence import classifier, variants
 from scripts.evidence.plan import Protocol, Variant
 from scripts.glue import run_record
 
 OUT = Path("results/evidence/costs.jsonl")
-REFERENCE, BATCH = "lora", 16
+REFERENCE = "lora"
 #: Of a training that is never over while it is measured.
 LONG = 1_000_000
-#: Fields that say how long a first phase is, and what replaces them here.
-LENGTHS = {"priming_share": "priming_steps", "priming_ratio": "priming_steps", "search_epochs": "search_steps"}
 
 
-def rows(tokens: int, vocabulary: int) -> dict[str, torch.Tensor]:
-    """A batch of random tokens."""
-    chance = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, vocabulary, (BATCH, tokens), generator=chance)
-    labels = torch.randint(0, 2, (BATCH,), generator=chance)
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+def workload(protocol: Protocol, task: str, model_name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
+    """The model and a batch of random tokens, as long as the task's rows are."""
+    chance, length = torch.Generator().manual_seed(0), protocol.tasks[task].tokens
+    batch = {**protocol.recipe, **protocol.tasks[task].recipe}["per_device_train_batch_size"]
+    if protocol.tasks[task].causal:
+        from scripts.evidence import causal  # TRL, which no other task needs
+
+        base = causal.load()[0]
+    else:
+        base = classifier.load(task, model_name)
+    ids = torch.randint(1000, base.config.vocab_size, (batch, length), generator=chance)
+    labels = ids if protocol.tasks[task].causal else torch.zeros(batch, dtype=torch.long)
+    return base, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
 
 def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tensor]) -> Iterator[measure.Variant]:
     """The variant in each of its phases, ready to take steps."""
-    length = next((steps for field, steps in LENGTHS.items() if field in variant.fields), None)
-    fields = {key: value for key, value in variant.fields.items() if key not in LENGTHS}
+    fields = dict(variant.fields)
+    primes = fields.pop("priming_share", None) is not None or variant.method == "FARConfig"
+    length = "search_steps" if variant.method == "NASLoRAConfig" else "priming_steps" if primes else None
     for past in (False, True) if length else (False,):
         chosen = {**fields, length: 1 if past else LONG - 1} if length else fields
         torch.manual_seed(0)
@@ -60,6 +65,16 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
         yield ready
 
 
+def kinds(protocol: Protocol) -> dict[int, tuple[str, list[str]]]:
+    """By length of rows: a task of that length, and the variants that are trained on such tasks."""
+    found: dict[int, tuple[str, list[str]]] = {}
+    for stage in protocol.stages:
+        for task in stage.tasks:
+            _, names = found.setdefault(protocol.tasks[task].tokens, (task, []))
+            names += [name for name in stage.variants if name not in names]
+    return found
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,15 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     protocol = Protocol.read()
     torch.set_float32_matmul_precision(protocol.precision)
-    base = AutoModelForSequenceClassification.from_pretrained(
-        args.model_name_or_path, num_labels=2, dtype=torch.float32, attn_implementation="eager"
-    )
     found: list[dict[str, Any]] = []
-    for tokens in sorted({task.tokens for task in protocol.tasks.values()}):
-        batch = rows(tokens, base.config.vocab_size)
-        ready = {
-            (name, v.phase): v for name in protocol.variants for v in phases(protocol.variants[name], base, batch)
-        }
+    for tokens, (task, names) in kinds(protocol).items():
+        base, batch = workload(protocol, task, args.model_name_or_path)
+        ready = {(name, v.phase): v for name in names for v in phases(protocol.variants[name], base, batch)}
         counted = {key: (measure.measure_bytes(v, batch), measure.step_flops(v, batch)) for key, v in ready.items()}
         measure.take_rounds(ready, batch, args.rounds)
         reference = ready[REFERENCE, "0"]
