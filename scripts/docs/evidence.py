@@ -136,7 +136,7 @@ def power(rate: float) -> str:
     return f"{mantissa}e{int(exponent)}"
 
 
-def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
+def draw(evidence: Evidence, path: Path) -> None:
     """Draw the score on the rows to choose by against steps, a panel per task; the dashed line is LoRA's
     at its end."""
     import matplotlib
@@ -147,13 +147,14 @@ def draw(evidence: Evidence, names: Sequence[str], path: Path) -> None:
     tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
-        for name in names:
+        for name in evidence.protocol.page["core"]:
             if records := evidence.cell(task, name):
                 curves = [[point["score"] for point in record["curve"]] for record in records.values()]
                 steps = [point["step"] for point in next(iter(records.values()))["curve"]]
                 means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
                 panel.plot(steps, means, marker=".", label=evidence.protocol.variants[name].label)
-        panel.axhline(evidence.target(task), color="0.4", linestyle="--", linewidth=1)
+        ends = [record["curve"][-1]["score"] for record in evidence.cell(task, REFERENCE).values()]
+        panel.axhline(sum(ends) / len(ends), color="0.4", linestyle="--", linewidth=1)
         panel.set(title=evidence.protocol.tasks[task].label, xlabel="steps")
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("score on the rows to choose by")

@@ -1,11 +1,11 @@
-"""Bring the tables in docs/*.md up to date.
+"""Bring the tables in docs/*.md up to date, and the picture of the evidence.
 
-    python -m scripts.docs.report            # writes the tables between their markers
+    python -m scripts.docs.report            # writes the tables between their markers, and the picture
     python -m scripts.docs.report --check    # writes nothing; fails if a page is not up to date
 
-All of them come from committed files: results/bench (scripts/bench), results/fold (scripts/decoder/run.py) and
+All of them come from committed files: results/evidence (scripts/evidence), results/bench (scripts/bench) and
 results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->,
-those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->.
+those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A picture is drawn beside them.
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from pathlib import Path
 
 from scripts.bench.rows import read_rows, table_of
 from scripts.bench.tables import Tables
-from scripts.docs import decoder
+from scripts.docs import evidence
 from scripts.docs.costs import SETTINGS, table1
 from scripts.docs.pages import ROOT, Lines, markdown, spliced
+from scripts.evidence.figures import Evidence
 
 PAGES = tuple(sorted((ROOT / "docs").glob("*.md")))
 
@@ -33,9 +34,13 @@ class Report:
         self.folder = folder
         self.tables: dict[str, Callable[[], Lines]] = {
             **{name: partial(self.costs, setting) for name, setting in SETTINGS.items()},
-            "decoder": partial(decoder.losses, folder / "fold"),
-            "decoder-costs": partial(decoder.steps, folder / "fold"),
+            **evidence.Tables(self.evidence).tables,
         }
+
+    @cached_property
+    def evidence(self) -> Evidence:
+        """The runs of the protocol."""
+        return Evidence.read(self.folder / "evidence")
 
     @cached_property
     def bench(self) -> Tables:
@@ -79,6 +84,8 @@ def main(argv: list[str] | None = None) -> None:
     for page, text in found.items():
         page.write_text(text, encoding="utf-8")
         print(f"-> {page}")
+    if report.evidence.runs and not args.check:
+        evidence.draw(report.evidence, args.results / "figures/evidence.png")
 
 
 if __name__ == "__main__":

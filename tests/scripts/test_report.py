@@ -19,7 +19,7 @@ def folder(tmp_path) -> Path:
     (tmp_path / "results/bench").mkdir(parents=True)
     shutil.copy(ROOT / "results/papers.json", tmp_path / "results")
     shutil.copy(ROOT / "results/bench/minilm-16x128-r64-cpu.jsonl", tmp_path / "results/bench")
-    names = ("table1", "table1-distilbert", "decoder")
+    names = ("table1", "table1-distilbert", "scores-core")
     text = "\n".join(f"<!-- report:{name} -->\nold\n<!-- report:end -->\nbetween" for name in names)
     (tmp_path / "docs").mkdir()
     (tmp_path / "docs/page.md").write_text(f"before\n{text}\n")
@@ -88,6 +88,6 @@ def test_open_marker(text):
 
 def test_committed_pages():
     """The committed pages are those of the committed files."""
-    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 4
+    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 6
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
