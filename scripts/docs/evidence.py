@@ -145,6 +145,8 @@ def draw(evidence: Evidence, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
+    if not tasks:
+        return
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
     for panel, task in zip(panels[0], tasks, strict=True):
         for name in evidence.protocol.page["core"]:

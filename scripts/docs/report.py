@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
     for page, text in found.items():
         page.write_text(text, encoding="utf-8")
         print(f"-> {page}")
-    if report.evidence.runs and not args.check:
+    if not args.check:
         evidence.draw(report.evidence, args.results / "figures/evidence.png")
 
 
