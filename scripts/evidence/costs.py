@@ -19,7 +19,7 @@ import torch
 
 from scripts.bench import measure
 from scripts.evidence import classifier, variants
-from scripts.evidence.plan import Protocol, Variant
+from scripts.evidence.plan import FILE, Protocol, Variant
 from scripts.glue import run_record
 
 OUT = Path("results/evidence/costs.jsonl")
@@ -38,7 +38,7 @@ def workload(protocol: Protocol, task: str, model_name: str) -> tuple[torch.nn.M
         base = causal.load()[0]
     else:
         base = classifier.load(task, model_name)
-    ids = torch.randint(1000, base.config.vocab_size, (batch, length), generator=chance)
+    ids = torch.randint(base.config.vocab_size // 2, base.config.vocab_size, (batch, length), generator=chance)
     labels = ids if protocol.tasks[task].causal else torch.zeros(batch, dtype=torch.long)
     return base, {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
 
@@ -79,10 +79,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", default="sentence-transformers/all-MiniLM-L6-v2")
+    parser.add_argument("--protocol", type=Path, default=FILE, help="YAML file")
     parser.add_argument("--out", type=Path, default=OUT)
     parser.add_argument("--rounds", type=int, default=30)
     args = parser.parse_args(argv)
-    protocol = Protocol.read()
+    protocol = Protocol.read(args.protocol)
     torch.set_float32_matmul_precision(protocol.precision)
     found: list[dict[str, Any]] = []
     for tokens, (task, names) in kinds(protocol).items():
