@@ -15,6 +15,8 @@ from scripts.evidence.plan import Run
 NONE = "\u2013"
 NOTHING: Lines = ["No finished runs yet."]
 MB = 1e6
+#: Columns of means over tasks.
+SPENT = {"steps": "steps, mean (tasks)", "near": "to a point less", "time": "time", "flops": "flops"}
 
 
 class Tables:
@@ -43,9 +45,10 @@ class Tables:
             row = {"": self.evidence.protocol.variants[name].label}
             for task in self.tasks:
                 row[self._label(task)] = self._score(task, name)
-            differences = [self.evidence.difference(task, name) for task in self.tasks]
-            mean = self.evidence.mean_over(self.tasks, differences)
-            row["to LoRA, mean over tasks"] = "" if name == REFERENCE else signed(mean)
+            mean = over([self.evidence.difference(task, name) for task in self.tasks])
+            row["to LoRA, mean (tasks)"] = (
+                "" if name == REFERENCE or mean is None else f"{signed(mean)} ({mean.count})"
+            )
             rows.append(row)
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
@@ -67,9 +70,9 @@ class Tables:
                 count = len(self.evidence.cell(task, name))
                 reached = f"{self.evidence.arrived(task, name)} of {count}"
                 row[self._label(task)] = NONE if ratio is None else f"{plain(ratio)} ({reached})"
-            for what, label in (("steps", "steps"), ("time", "time"), ("flops", "flops")):
-                ratios = [self.evidence.ratio(task, name, what) for task in self.tasks]
-                row[f"{label}, mean"] = plain(self.evidence.mean_over(self.tasks, ratios))
+            for what, label in SPENT.items():
+                mean = over([self.evidence.ratio(task, name, what) for task in self.tasks])
+                row[label] = NONE if mean is None else f"{plain(mean)} ({mean.count})"
             row["file, MB"] = self._file(name)
             row["peak, MB"] = self._peak(name)
             rows.append(row)
@@ -113,6 +116,12 @@ class Tables:
             row = {"": self._label(task), **{part: f"{count:,}" for part, count in record["rows"].items()}}
             rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": f"{target:.1f}"})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+
+def over(values: Sequence[Mean | None]) -> Mean | None:
+    """The mean over the tasks that have a value."""
+    known = [value for value in values if value is not None]
+    return Mean.over_tasks(known) if known else None
 
 
 def plain(mean: Mean | None) -> str:

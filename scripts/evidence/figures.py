@@ -21,6 +21,8 @@ from scripts.evidence.plan import Protocol, Run
 from scripts.glue import run_record
 
 REFERENCE = "lora"
+#: How far below LoRA's score one is near it, in points.
+NEAR = 1.0
 Record = Mapping[str, Any]
 
 
@@ -31,7 +33,7 @@ class Mean:
     Attributes:
         value: of the mean.
         error: its standard error; None for one value.
-        count: number of values.
+        count: number of values; of tasks, where it is a mean over these.
         rows: standard error of it for other test rows; None where that is not known.
     """
 
@@ -116,19 +118,24 @@ class Evidence:
 
     # -- steps to a score ------------------------------------------------------------------------------------------
 
-    def target(self, task: str) -> float | None:
-        """What LoRA's trainings are judged by at their end (`Protocol.value`), in the mean over seeds."""
-        ends = [record["curve"][-1] for record in self.cell(task, REFERENCE).values()]
-        return statistics.fmean(self.protocol.value(task, end) for end in ends) if ends else None
+    def judged(self, task: str, point: Mapping[str, Any], near: bool) -> float:
+        """What an evaluation counts: `Protocol.value`, or with `near` the score, raised by `NEAR`."""
+        return (point["score"] or 0.0) + NEAR if near else self.protocol.value(task, point)
 
-    def arrival(self, task: str, record: Record) -> int | None:
-        """The first evaluated step of a run's last phase with the target's score; None if it never comes.
+    def target(self, task: str, near: bool = False) -> float | None:
+        """What LoRA has at the end, in the mean over seeds: `Protocol.value`, or with `near` the score."""
+        ends = [record["curve"][-1] for record in self.cell(task, REFERENCE).values()]
+        found = [(end["score"] or 0.0) if near else self.protocol.value(task, end) for end in ends]
+        return statistics.fmean(found) if found else None
+
+    def arrival(self, task: str, record: Record, near: bool = False) -> int | None:
+        """The first evaluated step of a run's last phase with the target, or with a score near it; None: it never comes.
 
         What is there before that phase is not yet what the run ends with: a LoRA once folded, a searched architecture.
         """
-        target, first = self.target(task), record["phases"][-1]["first_step"]
+        target, first = self.target(task, near), record["phases"][-1]["first_step"]
         later = (point for point in record["curve"] if point["step"] > first and target is not None)
-        return next((point["step"] for point in later if self.protocol.value(task, point) >= target), None)
+        return next((point["step"] for point in later if self.judged(task, point, near) >= target), None)
 
     def arrived(self, task: str, variant: str) -> int:
         """How many seeds reach the target."""
@@ -138,24 +145,29 @@ class Evidence:
         """What a run has spent as it reaches the target, or to its end where it doesn't.
 
         Args:
-            what: "steps"; "time", in steps of LoRA; or "flops".
+            what: "steps"; "near", in steps to a score near the target; "time", in steps of LoRA; or "flops".
         """
-        end = self.arrival(task, record) or record["curve"][-1]["step"]
+        end = self.arrival(task, record, what == "near") or record["curve"][-1]["step"]
+        if what in ("steps", "near"):
+            return float(end)
         starts = [phase["first_step"] for phase in record["phases"]]
         steps = [max(0, min(end, b) - a) for a, b in zip(starts, [*starts[1:], end], strict=True)]
-        if what == "steps":
-            return float(sum(steps))
         found = self.costs(variant, self.protocol.tasks[task].tokens)
-        return sum(count * getattr(found[min(i, len(found) - 1)], what) for i, count in enumerate(steps))
+        return sum(count * getattr(cost, what) for count, cost in zip(steps, found, strict=True))
 
     def ratio(self, task: str, variant: str, what: str) -> Mean | None:
-        """What a variant spends to the target, to what LoRA spends."""
+        """What a variant spends to the target, to what LoRA spends: the ratio of means over the seeds that both have. Its
+        error is that of the mean of what remains, seed by seed, of the variant's less the ratio times LoRA's."""
         own, others = self.cell(task, variant), self.cell(task, REFERENCE)
         seeds = [seed for seed in own if seed in others]
-        if not seeds or (what != "steps" and not self.costs(variant, self.protocol.tasks[task].tokens)):
+        if not seeds or (what in ("time", "flops") and not self.costs(variant, self.protocol.tasks[task].tokens)):
             return None
-        reference = statistics.fmean(self.spent(task, others[seed], REFERENCE, what) for seed in seeds)
-        return Mean.of([self.spent(task, own[seed], variant, what) / reference for seed in seeds])
+        spent = [self.spent(task, own[seed], variant, what) for seed in seeds]
+        reference = [self.spent(task, others[seed], REFERENCE, what) for seed in seeds]
+        mean = statistics.fmean(reference)
+        value = statistics.fmean(spent) / mean
+        rest = Mean.of([(a - value * b) / mean for a, b in zip(spent, reference, strict=True)])
+        return Mean(value, rest.error, len(seeds))
 
     # -- costs -----------------------------------------------------------------------------------------------------
 
@@ -166,8 +178,3 @@ class Evidence:
             Cost(row["ratio_to_lora"]["median"], sum(row["flops"].values()), row["bytes"]["total"])
             for row in sorted(rows, key=lambda row: row["phase"])
         ]
-
-    def mean_over(self, tasks: Sequence[str], values: Sequence[Mean | None]) -> Mean | None:
-        """Over tasks; None where one has no value."""
-        known = [value for value in values if value is not None]
-        return Mean.over_tasks(known) if tasks and len(known) == len(tasks) else None
