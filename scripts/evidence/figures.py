@@ -129,7 +129,7 @@ class Evidence:
         return statistics.fmean(found) if found else None
 
     def arrival(self, task: str, record: Record, near: bool = False) -> int | None:
-        """The first evaluated step of a run's last phase with the target, or with a score near it; None: it never comes.
+        """The first evaluated step of a run's last phase with the target, or a score near it; None: it never comes.
 
         What is there before that phase is not yet what the run ends with: a LoRA once folded, a searched architecture.
         """
@@ -156,8 +156,8 @@ class Evidence:
         return sum(count * getattr(cost, what) for count, cost in zip(steps, found, strict=True))
 
     def ratio(self, task: str, variant: str, what: str) -> Mean | None:
-        """What a variant spends to the target, to what LoRA spends: the ratio of means over the seeds that both have. Its
-        error is that of the mean of what remains, seed by seed, of the variant's less the ratio times LoRA's."""
+        """What a variant spends to the target, to what LoRA spends: the ratio of means over the seeds that both have.
+        Its error is that of the mean of what remains, seed by seed, of the variant's less the ratio times LoRA's."""
         own, others = self.cell(task, variant), self.cell(task, REFERENCE)
         seeds = [seed for seed in own if seed in others]
         if not seeds or (what in ("time", "flops") and not self.costs(variant, self.protocol.tasks[task].tokens)):
