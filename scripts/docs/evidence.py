@@ -89,13 +89,12 @@ class Tables:
 
     def rates(self) -> Lines:
         """Score on the rows to choose by, by rate, with the first seed."""
+        tasks = [task for task in self.evidence.protocol.tasks if any(run.task == task for run in self.evidence.runs)]
         rows = []
         for name, variant in self.evidence.protocol.variants.items():
-            row = {"": variant.label}
-            for task in self.tasks:
-                row[self._label(task)] = self._rates(task, name)
-            if any(row[self._label(task)] for task in self.tasks):
-                rows.append(row)
+            cells = {self._label(task): self._rates(task, name) for task in tasks}
+            if any(cells.values()):
+                rows.append({"": variant.label, **cells})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
     def _rates(self, task: str, name: str) -> str:
