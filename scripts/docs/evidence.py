@@ -87,6 +87,9 @@ class Tables:
         tokens = max((self.evidence.protocol.tasks[task].tokens for task in self.tasks), default=0)
         return ", then ".join(f"{cost.bytes / MB:.0f}" for cost in self.evidence.costs(name, tokens))
 
+    def _value(self, task: str, value: float) -> str:
+        return f"loss {-value:.4f}" if self.evidence.protocol.tasks[task].causal else f"{value:.1f}"
+
     def rates(self) -> Lines:
         """Score on the rows to choose by, by rate, with the first seed."""
         tasks = [task for task in self.evidence.protocol.tasks if any(run.task == task for run in self.evidence.runs)]
@@ -102,7 +105,7 @@ class Tables:
         for rate in self.evidence.protocol.rates(task, name):
             run = Run(task, name, rate, self.evidence.protocol.seeds[0])
             if run in self.evidence.runs:
-                text = f"{self.evidence.choice[run]:.1f}"
+                text = self._value(task, self.evidence.choice[run])
                 cells.append(f"{power(rate)}: **{text}**" if rate == best else f"{power(rate)}: {text}")
         return ", ".join(cells)
 
@@ -113,7 +116,7 @@ class Tables:
             record = next(iter(self.evidence.cell(task, REFERENCE).values()))
             target = self.evidence.target(task)
             row = {"": self._label(task), **{part: f"{count:,}" for part, count in record["rows"].items()}}
-            rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": f"{target:.1f}"})
+            rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": self._value(task, target)})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
 
