@@ -19,6 +19,18 @@ MB = 1e6
 SPENT = {"steps": "steps, mean (tasks)", "near": "to a point less", "time": "time", "flops": "flops"}
 
 
+#: Claims on scores: what is claimed, of which variant, against which, and the least difference that it means.
+CLAIMS = (
+    ("An unprimed Learner is LoRA", "unprimed", "lora", -1.0),
+    ("Priming makes up for low rank", "keep", "unprimed", 0.0),
+    ("A primed Learner is as good as full fine-tuning", "keep", "full", -1.0),
+    ("BitFit is far below the others", "lora", "bitfit", 5.0),
+    ("FAR is as good as full fine-tuning", "far", "full", -1.0),
+    ("FREEZE FFNs is as good as full fine-tuning", "freeze_ffns", "full", -1.0),
+    ("Nine tenths of the biases can be pruned", "u_bitfit10", "bitfit", -1.0),
+)
+
+
 class Tables:
     """The tables of the page, each under the name of its marker."""
 
@@ -29,6 +41,7 @@ class Tables:
             **{f"scores-{name}": partial(self.scores, shown) for name, shown in evidence.protocol.page.items()},
             **{f"steps-{name}": partial(self.steps, shown) for name, shown in evidence.protocol.page.items()},
             "rates": self.rates,
+            "claims": self.claims,
             "rows": self.rows,
         }
 
@@ -86,6 +99,19 @@ class Tables:
         """Of steps of the longest rows, by phase."""
         tokens = max((self.evidence.protocol.tasks[task].tokens for task in self.tasks), default=0)
         return ", then ".join(f"{cost.bytes / MB:.0f}" for cost in self.evidence.costs(name, tokens))
+
+    def claims(self) -> Lines:
+        """What the papers claim of scores, and what the runs say: yes or no beyond two standard errors, else open."""
+        rows = []
+        for claim, own, other, least in CLAIMS:
+            found = over([self.evidence.difference(task, own, other) for task in self.evidence.protocol.tasks])
+            labels = [self.evidence.protocol.variants[name].label for name in (own, other)]
+            number = "not run" if found is None else f"{signed(found)}, {found.count} tasks"
+            verdict = "open"
+            if found is not None and abs(found.value - least) > found.margin:
+                verdict = "**yes**" if found.value > least else "**no**"
+            rows.append({"claim": claim, "compared": f"{labels[0]} - {labels[1]}", "points": number, "": verdict})
+        return markdown(pd.DataFrame(rows))
 
     def _value(self, task: str, value: float) -> str:
         return f"loss {-value:.4f}" if self.evidence.protocol.tasks[task].causal else f"{value:.1f}"

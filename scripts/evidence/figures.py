@@ -50,10 +50,18 @@ class Mean:
     @classmethod
     def over_tasks(cls, means: Sequence[Mean]) -> Mean:
         """The mean of independent means."""
-        errors = [mean.error for mean in means]
-        known = [error for error in errors if error is not None]
-        error = math.hypot(*known) / len(means) if len(known) == len(means) else None
-        return cls(statistics.fmean(mean.value for mean in means), error, len(means))
+
+        def joint(errors: Sequence[float | None]) -> float | None:
+            known = [error for error in errors if error is not None]
+            return math.hypot(*known) / len(means) if len(known) == len(means) else None
+
+        error, rows = joint([mean.error for mean in means]), joint([mean.rows for mean in means])
+        return cls(statistics.fmean(mean.value for mean in means), error, len(means), rows)
+
+    @property
+    def margin(self) -> float:
+        """Two standard errors, of seeds and test rows together; infinite for one seed."""
+        return math.inf if self.error is None else 2 * math.hypot(self.error, self.rows or 0.0)
 
 
 @dataclass(frozen=True)

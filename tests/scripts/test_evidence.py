@@ -183,18 +183,20 @@ def test_unfinished_cells(evidence):
     del evidence.runs[Run("rte", "fold", 1e-4, 0)]
     assert evidence.test("rte", "fold") is None and evidence.ratio("rte", "fold", "steps") is None
     assert Mean.of([2.0]) == Mean(2.0, None, 1)
-    # Errors of independent means add in squares: sqrt(3^2 + 4^2) / 2.
-    assert Mean.over_tasks([Mean(1.0, 3.0, 2), Mean(2.0, 4.0, 2)]) == Mean(1.5, 2.5, 2)
+    # Errors add in squares: sqrt(3^2 + 4^2) / 2 = 2.5 of seeds, and with those of rows sqrt(2.5^2 + 6^2) = 6.5.
+    found = Mean.over_tasks([Mean(1.0, 3.0, 2, 12.0), Mean(2.0, 4.0, 2, 0.0)])
+    assert found == Mean(1.5, 2.5, 2, 6.0) and found.margin == 13.0
 
 
 def test_tables(evidence):
     """The cells are the figures above."""
     tables = page.Tables(evidence).tables
-    assert "| folded | **82.0** ± 1.0 (2); +1.0 ± 2.0/2.8 | +1.0 ± 2.0 (1) |" in tables["scores-core"]()
+    assert "| folded | **82.0** ± 1.0 (2); +1.0 ± 2.0/2.8 | +1.0 ± 2.0/2.8 (1) |" in tables["scores-core"]()
     (steps,) = (line for line in tables["steps-core"]() if line.startswith("| folded |"))
     assert steps.startswith("| folded | 1.00 ± 0.29 (1 of 2) | 1.00 ± 0.29 (1) | 0.86 ± ")
     assert steps.endswith(" (1) | 1.00 | 0, then 0 |")
     assert "| LoRA | 1e-4: 75.0, 3e-4: **80.0**, 1e-3: 50.0 |" in tables["rates"]()
+    assert "±" not in "".join(page.Tables(Evidence(Protocol.read(), {})).claims())  # nothing is claimed of no runs
     assert page.Tables(Evidence(protocol(), {})).tables["scores-core"]() == page.NOTHING
 
 
