@@ -15,11 +15,12 @@ from peft_learners import PhaseCallback
 from scripts.glue import peers
 from scripts.glue.method_arguments import MethodArguments
 
-#: Methods that train a model's own parameters.
-IN_PLACE: dict[str, Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]] = {
+#: Methods without a config of their own.
+PEERS: dict[str, Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]] = {
     "full": peers.full,
     "bitfit": peers.bitfit,
     "freeze_ffns": peers.freeze_ffns,
+    "mam": peers.mam,
 }
 
 
@@ -28,12 +29,12 @@ def build(model: PreTrainedModel, method: str, fields: Mapping[str, Any], epochs
 
     Args:
         model: with its new head.
-        method: one of `IN_PLACE`, or the name of a config of this package or of PEFT, as `LearnerConfig`.
+        method: one of `PEERS`, or the name of a config of this package or of PEFT, as `LearnerConfig`.
         fields: the config's. A `priming_share` is that share of `epochs`, as `priming_epochs`.
         epochs: of the whole training.
     """
-    if method in IN_PLACE:
-        return IN_PLACE[method](model, MethodArguments())
+    if method in PEERS:
+        return PEERS[method](model, MethodArguments(r=8))
     fields = dict(fields)
     task_type = "SEQ_CLS" if model.get_output_embeddings() is None else "CAUSAL_LM"
     if "priming_share" in fields:

@@ -88,6 +88,6 @@ def test_open_marker(text):
 
 def test_committed_pages():
     """The committed pages are those of the committed files."""
-    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 6
+    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 11
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
