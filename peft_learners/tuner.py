@@ -190,7 +190,7 @@ class PhasedModel(TargetChoice):
     def check_learning_rate(
         cls, adapter: str, config: Any, schedule: Schedule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Refuse a learning rate of the first step, in a training from the start, that a phase can't do with.
+        """Refuse a learning rate, in a training from the start, that a phase can't do with, or warn of it.
 
         Raises:
             ScheduleError: a phase of one step, whose rate is 0.

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
     from ..weighted_sum import Combined
 
 
+#: Learning rates of dense weights with Adam: a usual one, and one above which most models learn nothing.
+DENSE_RATE, HIGHEST_DENSE_RATE = 1e-4, 5e-4
+
+
 def _last(names: Iterable[str]) -> list[str]:
     """The last parts of these names."""
     return sorted({name.rpartition(".")[2] for name in names})
@@ -286,6 +290,22 @@ class LearnerModel(PhasedModel):
                 f"The adapter {adapter!r} is to be primed (priming_epochs={config.priming_epochs}), but none of its "
                 "layers belongs to an attention, so that there is nothing to prime. Name the layers, "
                 "LearnerConfig(priming_modules=[...]), or do without: LearnerConfig(priming_epochs=0)."
+            )
+
+    @classmethod
+    def check_learning_rate(
+        cls, adapter: str, config: LearnerConfig, schedule: Schedule, optimizer: Optimizer
+    ) -> None:
+        """Warn of a rate at which dense weights don't learn with Adam."""
+        rate = max(float(group.get("initial_lr") or group["lr"]) for group in optimizer.param_groups)
+        primed = config.priming_lr_scale * rate
+        if "Adam" in type(optimizer).__name__ and primed > HIGHEST_DENSE_RATE and PRIMING in schedule.first_steps:
+            warnings.warn(
+                f"The adapter {adapter!r} primes dense weights at a learning rate of {primed:.2g}: {rate:.2g} times "
+                f"priming_lr_scale={config.priming_lr_scale:g}. They want one of full fine-tuning's size, and most "
+                f"models learn nothing above {HIGHEST_DENSE_RATE:g}. Lower it: "
+                f"LearnerConfig(priming_lr_scale={DENSE_RATE / rate:.1g}).",
+                stacklevel=2,
             )
 
     @classmethod

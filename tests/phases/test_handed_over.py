@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+import re
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -250,3 +251,30 @@ def test_optimizer_made_twice(make):
             model.base_model.update_and_allocate(k)
     messages = [str(found.value)] if make is nas else [str(warning.message) for warning in found]
     assert any("has made no step" in m and "set_schedule(..., optimizer=optimizer)" in m for m in messages)
+
+
+@pytest.mark.parametrize(
+    ("kind", "rate", "fields", "told"),
+    [
+        (torch.optim.AdamW, 1e-3, {}, "at a learning rate of 0.001: 0.001 times priming_lr_scale=1.*scale=0.1"),
+        (
+            torch.optim.AdamW,
+            3e-3,
+            {"priming_lr_scale": 0.5},
+            "of 0.0015: 0.003 times .*=0.5.*scale=0.03",
+        ),
+        (torch.optim.AdamW, 3e-3, {"priming_lr_scale": 0.1}, None),
+        (torch.optim.AdamW, 1e-2, {"priming_steps": 0}, None),
+        (torch.optim.SGD, 1e-2, {}, None),
+    ],
+)
+def test_high_dense_rate_told(kind, rate, fields, told):
+    """A rate that dense weights don't learn at is told before the first step, in a warm-up too."""
+    model = learner(**{"priming_steps": 2, **fields})
+    optimizer = kind([p for p in model.parameters() if p.requires_grad], lr=rate)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / 10)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        model.base_model.set_schedule(total_steps=4, optimizer=optimizer)
+    texts = [str(each.message) for each in found if "dense weights" in str(each.message)]
+    assert len(texts) == bool(told) and all(re.search(told, text) for text in texts)
