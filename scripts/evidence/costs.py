@@ -26,6 +26,8 @@ OUT = Path("results/evidence/costs.jsonl")
 REFERENCE = "lora"
 #: Of a training that is never over while it is measured.
 LONG = 1_000_000
+#: Of a first phase that is to be over: a search of fewer has no scores of biases, which begin at zero.
+FIRST_STEPS = 3
 
 
 def workload(protocol: Protocol, task: str, model_name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
@@ -49,7 +51,7 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
     primes = fields.pop("priming_share", None) is not None or variant.method == "FARConfig"
     length = "search_steps" if variant.method == "NASLoRAConfig" else "priming_steps" if primes else None
     for past in (False, True) if length else (False,):
-        chosen = {**fields, length: 1 if past else LONG - 1} if length else fields
+        chosen = {**fields, length: FIRST_STEPS if past else LONG - 1} if length else fields
         torch.manual_seed(0)
         model: Any = variants.build(copy.deepcopy(base), variant.method, chosen, epochs=1).train()
         optimizer = torch.optim.AdamW(measure.trained_parameters(model), lr=1e-5, fused=True)
@@ -57,10 +59,10 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
         if variants.callbacks(variant.method):
             tuner = model.base_model
             tuner.set_schedule(total_steps=LONG, optimizer=optimizer)
-            measure.take_step(ready, batch)
-            if past:
-                tuner.update_and_allocate(1)
-            ready.after_step = partial(tuner.update_and_allocate, 1)
+            for step in range(1, FIRST_STEPS + 1):
+                measure.take_step(ready, batch)
+                tuner.update_and_allocate(step)
+            ready.after_step = partial(tuner.update_and_allocate, FIRST_STEPS)
         ready.phase = str(int(past))
         yield ready
 
