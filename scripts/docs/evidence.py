@@ -142,7 +142,7 @@ class Tables:
             record = next(iter(self.evidence.cell(task, REFERENCE).values()))
             target = self.evidence.target(task)
             row = {"": self._label(task), **{part: f"{count:,}" for part, count in record["rows"].items()}}
-            rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": self._value(task, target)})
+            rows.append({**row, "steps": f"{record['curve'][-1]['step']}", "LoRA's score": f"{target:.1f}"})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
 

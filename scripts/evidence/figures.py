@@ -126,36 +126,33 @@ class Evidence:
 
     # -- steps to a score ------------------------------------------------------------------------------------------
 
-    def judged(self, task: str, point: Mapping[str, Any], near: bool) -> float:
-        """What an evaluation counts: `Protocol.value`, or with `near` the score, raised by `NEAR`."""
-        return (point["score"] or 0.0) + NEAR if near else self.protocol.value(task, point)
+    def target(self, task: str) -> float | None:
+        """LoRA's score on the rows to choose by at the end of its training, in the mean over seeds."""
+        ends = [record["curve"][-1]["score"] or 0.0 for record in self.cell(task, REFERENCE).values()]
+        return statistics.fmean(ends) if ends else None
 
-    def target(self, task: str, near: bool = False) -> float | None:
-        """What LoRA has at the end, in the mean over seeds: `Protocol.value`, or with `near` the score."""
-        ends = [record["curve"][-1] for record in self.cell(task, REFERENCE).values()]
-        found = [(end["score"] or 0.0) if near else self.protocol.value(task, end) for end in ends]
-        return statistics.fmean(found) if found else None
-
-    def arrival(self, task: str, record: Record, near: bool = False) -> int | None:
-        """The first evaluated step of a run's last phase with the target, or a score near it; None: it never comes.
+    def arrival(self, task: str, record: Record, less: float = 0.0) -> int | None:
+        """The first evaluated step of a run's last phase with the target's score, `less` so many points; None if none.
 
         What is there before that phase is not yet what the run ends with: a LoRA once folded, a searched architecture.
         """
-        target, first = self.target(task, near), record["phases"][-1]["first_step"]
+        target, first = self.target(task), record["phases"][-1]["first_step"]
         later = (point for point in record["curve"] if point["step"] > first and target is not None)
-        return next((point["step"] for point in later if self.judged(task, point, near) >= target), None)
+        return next((point["step"] for point in later if (point["score"] or 0.0) >= target - less), None)
 
     def arrived(self, task: str, variant: str) -> int:
         """How many seeds reach the target."""
         return sum(self.arrival(task, record) is not None for record in self.cell(task, variant).values())
 
     def spent(self, task: str, record: Record, variant: str, what: str) -> float:
-        """What a run has spent as it reaches the target, or to its end where it doesn't.
+        """What a run has spent as it reaches the target. One that doesn't counts with as many steps as LoRA's training
+        has, if these are more than its own.
 
         Args:
             what: "steps"; "near", in steps to a score near the target; "time", in steps of LoRA; or "flops".
         """
-        end = self.arrival(task, record, what == "near") or record["curve"][-1]["step"]
+        full = max(other["curve"][-1]["step"] for other in self.cell(task, REFERENCE).values())
+        end = self.arrival(task, record, NEAR if what == "near" else 0.0) or max(record["curve"][-1]["step"], full)
         if what in ("steps", "near"):
             return float(end)
         starts = [phase["first_step"] for phase in record["phases"]]

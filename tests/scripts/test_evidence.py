@@ -158,6 +158,14 @@ def test_steps_to_target(evidence):
     assert evidence.arrived("rte", "fold") == 1 and evidence.arrived("rte", "lora") == 2
 
 
+def test_short_run_that_fails(evidence):
+    """A training of 20 steps that never has 81 does not count with its 20, but with LoRA's 40."""
+    short = record([50, 60], 60, 5)
+    assert evidence.spent("rte", short, "fold", "steps") == 40
+    assert evidence.spent("rte", short, "fold", "time") == pytest.approx(5 * 1.5 + 35 * 0.9)
+    assert evidence.spent("rte", record([50, 82], 82, 5), "fold", "steps") == 20
+
+
 def test_near_the_target(evidence):
     """80 is near 81: LoRA has it at 30 and 40, the Learner at 30 and 30."""
     assert evidence.ratio("rte", "fold", "near").value == pytest.approx(60 / 70)
