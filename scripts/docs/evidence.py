@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 
 import pandas as pd
 
@@ -14,7 +15,6 @@ from scripts.evidence.plan import Run
 
 NONE = "\u2013"
 NOTHING: Lines = ["No finished runs yet."]
-MB = 1e6
 #: Columns of means over tasks.
 SPENT = {"steps": "steps, mean (tasks)", "near": "to a point less", "time": "time", "flops": "flops"}
 
@@ -86,19 +86,25 @@ class Tables:
             for what, label in SPENT.items():
                 mean = over([self.evidence.ratio(task, name, what) for task in self.tasks])
                 row[label] = NONE if mean is None else f"{plain(mean)} ({mean.count})"
-            row["file, MB"] = self._file(name)
-            row["peak, MB"] = self._peak(name)
+            for label, found in (("file", self._file(name)), ("peak", self._peak(name))):
+                row[label] = NONE if found is None else f"{found:.2f}"
             rows.append(row)
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
-    def _file(self, name: str) -> str:
-        sizes = {record["file_bytes"] for task in self.tasks for record in self.evidence.cell(task, name).values()}
-        return f"{max(sizes) / MB:.2f}" if sizes else ""
+    def _file(self, name: str) -> float | None:
+        """Bytes of the saved adapter or model to those of LoRA's, in the mean over tasks."""
+        pairs = [(self.evidence.cell(task, name), self.evidence.cell(task, REFERENCE)) for task in self.tasks]
+        sizes = [
+            [min(record["file_bytes"] for record in cell.values()) for cell in pair] for pair in pairs if all(pair)
+        ]
+        return fmean(own / other for own, other in sizes) if sizes else None
 
-    def _peak(self, name: str) -> str:
-        """Of steps of the longest rows, by phase."""
-        tokens = max((self.evidence.protocol.tasks[task].tokens for task in self.tasks), default=0)
-        return ", then ".join(f"{cost.bytes / MB:.0f}" for cost in self.evidence.costs(name, tokens))
+    def _peak(self, name: str) -> float | None:
+        """Bytes that the largest phase holds to those of LoRA's, in the mean over tasks."""
+        tokens = [self.evidence.protocol.tasks[task].tokens for task in self.tasks if self.evidence.cell(task, name)]
+        pairs = [(self.evidence.costs(name, each), self.evidence.costs(REFERENCE, each)) for each in tokens]
+        peaks = [[max(cost.bytes for cost in costs) for costs in pair] for pair in pairs if all(pair)]
+        return fmean(own / other for own, other in peaks) if peaks else None
 
     def claims(self) -> Lines:
         """What the papers claim of scores, and what the runs say: yes or no beyond two standard errors, else open."""
@@ -106,11 +112,13 @@ class Tables:
         for claim, own, other, least in CLAIMS:
             found = over([self.evidence.difference(task, own, other) for task in self.evidence.protocol.tasks])
             labels = [self.evidence.protocol.variants[name].label for name in (own, other)]
-            number = "not run" if found is None else f"{signed(found)}, {found.count} tasks"
+            number = "not run" if found is None else f"{signed(found)} ({found.count})"
             verdict = "open"
             if found is not None and abs(found.value - least) > found.margin:
                 verdict = "**yes**" if found.value > least else "**no**"
-            rows.append({"claim": claim, "compared": f"{labels[0]} - {labels[1]}", "points": number, "": verdict})
+            rows.append(
+                {"claim": claim, "compared": f"{labels[0]} - {labels[1]}", "points (tasks)": number, "": verdict}
+            )
         return markdown(pd.DataFrame(rows))
 
     def _value(self, task: str, value: float) -> str:

@@ -202,7 +202,7 @@ def test_tables(evidence):
     assert "| folded | **82.0** ± 1.0 (2); +1.0 ± 2.0/2.8 | +1.0 ± 2.0/2.8 (1) |" in tables["scores-core"]()
     (steps,) = (line for line in tables["steps-core"]() if line.startswith("| folded |"))
     assert steps.startswith("| folded | 1.00 ± 0.29 (1 of 2) | 1.00 ± 0.29 (1) | 0.86 ± ")
-    assert steps.endswith(" (1) | 1.00 | 0, then 0 |")
+    assert steps.endswith(" (1) | 1.00 | 1.00 |")
     assert "| LoRA | 1e-4: 75.0, 3e-4: **80.0**, 1e-3: 50.0 |" in tables["rates"]()
     assert "±" not in "".join(page.Tables(Evidence(Protocol.read(), {})).claims())  # nothing is claimed of no runs
     assert page.Tables(Evidence(protocol(), {})).tables["scores-core"]() == page.NOTHING
