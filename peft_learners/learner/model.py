@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..weighted_sum import Combined
 
 
-#: Learning rates of dense weights with Adam: a usual one, and one above which most models learn nothing.
+#: Learning rates of dense weights with Adam: a usual one, and one above which a small encoder learned nothing.
 DENSE_RATE, HIGHEST_DENSE_RATE = 1e-4, 5e-4
 
 
@@ -302,8 +302,8 @@ class LearnerModel(PhasedModel):
         if "Adam" in type(optimizer).__name__ and primed > HIGHEST_DENSE_RATE and PRIMING in schedule.first_steps:
             warnings.warn(
                 f"The adapter {adapter!r} primes dense weights at a learning rate of {primed:.2g}: {rate:.2g} times "
-                f"priming_lr_scale={config.priming_lr_scale:g}. They want one of full fine-tuning's size, and most "
-                f"models learn nothing above {HIGHEST_DENSE_RATE:g}. Lower it: "
+                f"priming_lr_scale={config.priming_lr_scale:g}. They want one of full fine-tuning's size; above "
+                f"{HIGHEST_DENSE_RATE:g} a small encoder learned nothing. Lower it: "
                 f"LearnerConfig(priming_lr_scale={DENSE_RATE / rate:.1g}).",
                 stacklevel=2,
             )

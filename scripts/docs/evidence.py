@@ -10,7 +10,8 @@ from statistics import fmean
 import pandas as pd
 
 from scripts.docs.pages import Lines, markdown
-from scripts.evidence.figures import REFERENCE, Evidence, Mean
+from scripts.evidence import variants
+from scripts.evidence.figures import REFERENCE, Evidence, Mean, Record
 from scripts.evidence.plan import Run
 
 NONE = "\u2013"
@@ -28,6 +29,7 @@ CLAIMS = (
     ("FAR is as good as full fine-tuning", "far", "full", -1.0),
     ("FREEZE FFNs is as good as full fine-tuning", "freeze_ffns", "full", -1.0),
     ("Nine tenths of the biases can be pruned", "u_bitfit10", "bitfit", -1.0),
+    ("A tenth of the biases beats LoRA of rank 1 at about equal bytes", "u_bitfit10", "lora1", 0.0),
 )
 
 
@@ -81,8 +83,9 @@ class Tables:
             for task in self.tasks:
                 ratio = self.evidence.ratio(task, name, "steps")
                 count = len(self.evidence.cell(task, name))
-                reached = f"{self.evidence.arrived(task, name)} of {count}"
-                row[self._label(task)] = NONE if ratio is None else f"{plain(ratio)} ({reached})"
+                arrived = self.evidence.arrived(task, name)
+                text = f"{plain(ratio)} ({arrived} of {count})" if arrived else f"never (0 of {count})"
+                row[self._label(task)] = NONE if ratio is None else text
             for what, label in SPENT.items():
                 mean = over([self.evidence.ratio(task, name, what) for task in self.tasks])
                 row[label] = NONE if mean is None else f"{plain(mean)} ({mean.count})"
@@ -92,12 +95,17 @@ class Tables:
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
     def _file(self, name: str) -> float | None:
-        """Bytes of the saved adapter or model to those of LoRA's, in the mean over tasks."""
+        """Bytes of the saved adapter to those of LoRA's, in the mean over tasks. Of a method that trains the model in
+        place its trained parameters count, four bytes each."""
+
+        def size(variant: str, record: Record) -> int:
+            in_place = self.evidence.protocol.variants[variant].method in variants.IN_PLACE
+            return 4 * record["phases"][-1]["trained_parameters"] if in_place else record["file_bytes"]
+
         pairs = [(self.evidence.cell(task, name), self.evidence.cell(task, REFERENCE)) for task in self.tasks]
-        sizes = [
-            [min(record["file_bytes"] for record in cell.values()) for cell in pair] for pair in pairs if all(pair)
-        ]
-        return fmean(own / other for own, other in sizes) if sizes else None
+        first = [[next(iter(cell.values())) for cell in pair] for pair in pairs if all(pair)]
+        sizes = [size(name, own) / size(REFERENCE, other) for own, other in first]
+        return fmean(sizes) if sizes else None
 
     def _peak(self, name: str) -> float | None:
         """Bytes that the largest phase holds to those of LoRA's, in the mean over tasks."""
@@ -107,14 +115,14 @@ class Tables:
         return fmean(own / other for own, other in peaks) if peaks else None
 
     def claims(self) -> Lines:
-        """What the papers claim of scores, and what the runs say: yes or no beyond two standard errors, else open."""
+        """What the papers claim of scores, and what the runs say: beyond the margin and on several tasks, or open."""
         rows = []
         for claim, own, other, least in CLAIMS:
             found = over([self.evidence.difference(task, own, other) for task in self.evidence.protocol.tasks])
             labels = [self.evidence.protocol.variants[name].label for name in (own, other)]
             number = "not run" if found is None else f"{signed(found)} ({found.count})"
             verdict = "open"
-            if found is not None and abs(found.value - least) > found.margin:
+            if found is not None and found.count > 1 and abs(found.value - least) > found.margin:
                 verdict = "**yes**" if found.value > least else "**no**"
             rows.append(
                 {"claim": claim, "compared": f"{labels[0]} - {labels[1]}", "points (tasks)": number, "": verdict}
@@ -136,11 +144,13 @@ class Tables:
 
     def _rates(self, task: str, name: str) -> str:
         best, cells = self.evidence.rate(task, name), []
-        for rate in self.evidence.protocol.rates(task, name):
+        rates = self.evidence.protocol.rates(task, name)
+        for rate in rates:
             run = Run(task, name, rate, self.evidence.protocol.seeds[0])
             if run in self.evidence.runs:
                 text = self._value(task, self.evidence.choice[run])
-                cells.append(f"{power(rate)}: **{text}**" if rate == best else f"{power(rate)}: {text}")
+                end = " †" if rate in (rates[0], rates[-1]) else ""
+                cells.append(f"{power(rate)}: **{text}**{end}" if rate == best else f"{power(rate)}: {text}")
         return ", ".join(cells)
 
     def rows(self) -> Lines:
@@ -164,7 +174,8 @@ def plain(mean: Mean | None) -> str:
     """A mean with its error over seeds."""
     if mean is None:
         return NONE
-    return f"{mean.value:.2f}" if mean.error is None else f"{mean.value:.2f} ± {mean.error:.2f}"
+    least = "≥ " if mean.capped else ""
+    return f"{least}{mean.value:.2f}" if mean.error is None else f"{least}{mean.value:.2f} ± {mean.error:.2f}"
 
 
 def signed(mean: Mean | None) -> str:
@@ -193,18 +204,19 @@ def draw(evidence: Evidence, path: Path) -> None:
     if not tasks:
         return
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
+    handles = {}
     for panel, task in zip(panels[0], tasks, strict=True):
-        for name in evidence.protocol.page["core"]:
+        for index, name in enumerate(evidence.protocol.page["core"]):
             if records := evidence.cell(task, name):
-                curves = [[point["score"] for point in record["curve"]] for record in records.values()]
+                curves = [[point["score"] or 0.0 for point in record["curve"]] for record in records.values()]
                 steps = [point["step"] for point in next(iter(records.values()))["curve"]]
                 means = [sum(values) / len(values) for values in zip(*curves, strict=True)]
-                panel.plot(steps, means, marker=".", label=evidence.protocol.variants[name].label)
-        ends = [record["curve"][-1]["score"] for record in evidence.cell(task, REFERENCE).values()]
-        panel.axhline(sum(ends) / len(ends), color="0.4", linestyle="--", linewidth=1)
+                label = evidence.protocol.variants[name].label
+                (handles[label],) = panel.plot(steps, means, marker=".", color=f"C{index}")
+        panel.axhline(evidence.target(task), color="0.4", linestyle="--", linewidth=1)
         panel.set(title=evidence.protocol.tasks[task].label, xlabel="steps")
         panel.grid(alpha=0.25)
     panels[0][0].set_ylabel("score on the rows to choose by")
-    figure.legend(*panels[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=4, fontsize=9)
     figure.savefig(path, dpi=110, metadata={"Software": None})
     plt.close(figure)

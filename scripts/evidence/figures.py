@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy import stats
 
 from scripts.evidence import costs, sweep
 from scripts.evidence.plan import Protocol, Run
@@ -35,17 +36,22 @@ class Mean:
         error: its standard error; None for one value.
         count: number of values; of tasks, where it is a mean over these.
         rows: standard error of it for other test rows; None where that is not known.
+        seeds: the least number of seeds in it.
+        capped: whether a run that never reached the target is in it, so that the value is too small.
     """
 
     value: float
     error: float | None
     count: int
     rows: float | None = None
+    seeds: int = 1
+    capped: bool = False
 
     @classmethod
     def of(cls, values: Sequence[float], rows: float | None = None) -> Mean:
+        """Over seeds."""
         error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else None
-        return cls(statistics.fmean(values), error, len(values), rows)
+        return cls(statistics.fmean(values), error, len(values), rows, len(values))
 
     @classmethod
     def over_tasks(cls, means: Sequence[Mean]) -> Mean:
@@ -56,12 +62,22 @@ class Mean:
             return math.hypot(*known) / len(means) if len(known) == len(means) else None
 
         error, rows = joint([mean.error for mean in means]), joint([mean.rows for mean in means])
-        return cls(statistics.fmean(mean.value for mean in means), error, len(means), rows)
+        seeds, capped = min(mean.seeds for mean in means), any(mean.capped for mean in means)
+        return cls(statistics.fmean(mean.value for mean in means), error, len(means), rows, seeds, capped)
 
     @property
     def margin(self) -> float:
-        """Two standard errors, of seeds and test rows together; infinite for one seed."""
-        return math.inf if self.error is None else 2 * math.hypot(self.error, self.rows or 0.0)
+        """Half of the interval that holds the true value 95 times in 100: of seeds by Student's t, and of test rows.
+        Infinite for one seed."""
+        if self.error is None:
+            return math.inf
+        return math.hypot(float(stats.t.ppf(0.975, self.seeds - 1)) * self.error, 1.96 * (self.rows or 0.0))
+
+
+def _spread(resamples: Sequence[Any]) -> float:
+    """Standard error for other test rows: the mean of the seeds' errors, which is no smaller than that of their mean.
+    Runs of two seeds may have their rows in other orders, and then their draws are of other rows."""
+    return statistics.fmean(float(np.std(draws, ddof=1)) for draws in resamples)
 
 
 @dataclass(frozen=True)
@@ -112,8 +128,7 @@ class Evidence:
         records = self.cell(task, variant).values()
         if not records or any(record["test"] is None for record in records):
             return None
-        resamples = np.mean([record["resampled"] for record in records], axis=0)
-        return Mean.of([record["test"] for record in records], float(resamples.std(ddof=1)))
+        return Mean.of([record["test"] for record in records], _spread([record["resampled"] for record in records]))
 
     def difference(self, task: str, variant: str, other: str = REFERENCE) -> Mean | None:
         """Of the scores on the test part, over the seeds that both have."""
@@ -121,8 +136,8 @@ class Evidence:
         pairs = [(own[seed], others[seed]) for seed in own if seed in others]
         if not pairs or any(record["test"] is None for pair in pairs for record in pair):
             return None
-        resamples = np.mean([np.subtract(a["resampled"], b["resampled"]) for a, b in pairs], axis=0)
-        return Mean.of([a["test"] - b["test"] for a, b in pairs], float(resamples.std(ddof=1)))
+        resamples = [np.subtract(a["resampled"], b["resampled"]) for a, b in pairs]
+        return Mean.of([a["test"] - b["test"] for a, b in pairs], _spread(resamples))
 
     # -- steps to a score ------------------------------------------------------------------------------------------
 
@@ -172,13 +187,18 @@ class Evidence:
         mean = statistics.fmean(reference)
         value = statistics.fmean(spent) / mean
         rest = Mean.of([(a - value * b) / mean for a, b in zip(spent, reference, strict=True)])
-        return Mean(value, rest.error, len(seeds))
+        near = NEAR if what == "near" else 0.0
+        capped = any(self.arrival(task, own[seed], near) is None for seed in seeds)
+        return Mean(value, rest.error, len(seeds), seeds=len(seeds), capped=capped)
 
     # -- costs -----------------------------------------------------------------------------------------------------
 
     def costs(self, variant: str, tokens: int) -> list[Cost]:
-        """Of a variant's phases, in their order."""
-        rows = [row for row in self.cost_rows if (row["variant"], row["tokens"]) == (variant, tokens)]
+        """Of a variant's phases, in their order; those of a variant with the same settings, whatever its length."""
+        kinds, own = self.protocol.variants, self.protocol.variants[variant]
+        same = [name for name, other in kinds.items() if (other.method, other.fields) == (own.method, own.fields)]
+        measured = [name for name in same if any(row["variant"] == name for row in self.cost_rows)]
+        rows = [row for row in self.cost_rows if (row["variant"], row["tokens"]) == ((*measured, "")[0], tokens)]
         return [
             Cost(row["ratio_to_lora"]["median"], sum(row["flops"].values()), row["bytes"]["total"])
             for row in sorted(rows, key=lambda row: row["phase"])

@@ -141,8 +141,9 @@ class Protocol:
     def value(self, task: str, point: Mapping[str, Any]) -> float:
         """What an evaluation on the rows to choose by is judged by: the score, or the decoder's loss with a minus,
         for one row more or less would decide there. Minus infinity where it is no number."""
-        value = -point["loss"] if self.tasks[task].causal and point["loss"] is not None else point["score"]
-        return float("-inf") if value is None else value
+        if point["score"] is None or point["loss"] is None:
+            return float("-inf")
+        return -point["loss"] if self.tasks[task].causal else point["score"]
 
     def rates(self, task: str, variant: str) -> Sequence[float]:
         """The three rates of a variant on a task."""

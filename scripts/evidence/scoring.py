@@ -6,7 +6,7 @@ import numpy as np
 
 from scripts.glue import metrics
 
-#: Resamples of the test part, drawn alike for all runs: two runs can be compared resample by resample.
+#: Resamples of the test part. Two runs of one seed have their rows in one order, and can be compared draw by draw.
 RESAMPLES, RESAMPLE_SEED = 200, 0
 
 

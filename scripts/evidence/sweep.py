@@ -31,6 +31,8 @@ from scripts.glue import run_record
 
 OUT = Path("results/evidence/runs.jsonl")
 WORK = Path("runs/evidence")
+#: File in a run's folder that says what its checkpoints were made with.
+SETTINGS = "settings.json"
 #: Seconds before a job that finds all that is left in training elsewhere looks again.
 LOOK_AGAIN = 5.0
 
@@ -69,6 +71,16 @@ def add(out: Path, record: Record) -> None:
         run_record.write_lines(out, [*run_record.read_lines(out), record])
 
 
+def _open(folder: Path, protocol: Protocol, run: Run) -> None:
+    """Clear a run's folder of checkpoints that were made with other settings."""
+    here = {**protocol.settings(run), "rows": dict(protocol.tasks[run.task].rows)}
+    there = run_record.read_json(folder / SETTINGS)
+    if there is None or run_record.differences(there, here):
+        for checkpoint in run_record.checkpoints(folder):
+            shutil.rmtree(checkpoint)
+        run_record.write_json(folder / SETTINGS, here)
+
+
 def wanted(args: argparse.Namespace) -> list[Run]:
     """The runs in their order, as far as they are known."""
     runs = args.protocol.planned(scores(args.protocol, finished(args.protocol, args.out)))
@@ -98,6 +110,7 @@ def work(args: argparse.Namespace) -> int:
                 with run_record.only_process(folder):
                     if run not in finished(args.protocol, args.out):  # another job's, since the last look
                         print(run.name, flush=True)
+                        _open(folder, args.protocol, run)
                         add(args.out, train(args.protocol, run, args.data_dir, args.model_name_or_path, folder))
                     shutil.rmtree(folder, ignore_errors=True)  # another job may clear it too
             except run_record.BusyError:

@@ -24,6 +24,10 @@ PEERS: dict[str, Callable[[PreTrainedModel, MethodArguments], torch.nn.Module]] 
 }
 
 
+#: Those that train a model's own parameters: their file is the whole model.
+IN_PLACE = ("full", "bitfit", "freeze_ffns")
+
+
 def build(model: PreTrainedModel, method: str, fields: Mapping[str, Any], epochs: float) -> torch.nn.Module:
     """The model to train.
 

@@ -96,6 +96,16 @@ def test_best_of_equals():
     assert protocol().best_rate(dict.fromkeys(runs, float("-inf")), "rte", "lora") is None
 
 
+def test_diverged_run_is_never_best():
+    """A loss or a score that is no number is below all others, of a classifier and of the decoder."""
+    causal = Task("d", COUNTS, 1, 12, causal=True)
+    plan = protocol(tasks={"rte": protocol().tasks["rte"], "decoder": causal})
+    assert plan.value("decoder", {"score": 0.0, "loss": None}) == plan.value("rte", {"score": 50.0, "loss": None})
+    assert plan.value("rte", {"score": 50.0, "loss": None}) == float("-inf")
+    point = {"score": 1.0, "loss": 0.5}
+    assert (plan.value("decoder", point), plan.value("rte", point)) == (-0.5, 1.0)
+
+
 def test_names_of_runs():
     run = Run("sst2", "u_bitfit10", 3e-5, 2)
     assert run.name == "sst2-u_bitfit10-lr3e-05-seed2" and Run.parse(run.name) == run
@@ -120,8 +130,8 @@ def test_committed_protocol():
 def record(scores: list[float], test: float, boundary: int | None = None, resampled: tuple = (1.0, 3.0)) -> dict:
     """A run of 40 steps, evaluated four times, with a boundary or without."""
     starts = [0] if boundary is None else [0, boundary]
-    curve = [{"step": 10 * (i + 1), "score": score} for i, score in enumerate(scores)]
-    phases = [{"first_step": start} for start in starts]
+    curve = [{"step": 10 * (i + 1), "score": score, "loss": 0.5} for i, score in enumerate(scores)]
+    phases = [{"first_step": start, "trained_parameters": 100} for start in starts]
     return {"curve": curve, "test": test, "resampled": [*resampled], "phases": phases, "file_bytes": 1_000_000}
 
 
@@ -186,14 +196,24 @@ def test_paired_difference(evidence):
     assert found.rows == pytest.approx(4 / 2**0.5)
 
 
+def test_costs_of_the_same_settings(evidence):
+    """A variant that differs by its length alone has the costs of the one that was measured."""
+    own = evidence.protocol.variants
+    evidence.protocol.variants["short"] = Variant(
+        "short", own["fold"].method, own["fold"].rates, own["fold"].fields, 0.5
+    )
+    assert evidence.costs("short", 12) == evidence.costs("fold", 12) != [] == evidence.costs("short", 99)
+
+
 def test_unfinished_cells(evidence):
     """A cell without all of its rates is no cell; one seed has no error."""
     del evidence.runs[Run("rte", "fold", 1e-4, 0)]
     assert evidence.test("rte", "fold") is None and evidence.ratio("rte", "fold", "steps") is None
-    assert Mean.of([2.0]) == Mean(2.0, None, 1)
-    # Errors add in squares: sqrt(3^2 + 4^2) / 2 = 2.5 of seeds, and with those of rows sqrt(2.5^2 + 6^2) = 6.5.
-    found = Mean.over_tasks([Mean(1.0, 3.0, 2, 12.0), Mean(2.0, 4.0, 2, 0.0)])
-    assert found == Mean(1.5, 2.5, 2, 6.0) and found.margin == 13.0
+    assert Mean.of([2.0]) == Mean(2.0, None, 1) and Mean.of([2.0]).margin == float("inf")
+    # Errors add in squares: sqrt(3^2 + 4^2) / 2 = 2.5 of seeds. Student's t of three seeds is 4.303 (any table), so
+    # the margin is sqrt((4.303 * 2.5)^2 + (1.96 * 6)^2) = 15.94.
+    found = Mean.over_tasks([Mean(1.0, 3.0, 3, 12.0, 3), Mean(2.0, 4.0, 4, 0.0, 4, capped=True)])
+    assert found == Mean(1.5, 2.5, 2, 6.0, 3, capped=True) and found.margin == pytest.approx(15.94, abs=0.01)
 
 
 def test_tables(evidence):
@@ -201,7 +221,7 @@ def test_tables(evidence):
     tables = page.Tables(evidence).tables
     assert "| folded | **82.0** ± 1.0 (2); +1.0 ± 2.0/2.8 | +1.0 ± 2.0/2.8 (1) |" in tables["scores-core"]()
     (steps,) = (line for line in tables["steps-core"]() if line.startswith("| folded |"))
-    assert steps.startswith("| folded | 1.00 ± 0.29 (1 of 2) | 1.00 ± 0.29 (1) | 0.86 ± ")
+    assert steps.startswith("| folded | ≥ 1.00 ± 0.29 (1 of 2) | ≥ 1.00 ± 0.29 (1) | 0.86 ± ")
     assert steps.endswith(" (1) | 1.00 | 1.00 |")
     assert "| LoRA | 1e-4: 75.0, 3e-4: **80.0**, 1e-3: 50.0 |" in tables["rates"]()
     assert "±" not in "".join(page.Tables(Evidence(Protocol.read(), {})).claims())  # nothing is claimed of no runs
@@ -302,6 +322,17 @@ def test_foreign_runs_refused(words, tmp_path, capsys):
     run_record.write_lines(file, [{**own, "run": "rte-other-lr0.0003-seed0"}])
     with pytest.raises(ValueError, match="must hold runs of the protocol's tasks and variants, got rte-other"):
         sweep.finished(plan, file)
+
+
+def test_foreign_checkpoints_cleared(tmp_path):
+    """Checkpoints of other settings are not gone on from; those of the same are kept."""
+    plan, run = protocol(), Run("rte", "lora", 3e-4, 0)
+    sweep._open(tmp_path, plan, run)
+    (tmp_path / "checkpoint-4").mkdir()
+    sweep._open(tmp_path, plan, run)
+    assert (tmp_path / "checkpoint-4").is_dir()
+    sweep._open(tmp_path, protocol(max_length=64), run)
+    assert not (tmp_path / "checkpoint-4").exists()
 
 
 def test_failing_run(words, tmp_path, capsys):
