@@ -53,7 +53,7 @@ def _read(name: str, data_dir: Path) -> Dataset:
 
 
 def _distinct(rows: Dataset) -> Dataset:
-    """One row of each text: the same words must not train and test."""
+    """One row of each text. Rows that share a sentence, or SST-2's phrases of one, may still be in two parts."""
     texts = zip(*(rows[name] for name in rows.column_names if name != "label"), strict=True)
     first: dict[tuple[str, ...], int] = {}
     for position, text in enumerate(texts):
