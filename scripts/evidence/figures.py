@@ -188,7 +188,7 @@ class Evidence:
         value = statistics.fmean(spent) / mean
         rest = Mean.of([(a - value * b) / mean for a, b in zip(spent, reference, strict=True)])
         near = NEAR if what == "near" else 0.0
-        capped = any(self.arrival(task, own[seed], near) is None for seed in seeds)
+        capped = variant != REFERENCE and any(self.arrival(task, own[seed], near) is None for seed in seeds)
         return Mean(value, rest.error, len(seeds), seeds=len(seeds), capped=capped)
 
     # -- costs -----------------------------------------------------------------------------------------------------
