@@ -104,7 +104,7 @@ class LearnerConfig(PhasedConfig):
         1.0,
         "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
         "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups. "
-        "Take 0.1 above a rate of 1e-4: the primed weights want one of full fine-tuning's size.",
+        "Take 0.1 to 0.3 above a rate of 1e-4: the primed weights want one of full fine-tuning's size.",
         Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
     priming_modules: Union[list[int], list[str], str] = option(

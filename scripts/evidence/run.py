@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import PrinterCallback
 
+from peft_learners import ScheduleError
 from peft_learners.phases.whole_checkpoints import last_whole
 from scripts.evidence import classifier, variants
 from scripts.evidence.plan import Protocol, Run
@@ -58,13 +59,27 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
     trained = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     trainer.remove_callback(PrinterCallback)
     checkpoint = last_whole(folder)
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    diverged = False
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except ScheduleError:
+        diverged = trainer.state.global_step > 0  # values that are no numbers can't cross a boundary
+        if not diverged:
+            raise
+        trainer.state.log_history.append({"step": trainer.state.global_step, "eval_score": None, "eval_loss": None})
     log, last = trainer.state.log_history, trainer.state.global_step
     if not any(entry.get("step") == last and "eval_score" in entry for entry in log):
         trainer.evaluate()
-    test = trainer.predict(test_rows)
-    said, labels = (causal if task.causal else classifier).answers(run.task, test)
-    trainer.save_model(str(folder / "saved"))
+    found: dict[str, Any] = {"test": None, "resampled": [], "file_bytes": 0}
+    if not diverged:
+        said, labels = (causal if task.causal else classifier).answers(run.task, trainer.predict(test_rows))
+        trainer.save_model(str(folder / "saved"))
+        size = run_record.saved_bytes(folder / "saved")
+        found = {
+            "test": score(run.task, said, labels),
+            "resampled": resampled(run.task, said, labels),
+            "file_bytes": size,
+        }
     machine = SimpleNamespace(device=trainer.args.device, world_size=1)
     return {
         "run": run.name,
@@ -72,10 +87,8 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
             {"step": e["step"], "score": e["eval_score"], "loss": e["eval_loss"]} for e in log if "eval_score" in e
         ],
         "train_loss": [{"step": e["step"], "loss": e["loss"]} for e in log if "loss" in e],
-        "test": score(run.task, said, labels),
-        "resampled": resampled(run.task, said, labels),
+        **found,
         "phases": run_record.phase_rows(log, timer.seconds, last, trained),
-        "file_bytes": run_record.saved_bytes(folder / "saved"),
         **kept_energy(trainer.model),
         "rows": dict(task.rows),
         "model": label,

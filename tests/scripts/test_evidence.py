@@ -18,6 +18,7 @@ from scripts.docs import evidence as page
 from scripts.evidence import costs, data, sweep
 from scripts.evidence.figures import Evidence, Mean
 from scripts.evidence.plan import Protocol, Run, Stage, Task, Variant
+from scripts.evidence.run import train
 from scripts.glue import run_record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -322,6 +323,15 @@ def test_foreign_runs_refused(words, tmp_path, capsys):
     run_record.write_lines(file, [{**own, "run": "rte-other-lr0.0003-seed0"}])
     with pytest.raises(ValueError, match="must hold runs of the protocol's tasks and variants, got rte-other"):
         sweep.finished(plan, file)
+
+
+def test_diverged_run_told(words, tmp_path, model_dir):
+    """A Learner whose values are no numbers at its fold ends as a run that diverged, and stops no other."""
+    plan, run = Protocol.read(tmp_path / "protocol.yaml"), Run("rte", "fold", 1e30, 0)
+    data_dir = Path(words(tmp_path)[3])
+    found = train(plan, run, data_dir, str(model_dir), tmp_path / "work")
+    assert found["test"] is None and found["curve"][-1] == {"step": 40, "score": None, "loss": None}
+    assert plan.value("rte", found["curve"][-1]) == float("-inf")
 
 
 def test_foreign_checkpoints_cleared(tmp_path):
