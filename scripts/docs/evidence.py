@@ -43,6 +43,7 @@ class Tables:
             **{f"scores-{name}": partial(self.scores, shown) for name, shown in evidence.protocol.page.items()},
             **{f"steps-{name}": partial(self.steps, shown) for name, shown in evidence.protocol.page.items()},
             "rates": self.rates,
+            "tests-rank": partial(self.tests, "sst2", evidence.protocol.page.get("rank", ())),
             "claims": self.claims,
             "rows": self.rows,
         }
@@ -140,6 +141,17 @@ class Tables:
             cells = {self._label(task): self._rates(task, name) for task in tasks}
             if any(cells.values()):
                 rows.append({"": variant.label, **cells})
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def tests(self, task: str, names: Sequence[str]) -> Lines:
+        """Score on the test part, by rate, with the first seed."""
+        rows, protocol = [], self.evidence.protocol
+        for name in names:
+            runs = [Run(task, name, rate, protocol.seeds[0]) for rate in protocol.rates(task, name)]
+            tests = {power(run.rate): self.evidence.runs[run]["test"] for run in runs if run in self.evidence.runs}
+            cells = {rate: "diverged" if test is None else f"{test:.1f}" for rate, test in tests.items()}
+            if cells:
+                rows.append({"": protocol.variants[name].label, **cells})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
     def _rates(self, task: str, name: str) -> str:
