@@ -24,6 +24,7 @@ SPENT = {"steps": "steps, mean (tasks)", "near": "to a point less", "time": "tim
 CLAIMS = (
     ("An unprimed Learner is LoRA", "unprimed", "lora", -1.0),
     ("Priming makes up for low rank", "keep", "unprimed", 0.0),
+    ("Priming needs fewer steps", "fold_60", "lora_60", 0.0),
     ("A primed Learner is as good as full fine-tuning", "keep", "full", -1.0),
     ("BitFit is far below the others", "lora", "bitfit", 5.0),
     ("FAR is as good as full fine-tuning", "far", "full", -1.0),
