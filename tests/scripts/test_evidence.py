@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from scripts.docs import evidence as page
@@ -23,6 +24,14 @@ from scripts.glue import run_record
 
 ROOT = Path(__file__).resolve().parents[2]
 COUNTS = {"train": 32, "choice": 8, "test": 12}
+
+
+@pytest.fixture(autouse=True)
+def precision_restored():
+    """A run and the costs set the whole process's precision, which other tests rely on."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
 
 
 def protocol(**changes: object) -> Protocol:
