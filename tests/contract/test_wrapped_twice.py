@@ -57,7 +57,9 @@ def test_trains_as_the_first_time(name):
     losses, state = train(first), {key: value.clone() for key, value in first.state_dict().items()}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        warnings.filterwarnings("ignore", "You are trying to modify|Already found a `peft_config`|.*(deprecated|primes dense)")
+        warnings.filterwarnings(
+            "ignore", "You are trying to modify|Already found a `peft_config`|.*(deprecated|primes dense)"
+        )
         second = wrap(base, CONFIGS[name](task_type="SEQ_CLS"))
         assert train(second) == losses
     assert len(set(losses)) == len(losses)
