@@ -11,8 +11,8 @@ import pandas as pd
 
 from scripts.docs.pages import Lines, markdown
 from scripts.evidence import variants
-from scripts.evidence.figures import REFERENCE, Evidence, Mean, Record
-from scripts.evidence.plan import Run
+from scripts.evidence.figures import Evidence, Mean, Record
+from scripts.evidence.plan import REFERENCE
 
 NONE = "\u2013"
 NOTHING: Lines = ["No finished runs yet."]
@@ -39,7 +39,7 @@ class Tables:
 
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
-        self.tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
+        self.tasks = evidence.tasks
         self.tables: dict[str, Callable[[], Lines]] = {
             **{f"scores-{name}": partial(self.scores, shown) for name, shown in evidence.protocol.page.items()},
             **{f"steps-{name}": partial(self.steps, shown) for name, shown in evidence.protocol.page.items()},
@@ -83,11 +83,7 @@ class Tables:
         for name in self._shown(names):
             row = {"": self.evidence.protocol.variants[name].label}
             for task in self.tasks:
-                ratio = self.evidence.ratio(task, name, "steps")
-                count = len(self.evidence.cell(task, name))
-                arrived = self.evidence.arrived(task, name)
-                text = f"{plain(ratio)} ({arrived} of {count})" if arrived else f"never (0 of {count})"
-                row[self._label(task)] = NONE if ratio is None else text
+                row[self._label(task)] = self._arrival(task, name)
             for what, label in SPENT.items():
                 mean = over([self.evidence.ratio(task, name, what) for task in self.tasks])
                 row[label] = NONE if mean is None else f"{plain(mean)} ({mean.count})"
@@ -95,6 +91,13 @@ class Tables:
                 row[label] = NONE if found is None else f"{found:.2f}"
             rows.append(row)
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def _arrival(self, task: str, name: str) -> str:
+        ratio, count = self.evidence.ratio(task, name, "steps"), len(self.evidence.cell(task, name))
+        if ratio is None:
+            return NONE
+        arrived = self.evidence.arrived(task, name)
+        return f"{plain(ratio)} ({arrived} of {count})" if arrived else f"never (0 of {count})"
 
     def _file(self, name: str) -> float | None:
         """Bytes of the saved adapter to those of LoRA's, in the mean over tasks. Of a method that trains the model in
@@ -146,24 +149,23 @@ class Tables:
 
     def tests(self, task: str, names: Sequence[str]) -> Lines:
         """Score on the test part, by rate, with the first seed."""
-        rows, protocol = [], self.evidence.protocol
+        rows = []
         for name in names:
-            runs = [Run(task, name, rate, protocol.seeds[0]) for rate in protocol.rates(task, name)]
-            tests = {power(run.rate): self.evidence.runs[run]["test"] for run in runs if run in self.evidence.runs}
+            tests = {
+                power(rate): self.evidence.runs[run]["test"] for rate, run in self.evidence.grid(task, name).items()
+            }
             cells = {rate: "diverged" if test is None else f"{test:.1f}" for rate, test in tests.items()}
             if cells:
-                rows.append({"": protocol.variants[name].label, **cells})
+                rows.append({"": self.evidence.protocol.variants[name].label, **cells})
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
     def _rates(self, task: str, name: str) -> str:
         best, cells = self.evidence.rate(task, name), []
         rates = self.evidence.protocol.rates(task, name)
-        for rate in rates:
-            run = Run(task, name, rate, self.evidence.protocol.seeds[0])
-            if run in self.evidence.runs:
-                text = self._value(task, self.evidence.choice[run])
-                end = " †" if rate in (rates[0], rates[-1]) else ""
-                cells.append(f"{power(rate)}: **{text}**{end}" if rate == best else f"{power(rate)}: {text}")
+        for rate, run in self.evidence.grid(task, name).items():
+            text = self._value(task, self.evidence.choice[run])
+            end = " †" if rate in (rates[0], rates[-1]) else ""
+            cells.append(f"{power(rate)}: **{text}**{end}" if rate == best else f"{power(rate)}: {text}")
         return ", ".join(cells)
 
     def rows(self) -> Lines:
@@ -183,18 +185,14 @@ def over(values: Sequence[Mean | None]) -> Mean | None:
     return Mean.over_tasks(known) if known else None
 
 
-def plain(mean: Mean | None) -> str:
+def plain(mean: Mean) -> str:
     """A mean with its error over seeds."""
-    if mean is None:
-        return NONE
     least = "≥ " if mean.capped else ""
     return f"{least}{mean.value:.2f}" if mean.error is None else f"{least}{mean.value:.2f} ± {mean.error:.2f}"
 
 
-def signed(mean: Mean | None) -> str:
+def signed(mean: Mean) -> str:
     """A difference with its errors: over seeds, and for other test rows."""
-    if mean is None:
-        return NONE
     errors = [f"{error:.1f}" for error in (mean.error, mean.rows) if error is not None]
     return " ± ".join([f"{mean.value:+.1f}", *(["/".join(errors)] if errors else [])])
 
@@ -213,8 +211,7 @@ def draw(evidence: Evidence, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    tasks = [task for task in evidence.protocol.tasks if evidence.cell(task, REFERENCE)]
-    if not tasks:
+    if not (tasks := evidence.tasks):
         return
     figure, panels = plt.subplots(1, len(tasks), figsize=(4.2 * len(tasks), 3.8), layout="constrained", squeeze=False)
     handles = {}

@@ -85,7 +85,7 @@ def trainer_of(
     set_seed(run.seed)
     more = {"max_length": protocol.max_length, "bf16": False, "gradient_checkpointing": False}
     trainer = trl.SFTTrainer(
-        variants.build(copy.deepcopy(base), variant.method, variant.fields, task.epochs * variant.length),
+        variants.build(copy.deepcopy(base), variant.method, variant.fields, protocol.epochs(run)),
         trl.SFTConfig(**settings, **more),
         train_dataset=parts["train"],
         eval_dataset={"choice": parts["choice"], "test": parts["test"]},

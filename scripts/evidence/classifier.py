@@ -78,7 +78,7 @@ def trainer_of(
     set_seed(run.seed)
     base = load(run.task, model_name)
     trainer = Trainer(
-        model=variants.build(base, variant.method, variant.fields, task.epochs * variant.length),
+        model=variants.build(base, variant.method, variant.fields, protocol.epochs(run)),
         args=TrainingArguments(**settings),
         train_dataset=parts["train"],
         eval_dataset=parts["choice"],

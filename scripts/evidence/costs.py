@@ -19,11 +19,10 @@ import torch
 
 from scripts.bench import measure
 from scripts.evidence import classifier, variants
-from scripts.evidence.plan import FILE, Protocol, Variant
+from scripts.evidence.plan import FILE, REFERENCE, Protocol, Variant
 from scripts.glue import run_record
 
 OUT = Path("results/evidence/costs.jsonl")
-REFERENCE = "lora"
 #: Of a training that is never over while it is measured.
 LONG = 1_000_000
 #: Of a first phase that is to be over: a search of fewer has no scores of biases, which begin at zero.
@@ -33,7 +32,7 @@ FIRST_STEPS = 3
 def workload(protocol: Protocol, task: str, model_name: str) -> tuple[torch.nn.Module, dict[str, torch.Tensor]]:
     """The model and a batch of random tokens, as long as the task's rows are."""
     chance, length = torch.Generator().manual_seed(0), protocol.tasks[task].tokens
-    batch = {**protocol.recipe, **protocol.tasks[task].recipe}["per_device_train_batch_size"]
+    batch = protocol.recipe_of(task)["per_device_train_batch_size"]
     if protocol.tasks[task].causal:
         from scripts.evidence import causal  # TRL, which no other task needs
 

@@ -18,10 +18,9 @@ import numpy as np
 from scipy import stats
 
 from scripts.evidence import costs, sweep
-from scripts.evidence.plan import Protocol, Run
+from scripts.evidence.plan import REFERENCE, Protocol, Run
 from scripts.glue import run_record
 
-REFERENCE = "lora"
 #: How far below LoRA's score one is near it, in points.
 NEAR = 1.0
 Record = Mapping[str, Any]
@@ -120,6 +119,16 @@ class Evidence:
             return {}
         found = {seed: self.runs.get(Run(task, variant, rate, seed)) for seed in self.protocol.seeds}
         return {seed: record for seed, record in found.items() if record is not None}
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """The tasks that LoRA has finished rates on."""
+        return [task for task in self.protocol.tasks if self.cell(task, REFERENCE)]
+
+    def grid(self, task: str, variant: str) -> dict[float, Run]:
+        """The finished runs of the first seed, by rate."""
+        runs = {rate: Run(task, variant, rate, self.protocol.seeds[0]) for rate in self.protocol.rates(task, variant)}
+        return {rate: run for rate, run in runs.items() if run in self.runs}
 
     # -- scores ----------------------------------------------------------------------------------------------------
 

@@ -16,6 +16,8 @@ from typing import Any
 import yaml
 
 FILE = Path(__file__).parent / "protocol.yaml"
+#: The variant that others are compared with.
+REFERENCE = "lora"
 #: Score on the rows to choose by at the end of each finished run; minus infinity where training diverged.
 Scores = Mapping["Run", float]
 
@@ -125,18 +127,29 @@ class Protocol:
         values["stages"] = [Stage(**entry) for entry in values["stages"]]
         return cls(**values)
 
+    def recipe_of(self, task: str) -> dict[str, Any]:
+        """Arguments of `transformers.TrainingArguments` for a task."""
+        return {**self.recipe, **self.tasks[task].recipe}
+
+    def epochs(self, run: Run) -> float:
+        """Of the whole training."""
+        return self.tasks[run.task].epochs * self.variants[run.variant].length
+
     def settings(self, run: Run) -> dict[str, Any]:
         """What decides what a run computes, besides the rows and the code."""
-        task, variant = self.tasks[run.task], self.variants[run.variant]
+        variant = self.variants[run.variant]
         return {
-            **self.recipe,
-            **task.recipe,
+            **self.recipe_of(run.task),
             "method": variant.method,
             "fields": dict(variant.fields),
-            "epochs": task.epochs * variant.length,
+            "epochs": self.epochs(run),
             "precision": self.precision,
             "max_length": self.max_length,
         }
+
+    def identity(self, run: Run) -> dict[str, Any]:
+        """The settings and the numbers of rows: what a checkpoint or a record of the run must have been made with."""
+        return {**self.settings(run), "rows": dict(self.tasks[run.task].rows)}
 
     def value(self, task: str, point: Mapping[str, Any]) -> float:
         """What an evaluation on the rows to choose by is judged by: the score, or the decoder's loss with a minus,

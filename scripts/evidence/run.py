@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -25,9 +24,9 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         model_name: of the encoder; the decoder's comes in a package.
     """
     task, variant = protocol.tasks[run.task], protocol.variants[run.variant]
-    recipe = {**protocol.recipe, **task.recipe}
+    recipe = protocol.recipe_of(run.task)
     torch.set_float32_matmul_precision(protocol.precision)
-    epochs = task.epochs * variant.length
+    epochs = protocol.epochs(run)
     steps = round(epochs * -(-task.rows["train"] // recipe["per_device_train_batch_size"]))
     interval = steps // round(protocol.evaluations * variant.length)
     timer = run_record.PhaseTimer()
@@ -80,7 +79,6 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
             "resampled": resampled(run.task, said, labels),
             "file_bytes": size,
         }
-    machine = SimpleNamespace(device=trainer.args.device, world_size=1)
     return {
         "run": run.name,
         "curve": [
@@ -95,6 +93,6 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         "settings": protocol.settings(run),
         "versions": run_record.versions(),
         "code": run_record.code(),
-        "device": run_record.device_record(machine),
+        "device": run_record.device_record(trainer.args),
         "date": run_record.now(),
     }

@@ -50,8 +50,7 @@ def finished(protocol: Protocol, out: Path = OUT) -> dict[Run, Record]:
         if run.task not in protocol.tasks or run.variant not in protocol.variants:
             raise ValueError(f"{out} must hold runs of the protocol's tasks and variants, got {run.name}.")
         there = {**record["settings"], "rows": record["rows"]}
-        here = {**protocol.settings(run), "rows": protocol.tasks[run.task].rows}
-        if changed := run_record.differences(there, here):
+        if changed := run_record.differences(there, protocol.identity(run)):
             raise ValueError(
                 f"{out}, {run.name}, was made with other settings ({'; '.join(changed)}). Delete the line to train it "
                 "again."
@@ -73,17 +72,16 @@ def add(out: Path, record: Record) -> None:
 
 def _open(folder: Path, protocol: Protocol, run: Run) -> None:
     """Clear a run's folder of checkpoints that were made with other settings."""
-    here = {**protocol.settings(run), "rows": dict(protocol.tasks[run.task].rows)}
-    there = run_record.read_json(folder / SETTINGS)
+    here, there = protocol.identity(run), run_record.read_json(folder / SETTINGS)
     if there is None or run_record.differences(there, here):
         for checkpoint in run_record.checkpoints(folder):
             shutil.rmtree(checkpoint)
         run_record.write_json(folder / SETTINGS, here)
 
 
-def wanted(args: argparse.Namespace) -> list[Run]:
-    """The runs in their order, as far as they are known."""
-    runs = args.protocol.planned(scores(args.protocol, finished(args.protocol, args.out)))
+def wanted(args: argparse.Namespace, done: Mapping[Run, Record]) -> list[Run]:
+    """The runs in their order, as far as the finished ones tell."""
+    runs = args.protocol.planned(scores(args.protocol, done))
     return [run for run in runs if re.fullmatch(args.only, run.name)]
 
 
@@ -101,7 +99,7 @@ def work(args: argparse.Namespace) -> int:
     failed: set[Run] = set()
     while time.time() < args.deadline:
         done = finished(args.protocol, args.out)
-        left = [run for run in wanted(args) if run not in done and run not in failed]
+        left = [run for run in wanted(args, done) if run not in done and run not in failed]
         if not left:
             break
         for run in left:
@@ -142,7 +140,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.protocol = Protocol.read(args.protocol)
     if args.list:
         done = finished(args.protocol, args.out)
-        print(*(f"{'x' if run in done else ' '} {run.name}" for run in wanted(args)), sep="\n")
+        print(*(f"{'x' if run in done else ' '} {run.name}" for run in wanted(args, done)), sep="\n")
         return 0
     if args.deadline is not None:
         return work(args)
