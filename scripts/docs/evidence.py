@@ -45,6 +45,8 @@ class Tables:
             **{f"steps-{name}": partial(self.steps, shown) for name, shown in evidence.protocol.page.items()},
             "rates": self.rates,
             "tests-rank": partial(self.tests, "sst2", evidence.protocol.page.get("rank", ())),
+            "losses-decoder": partial(self.losses, "decoder", evidence.protocol.page["core"]),
+            "held-decoder": partial(self.held, "decoder", evidence.protocol.page["core"]),
             "claims": self.claims,
             "rows": self.rows,
         }
@@ -157,6 +159,43 @@ class Tables:
             cells = {rate: "diverged" if test is None else f"{test:.1f}" for rate, test in tests.items()}
             if cells:
                 rows.append({"": self.evidence.protocol.variants[name].label, **cells})
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def losses(self, task: str, names: Sequence[str]) -> Lines:
+        """Training loss, in the mean since the evaluation before, and loss on the rows to choose by, by quarters."""
+        rows = []
+        for name in names:
+            records = list(self.evidence.cell(task, name).values())
+            if not records:
+                continue
+            ends = [point["step"] for point in records[0]["curve"]]
+            row = {"": self.evidence.protocol.variants[name].label}
+            for end in ends[len(ends) // 4 - 1 :: len(ends) // 4]:
+                train, held_out = (
+                    fmean(point["loss"] for r in records for point in r[curve] if point["step"] == end)
+                    for curve in ("train_loss", "curve")
+                )
+                row[f"step {end}"] = f"{train:.3f} / {held_out:.3f}"
+            rows.append(row)
+        return markdown(pd.DataFrame(rows)) if rows else NOTHING
+
+    def held(self, task: str, names: Sequence[str]) -> Lines:
+        """What a step of each phase takes: its time, and the bytes that it holds, in MB."""
+        tokens, rows = self.evidence.protocol.tasks[task].tokens, []
+        found = [row for row in self.evidence.cost_rows if row["tokens"] == tokens and row["variant"] in names]
+        for cost in sorted(found, key=lambda row: (names.index(row["variant"]), row["phase"])):
+            ratio, held = cost["ratio_to_lora"], cost["bytes"]
+            several = sum(other["variant"] == cost["variant"] for other in found) > 1
+            when = (", in priming", ", afterwards")[cost["phase"]] if several else ""
+            rows.append(
+                {
+                    "": self.evidence.protocol.variants[cost["variant"]].label + when,
+                    "time": f"{ratio['median']:.2f} ({ratio['q1']:.2f} to {ratio['q3']:.2f})",
+                    "trained": f"{cost['trained_parameters']:,}",
+                    **{part: f"{held[part] / 1e6:.0f}" for part in ("stored", "gradients", "optimizer")},
+                    "all": f"{held['total'] / 1e6:.0f}",
+                }
+            )
         return markdown(pd.DataFrame(rows)) if rows else NOTHING
 
     def _rates(self, task: str, name: str) -> str:

@@ -3,9 +3,10 @@
     python -m scripts.docs.report            # writes the tables between their markers, and the picture
     python -m scripts.docs.report --check    # writes nothing; fails if a page is not up to date
 
-All of them come from committed files: results/evidence (scripts/evidence), results/bench (scripts/bench) and
-results/papers.json (the papers' own numbers). A table stands between <!-- report:NAME --> and <!-- report:end -->,
-those of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->. A picture is drawn beside them.
+All of them come from committed files: results/evidence (scripts/evidence), results/bench (scripts/bench),
+results/archive.jsonl (older runs) and results/papers.json (the papers' own numbers). A table stands between
+<!-- report:NAME --> and <!-- report:end -->, one of the benchmark between <!-- bench:NAME --> and <!-- bench:end -->.
+A picture is drawn beside them.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from pathlib import Path
 
 from scripts.bench.rows import read_rows, table_of
 from scripts.bench.tables import Tables
-from scripts.docs import evidence
+from scripts.docs import evidence, folding
 from scripts.docs.costs import SETTINGS, table1
 from scripts.docs.pages import ROOT, Lines, markdown, spliced
 from scripts.evidence.figures import Evidence
@@ -35,6 +36,7 @@ class Report:
         self.tables: dict[str, Callable[[], Lines]] = {
             **{name: partial(self.costs, setting) for name, setting in SETTINGS.items()},
             **evidence.Tables(self.evidence).tables,
+            "folding": partial(folding.table, folder / "archive.jsonl"),
         }
 
     @cached_property

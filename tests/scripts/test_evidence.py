@@ -142,7 +142,15 @@ def record(scores: list[float], test: float, boundary: int | None = None, resamp
     starts = [0] if boundary is None else [0, boundary]
     curve = [{"step": 10 * (i + 1), "score": score, "loss": 0.5} for i, score in enumerate(scores)]
     phases = [{"first_step": start, "trained_parameters": 100} for start in starts]
-    return {"curve": curve, "test": test, "resampled": [*resampled], "phases": phases, "file_bytes": 1_000_000}
+    train_loss = [{"step": point["step"], "loss": 10 / point["step"]} for point in curve]
+    return {
+        "curve": curve,
+        "train_loss": train_loss,
+        "test": test,
+        "resampled": [*resampled],
+        "phases": phases,
+        "file_bytes": 1_000_000,
+    }
 
 
 @pytest.fixture
@@ -236,6 +244,20 @@ def test_tables(evidence):
     assert "| LoRA | 1e-4: 75.0, 3e-4: **80.0**, 1e-3: 50.0 |" in tables["rates"]()
     assert "±" not in "".join(page.Tables(Evidence(Protocol.read(), {})).claims())  # nothing is claimed of no runs
     assert page.Tables(Evidence(protocol(), {})).tables["scores-core"]() == page.NOTHING
+
+
+def test_losses_and_bytes(evidence):
+    """Training losses of 10 over the step, and a cost row's numbers in MB."""
+    table = page.Tables(evidence)
+    assert (
+        table.losses("rte", ["lora"])[-1] == "| LoRA | 1.000 / 0.500 | 0.500 / 0.500 | 0.333 / 0.500 | 0.250 / 0.500 |"
+    )
+    held = {"stored": 3e6, "gradients": 1e6, "optimizer": 2e6, "total": 8e6}
+    ratio = {"median": 1.25, "q1": 1.0, "q3": 1.5}
+    rows = [dict(row, bytes=held, ratio_to_lora=ratio, trained_parameters=1234) for row in evidence.cost_rows]
+    lines = page.Tables(Evidence(evidence.protocol, evidence.runs, rows)).held("rte", ["lora", "fold"])[2:]
+    cells = "1.25 (1.00 to 1.50) | 1,234 | 3 | 1 | 2 | 8 |"
+    assert lines == [f"| {name} | {cells}" for name in ("LoRA", "folded, in priming", "folded, afterwards")]
 
 
 # -- sweeps ----------------------------------------------------------------------------------------------------------

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
 from scripts.bench import rows as bench_rows
-from scripts.docs import pages, report
+from scripts.docs import folding, pages, report
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -88,6 +89,33 @@ def test_open_marker(text):
 
 def test_committed_pages():
     """The committed pages are those of the committed files."""
-    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 11
+    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 14
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
+
+
+def test_folding_table(tmp_path):
+    """The better rate by held-out rows is shown, with its dev score; other runs and seeds stay out."""
+
+    def run(name, rate, held, dev, **more):
+        return {
+            "from": "results/fold/minilm.jsonl",
+            "run": name,
+            "config": {"learning_rate": rate},
+            "holdout": {"matthews_correlation": held, "loss": 1.0},
+            "final": {"eval_matthews_correlation": dev},
+            "adapter_bytes": 2_500_000,
+            **more,
+        }
+
+    kept = {"a": 0.5, "b": 0.75, "c": 1.0}
+    rows = [
+        run("cola-r16-fold-lr0.0003-seed0", 3e-4, 0.125, 0.0625, kept_energy=kept),
+        run("cola-r16-fold-lr0.001-seed0", 1e-3, 0.0, 0.5, kept_energy=kept),
+        run("cola-r16-fold-lr0.001-seed1", 1e-3, 0.9, 0.9, kept_energy=kept),
+        {**run("cola-r16-lora-lr0.001-seed0", 1e-3, 0.0, 0.5), "from": "results/sweep/tuned.jsonl"},
+    ]
+    (tmp_path / "archive.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert folding.table(tmp_path / "archive.jsonl")[2:] == [
+        "| CoLA, r = 16 | Learner, primed, folded | 3e-4: 12.5, 1e-3: 0.0 | 6.2 | 50 / 75 % | 2.5 |"
+    ]
