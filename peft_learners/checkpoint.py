@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
@@ -103,21 +104,20 @@ def refuse_shapes(
     raise ValueError(_misfit(adapter, what))
 
 
-def refuse_other_form(own: Shapes, given: Shapes, adapter: str, passing: tuple[str, ...] = ()) -> None:
+def refuse_other_form(own: Shapes, given: Shapes, adapter: str, part_of: Callable[[str], str | None]) -> None:
     """Compare a model's state with the adapter that it is about to be loaded into.
 
     Args:
         own, given: shapes of the adapter's values, by key, in the model and in the state.
-        passing: parts that an adapter has in some phases only. A state without any of them is of another phase; torch
-            does not tell whether it may lack values for another reason (`strict=False`).
+        part_of: the part that a key is of. A state without any value of a part is of another phase, or of the trained
+            parameters alone; torch does not tell whether it may lack values for another reason (`strict=False`).
 
     Raises:
         ValueError: the state is that of an adapter in another form: of another phase, or of another config.
     """
     parts = []
-    unknown = [key for key in given if key not in own]
-    missing = [key for part in passing for key in own if f".{part}." in key]
-    missing = [] if any(key in given for key in missing) else missing
+    unknown, there = [key for key in given if key not in own], {part_of(key) for key in given}
+    missing = [key for key, shape in own.items() if math.prod(shape) and part_of(key) not in there]
     shapes = [key for key in given if key in own and own[key] != given[key]]
     if unknown:
         parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")
@@ -129,8 +129,9 @@ def refuse_other_form(own: Shapes, given: Shapes, adapter: str, passing: tuple[s
     if parts:
         raise ValueError(
             f"The state does not fit the adapter {adapter!r}: {'; '.join(parts)}. Nothing of the adapter was loaded. "
-            "It was saved in another phase, or with another config. Load the adapter of that step first, "
-            "PeftModel.from_pretrained(base_model, folder, is_trainable=True), and then the state."
+            "It was saved in another phase, with another config, or without the buffers that model.state_dict() has. "
+            "Load the adapter of that step first, PeftModel.from_pretrained(base_model, folder, is_trainable=True), "
+            "and then the state."
         )
 
 

@@ -38,7 +38,7 @@ from .layers.base import (
     tuner_layers,
 )
 from .layers.whole import leave_to_tuner, names_in_model
-from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, warn_if_never_driven
+from .phases.driver import Entry, PhaseDriver, PhaseStart, Training, injected_model, warn_if_never_driven
 from .phases.optimizer import Observer
 from .phases.schedule import Phase, Schedule
 from .registry import tuner_of
@@ -51,6 +51,10 @@ if TYPE_CHECKING:
     from .weighted_sum import Combined
 
 
+#: Attribute of a model: the adapter whose file, which was checked, is about to be loaded.
+_FROM_FILE = "_peft_learners_from_file"
+
+
 def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]) -> Any:
     kwargs["adapter_names"] = adapter_names
     return args, kwargs
@@ -60,6 +64,7 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
     """Called before a state dict is loaded into a model with adapters, by whatever tool."""
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
         return  # FSDP1 has the shapes of shards
+    from_file = root.__dict__.pop(_FROM_FILE, None)
     for adapter, config in getattr(root, "peft_config", {}).items():
         if not isinstance(config, PhasedConfig):
             continue
@@ -67,7 +72,10 @@ def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -
         keys = [key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter) and state[key].numel()]
         given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
         if given:
-            refuse_other_form(tuner._shapes_by_key(root, adapter), given, adapter, tuner.passing_parts(config))
+            own = tuner._shapes_by_key(root, adapter)
+            if adapter == from_file:  # it was whole, and what is missing by now was ignored on demand
+                own = {key: own[key] for key in own.keys() & given.keys()}
+            refuse_other_form(own, given, adapter, partial(tuner._part_of, adapter=adapter))
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -195,11 +203,6 @@ class PhasedModel(TargetChoice):
         Raises:
             ScheduleError: a phase of one step, whose rate is 0.
         """
-
-    @classmethod
-    def passing_parts(cls, config: Any) -> tuple[str, ...]:
-        """Parts that an adapter has in some phases only."""
-        return ()
 
     @classmethod
     def why_optimizer(cls, config: Any) -> str:
@@ -597,6 +600,7 @@ class PhasedModel(TargetChoice):
             cls._take_aside(model, adapter_name, config, given)
 
         before_next_load(model, check_shapes)
+        injected_model(model).__dict__[_FROM_FILE] = adapter_name
         return remapped
 
     @classmethod
@@ -653,10 +657,15 @@ class PhasedModel(TargetChoice):
 
     @classmethod
     def _is_own(cls, key: str, adapter: str) -> bool:
-        """Whether a key of a state dict is an adapter's: `<path>.<prefix><part>.<adapter>` and what follows. The
-        adapter may be called as some module is."""
+        """Whether a key of a state dict is an adapter's."""
+        return cls._part_of(key, adapter) is not None
+
+    @classmethod
+    def _part_of(cls, key: str, adapter: str) -> str | None:
+        """The part of an adapter that a key of a state dict is of, `<path>.<prefix><part>.<adapter>` and what follows;
+        None if it is not the adapter's. The adapter may be called as some module is."""
         pieces = itertools.pairwise(key.rsplit(".", 3))
-        return any(part.startswith(cls.prefix) and name == adapter for part, name in pieces)
+        return next((part for part, name in pieces if part.startswith(cls.prefix) and name == adapter), None)
 
     @classmethod
     def _shapes_in_form_of(

@@ -60,8 +60,9 @@ def refuse_unreadable(modules: Mapping[str, nn.Module], layers: Mapping[str, Del
 
 def factors_of(
     layers: Mapping[str, Any], adapter: str, config: PhasedConfig, rank: float | None
-) -> tuple[dict[str, Factored], dict[str, Tensor]]:
-    """The update of each linear layer as a pair (rank 1, zeros, where there is none), and the biases."""
+) -> tuple[dict[str, Factored], dict[str, Tensor], float]:
+    """The update of each linear layer as a pair (rank 1, zeros, where there is none), the biases, and what all pairs
+    are still to be multiplied by: the factor of the low-rank updates, where they have one in common."""
     found = {name: (*layer.matrices(adapter), layer.bias_delta(adapter)) for name, layer in layers.items()}
     dense = [name for name, (_, deltas, _) in found.items() if any(bool(delta.any()) for delta, _ in deltas)]
     if dense and rank is None:
@@ -70,6 +71,8 @@ def factors_of(
             f"updates (first: {dense[0]}), which no LoRA holds exactly. Say how close it should come: rank=64 (the "
             "rank of each such layer) or rank=0.99 (the share of each update's energy to keep)."
         )
+    factors = {factor for low_rank, _, _ in found.values() for _, _, factor in low_rank}
+    scaling = factors.pop() if len(factors) == 1 and not dense else 1.0
     pairs: dict[str, Factored] = {}
     biases: dict[str, Tensor] = {}
     for name, (low_rank, deltas, bias) in found.items():
@@ -77,11 +80,12 @@ def factors_of(
             assert rank is not None
             pair = nearest(total(low_rank, deltas), rank)
         else:
-            pair = without_idle(concat_factors(low_rank)) if low_rank else _zeros(layers[name])
+            unscaled = [(a, b, 1.0 if factor == scaling else factor) for a, b, factor in low_rank]
+            pair = without_idle(concat_factors(unscaled)) if low_rank else _zeros(layers[name])
         pairs[name] = pair if pair.rank else _zeros(layers[name])
         if bias is not None:
             biases[name] = bias.detach()
-    return pairs, biases
+    return pairs, biases, scaling
 
 
 def _zeros(layer: nn.Module) -> Factored:

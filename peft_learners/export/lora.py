@@ -6,9 +6,9 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Union
+from typing import Any, Union
 
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -111,10 +111,11 @@ class LoraExport:
 def to_lora(
     model: nn.Module, rank: float | None = None, adapter_name: str = "default", *, strict_serving: bool = False
 ) -> LoraExport:
-    """A Learner, FAR or NAS-LoRA adapter as a LoRA adapter with scaling 1.
+    """A Learner, FAR or NAS-LoRA adapter as a LoRA adapter.
 
-    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are. Ranks of which pruning has left nothing are
-      dropped. Biases become `lora_bias`; norms and head are stored whole, as `modules_to_save`. This is exact.
+    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are, with their scaling as `lora_alpha`. Ranks of
+      which pruning has left nothing are dropped. Biases become `lora_bias`; norms and head are stored whole, as
+      `modules_to_save`. This is exact.
     - Dense updates (primed layers of a Learner with their low-rank part, FAR's linear layers) become the nearest
       update of a rank: a truncated SVD.
     - Other modules (FAR's embeddings and convolutions) are stored whole, as norms are.
@@ -139,7 +140,7 @@ def to_lora(
     layers = {n: m for n, m in modules.items() if isinstance(m, DeltaLayer) and m.has_adapter(adapter_name)}
     refuse_unreadable(modules, layers)
     linear = {name: layer for name, layer in layers.items() if is_linear(layer) and layer.is_active(adapter_name)}
-    pairs, biases = factors_of(linear, adapter_name, config, rank)
+    pairs, biases, scaling = factors_of(linear, adapter_name, config, rank)
     whole = {
         name: own
         for name, layer in layers.items()
@@ -157,7 +158,12 @@ def to_lora(
         pairs, biases = {name: padded(pair, widest) for name, pair in pairs.items()}, {}
     if not pairs:  # a LoRA adapter has at least one target
         pairs = nothing_on_one_layer(root)
-    return _assemble(root, config, pairs, biases, whole)
+    # PEFT divides alpha by the rank, and multiplies `lora_bias` too.
+    if not scaling or any(scaling * pair.rank / pair.rank != scaling for pair in pairs.values()):
+        pairs = {name: replace(pair, b=pair.b * scaling) for name, pair in pairs.items()}
+        scaling = 1.0
+    biases = {name: bias / scaling for name, bias in biases.items()}
+    return _assemble(root, config, pairs, biases, whole, scaling)
 
 
 def save_as_lora(
@@ -188,6 +194,7 @@ def _assemble(
     pairs: Mapping[str, Factored],
     biases: Mapping[str, Tensor],
     whole: Mapping[str, Whole],
+    scaling: float,
 ) -> LoraExport:
     modules = _originals(root)
     state: dict[str, Tensor] = {}
@@ -205,10 +212,10 @@ def _assemble(
     transposed = {isinstance(modules[name], Conv1D) for name in pairs}
     lora = LoraConfig(
         r=most,
-        lora_alpha=most,
+        lora_alpha=_alpha(scaling, most),
         target_modules=target_names(list(pairs), modules),
         rank_pattern=dict(patterns),
-        alpha_pattern=dict(patterns),
+        alpha_pattern={name: _alpha(scaling, own) for name, own in patterns.items()},
         lora_bias=bool(biases),
         modules_to_save=save or None,
         fan_in_fan_out=transposed == {True},
@@ -231,6 +238,12 @@ def _assemble(
     # Copies, since safetensors takes no tensors that share memory.
     copies = {_PREFIX + key: value.detach().cpu().clone().contiguous() for key, value in state.items()}
     return LoraExport(lora, copies, rows, _notes(pairs, biases, stored, modules))
+
+
+def _alpha(scaling: float, rank: int) -> Any:
+    """LoRA's alpha: a whole number where it is one, as others expect."""
+    alpha = scaling * rank
+    return int(alpha) if alpha == int(alpha) else alpha
 
 
 def _notes(

@@ -257,10 +257,6 @@ class LearnerModel(PhasedModel):
         fold(root, adapter, config, training)
 
     @classmethod
-    def passing_parts(cls, config: LearnerConfig) -> tuple[str, ...]:
-        return (DENSE_PART,) if config.after_priming == "fold" else ()
-
-    @classmethod
     def why_optimizer(cls, config: LearnerConfig) -> str:
         folds = "folds its dense deltas at its boundary, and drops what the optimizer holds of the old factors"
         return folds if config.after_priming == "fold" else ""

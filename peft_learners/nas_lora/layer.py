@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from peft.tuners._buffer_dict import BufferDict
@@ -86,6 +87,15 @@ class Space:
         return value[: len(positions) * len(value)].clone() if part == "bias" else value[:, positions]
 
 
+def waits_for_file(adapter: str, name: str) -> str:
+    """Sentence of an error."""
+    return (
+        f"The config of the adapter {adapter!r} holds an architecture, but not which entries of {name} it keeps: "
+        "those are in the adapter's file. Load that adapter, or take its architecture for a new one: "
+        "NASLoRAConfig.from_architecture(folder_or_model)."
+    )
+
+
 def flat(value: Tensor) -> Tensor:
     """A part's entries one column after the other, so that a position means the same whatever the rank is."""
     return value.t().flatten() if value.dim() == 2 else value
@@ -120,6 +130,8 @@ class NASLoRALayer(DeltaLayer):
         #: By adapter and part, during a search, of parts that had a gradient; no buffers, which DDP would exchange in
         #: each step.
         self.nas_lora_scores: dict[str, dict[str, Tensor]] = {}
+        #: Adapters whose positions a file had yet to tell when they were made.
+        self._waiting: set[str] = set()
 
     def has_adapter(self, adapter: str) -> bool:
         return adapter in self.nas_lora_space
@@ -232,12 +244,14 @@ class NASLoRALayer(DeltaLayer):
         """
         space = self.nas_lora_space[adapter]
         self.nas_lora_active[adapter] = positions is None or any(len(own) for own in positions.values())
+        self._waiting.discard(adapter)
         nothing = torch.empty(0, dtype=torch.int32, device="cpu")
         super().make_whole(adapter)
         for part in space.shapes:
             held = self.positions(part)
             own = None if positions is None else positions.get(space.index_of(part), nothing)
             if own is not None and len(own) and int(own.min()) == UNKNOWN:
+                self._waiting.add(adapter)
                 value = torch.zeros(space.shape(part, len(own)), dtype=torch.float32, device="cpu")
             else:
                 value = space.initial(part, salt)
@@ -294,6 +308,13 @@ class NASLoRALayer(DeltaLayer):
         """Whether no position is still to be told by a file."""
         held = [self.positions(part) for part in self.nas_lora_space[adapter].shapes]
         return not any(adapter in h and (h[adapter].is_meta or bool((h[adapter] == UNKNOWN).any())) for h in held)
+
+    def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        for adapter in adapters if self._waiting else ():
+            if adapter in self._waiting and not self.knows_positions(adapter):
+                raise ValueError(waits_for_file(adapter, self.nas_lora_space[adapter].name))
+            self._waiting.discard(adapter)
+        return super().forward_with(x, adapters, *args, **kwargs)
 
     def counts(self, adapter: str) -> dict[str, list[int]]:
         """`{part: [parameters kept, parameters in the search space]}`."""

@@ -35,7 +35,7 @@ from .files import (
     take_scores,
     without_scores,
 )
-from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of
+from .layer import NASLoRABias, NASLoRALayer, NASLoRALinear, kept_of, layers_of, space_of, waits_for_file
 from .rewind import rewind_saved_modules
 
 if TYPE_CHECKING:
@@ -283,11 +283,7 @@ class NASLoRAModel(PhasedModel):
         layers = layers_of(root, adapter)
         for name, layer in layers.items():
             if not layer.knows_positions(adapter):
-                raise ScheduleError(
-                    f"The config of the adapter {adapter!r} holds an architecture, but not which entries of {name} it "
-                    "keeps: those are in the adapter's file. Load that adapter, or take its architecture for a new "
-                    "one: NASLoRAConfig.from_architecture(folder_or_model)."
-                )
+                raise ScheduleError(waits_for_file(adapter, name))
         if not any(phase.name != RETRAINING for phase in schedule.phases):
             return
         budget = config.budget_in(space_of(layers, adapter))

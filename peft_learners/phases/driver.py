@@ -63,7 +63,7 @@ class PhaseStart:
         step: finished optimizer steps at the entry: more than `first_step` where a resumed run goes on in the phase.
         optimizer_before, optimizer_after: bytes of this process's optimizer state, before and after; None without an
             optimizer.
-        facts: what else there is to say of the boundary, for instance the energy that a fold kept.
+        facts: what else there is to say of the boundary: the energy that a fold kept, that parameters changed.
     """
 
     adapter: str
@@ -658,14 +658,20 @@ class PhaseDriver:
         starts = [
             PhaseStart(
                 name, phase.name, phase.first_step, before, after, anew and phase.begins_anew, global_step,
-                bytes_before, bytes_after, configs[name].boundary_facts() if entry == "crossed" else "",
+                bytes_before, bytes_after, _facts(configs[name]) if anew else "",
             )
             for name, phase in entering.items()
         ]  # fmt: skip
         self._tell(starts)
-        if entry == "crossed":
+        if anew:
             self._warn_of_copies(starts)
         return starts
+
+
+def _facts(config: Any) -> str:
+    """What else there is to say of a boundary."""
+    stale = "copies of parameters kept elsewhere (an EMA) are stale" if tuner_of(config).reshapes(config) else ""
+    return "; ".join(filter(None, (config.boundary_facts(), stale)))
 
 
 _LOAD = 'PeftModel.from_pretrained(base_model, "<output_dir>/checkpoint-<step>", is_trainable=True)'

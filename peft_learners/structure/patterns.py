@@ -15,11 +15,13 @@ _RENAMED = sys.version_info >= (3, 11)
 sre: Any = importlib.import_module("re._constants" if _RENAMED else "sre_constants")
 parser: Any = importlib.import_module("re._parser" if _RENAMED else "sre_parse")
 
-#: Ways to match one name that a regex may have at most.
-MOST_WAYS = 10**6
+#: Ways to match one name that a regex may have at most, and characters of it.
+MOST_WAYS, MOST_CHARACTERS = 10**6, 10**5
 # How often a repeat can end: at each character of a name, or where what comes next is found, a word or a character.
 _CHARACTERS, _ONE_CHARACTER, _ONE_WORD = 64, 8, 3
 _REPEATS = {getattr(sre, name, None) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")} - {None}
+#: Parts that match one character, or none, in one way.
+_SINGLE = (sre.LITERAL, sre.NOT_LITERAL, sre.ANY, sre.IN, sre.AT)
 #: What a part of a regex begins with: one of these; None: many things.
 Beginnings = Optional[list[str]]
 
@@ -31,6 +33,8 @@ def fault_of(pattern: str) -> str:
     its parts: those of parts in a row multiply, those of alternatives add up, unless their beginnings tell which one
     it is. A part that has several ways of its own has no bound when it is repeated.
     """
+    if len(pattern) > MOST_CHARACTERS:
+        return f"has {len(pattern):,} characters, more than {MOST_CHARACTERS:,}"
     try:
         re.compile(pattern)
         ways = _ways(parser.parse(pattern), None)
@@ -59,8 +63,9 @@ def _ways(items: Any, after: Beginnings) -> float:
     ways: float = 1
     items = list(items)
     for index, (kind, value) in enumerate(items):
-        rest = items[index + 1 :]
-        following = _beginnings(rest) if rest else after
+        if kind in _SINGLE:
+            continue
+        following = _beginnings(items, index + 1) if index + 1 < len(items) else after
         if kind in _REPEATS:
             least, most, inner = value
             inside = max(_ways(inner, None), 2 if inner.getwidth()[0] == 0 else 1)
@@ -91,12 +96,13 @@ def _are_told_apart(alternatives: Any) -> bool:
     return not any(later.startswith(word) for word, later in itertools.pairwise(words))
 
 
-def _beginnings(items: list[Any]) -> Beginnings:
-    """What parts in a row begin with."""
-    word = ""
-    for kind, value in items:
+def _beginnings(items: list[Any], start: int = 0) -> Beginnings:
+    """What parts in a row begin with, from one of them on."""
+    word: list[str] = []
+    for index in range(start, len(items)):
+        kind, value = items[index]
         if kind is sre.LITERAL:
-            word += chr(value)
+            word.append(chr(value))
             continue
         if word:
             break
@@ -109,4 +115,4 @@ def _beginnings(items: list[Any]) -> Beginnings:
             return [chr(character) for _, character in value]
         if kind is not sre.AT:
             break
-    return [word] if word else None
+    return ["".join(word)] if word else None

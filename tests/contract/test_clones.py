@@ -117,6 +117,32 @@ def test_trained_alone(tuner, steps):
         assert torch.equal(logits_of(fresh, inputs), expected)
 
 
+@pytest.mark.parametrize("how", ["fresh", "trained config", "saved config"])
+@pytest.mark.parametrize("steps", [1, 3, 6], ids=["first phase", "at the boundary", "last phase"])
+@pytest.mark.parametrize("tuner", CASES)
+def test_parameters_alone(tuner, steps, how, tmp_path: Path):
+    """The same of the parameters that require a gradient, without any buffer."""
+    model, inputs = made(tuner, "distilbert", steps)
+    expected = logits_of(model, inputs)
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    fresh, _ = made(tuner, "distilbert", 0)
+    if how != "fresh":
+        config = copy.deepcopy(model.peft_config["default"])
+        if how == "saved config":
+            config.save_pretrained(str(tmp_path))
+            config = type(config).from_pretrained(str(tmp_path))
+            config.inference_mode = False
+        set_seed(1)
+        fresh = get_peft_model(zoo.build("distilbert"), config)
+    try:
+        fresh.load_state_dict(state, strict=False)
+    except ValueError as error:
+        assert "The state does not fit the adapter 'default'" in str(error)
+        assert tuner not in ("lora", "learner-unprimed") and not tuner.startswith("bottleneck") and steps > 1
+    else:
+        assert torch.equal(logits_of(fresh, inputs), expected)
+
+
 @pytest.mark.parametrize("tuner", CASES)
 def test_whole_state(tuner, tmp_path: Path):
     """A whole model's state goes into the adapter that was loaded from the same step, and into no other in silence."""

@@ -66,10 +66,10 @@ def test_factors(tmp_path: Path):
     assert len(layers) == zoo.ZOO["bert"].linears
     for name in layers:
         assert torch.equal(lora[f"{name}.lora_A.weight"], own[f"{name}.learner_P1.weight"])
-        assert torch.equal(
-            lora[f"{name}.lora_B.weight"], 2 * own[f"{name}.learner_P2.weight"]
-        )  # scaling=2 in tuners.py
-        assert torch.equal(lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta.bias"])
+        assert torch.equal(lora[f"{name}.lora_B.weight"], own[f"{name}.learner_P2.weight"])
+        assert torch.equal(2 * lora[f"{name}.lora_B.bias"], own[f"{name}.learner_bias_delta.bias"])
+    config = json.loads((tmp_path / "lora/adapter_config.json").read_text())
+    assert config["lora_alpha"] == 2 * config["r"]  # scaling=2 in tuners.py, by which PEFT multiplies the bias, too
 
 
 def test_pruned_entries(tmp_path: Path):
@@ -222,7 +222,8 @@ def test_strict_serving(tuner, tmp_path: Path):
     export = save_as_lora(tmp_path, model, strict_serving=True)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert not (config["rank_pattern"] or config["alpha_pattern"] or config["modules_to_save"] or config["lora_bias"])
-    assert config["lora_alpha"] == config["r"] and isinstance(config["target_modules"], list)
+    scaling = 2 if tuner == "learner-unprimed" else 1  # in tuners.py
+    assert config["lora_alpha"] == scaling * config["r"] and isinstance(config["target_modules"], list)
     values = load_file(tmp_path / FILE)
     assert {name.rpartition(".lora_")[2] for name in values} == {"A.weight", "B.weight"}
     assert {min(value.shape) for value in values.values()} == {config["r"]}

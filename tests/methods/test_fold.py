@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,21 @@ from peft_learners import LearnerConfig, ScheduleError
 from peft_learners.export import save_as_lora
 
 FILE = "adapter_model.safetensors"
+#: A program without this package.
+ELSEWHERE = """
+import sys
+sys.modules["peft_learners"] = None  # an import of it fails
+import torch
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+folder = sys.argv[1]
+rows, wanted = torch.load(f"{folder}/wanted.pt")
+base = AutoModelForSequenceClassification.from_pretrained(f"{folder}/base")
+with torch.no_grad():
+    found = PeftModel.from_pretrained(base, f"{folder}/lora").eval()(**rows).logits
+torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+"""
 
 
 def folded(steps: int = 6, at: int = 3, lr: float = 1e-2, **config: Any) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -163,9 +180,10 @@ def test_load_in_place(tmp_path: Path, state):
         assert model.peft_config["default"].completed_phases == source.peft_config["default"].completed_phases
 
 
-def test_export_exact(tmp_path: Path):
-    """The export of a folded adapter has its factors bit for bit, and loads without this package."""
-    model, _ = folded(scaling=1.0)
+@pytest.mark.parametrize("scaling", [1.0, 3.0, 0.3])
+def test_export_exact(tmp_path: Path, scaling):
+    """The export of a folded adapter has its factors bit for bit, and loads in a process without this package."""
+    model, _ = folded(scaling=scaling)
     model.save_pretrained(tmp_path / "own")
     save_as_lora(tmp_path / "lora", model)
     own, lora = load_file(tmp_path / "own" / FILE), load_file(tmp_path / "lora" / FILE)
@@ -174,7 +192,13 @@ def test_export_exact(tmp_path: Path):
     for name in names:
         assert torch.equal(lora[f"{name}.lora_A.weight"], own[f"{name}.learner_P1.weight"])
         assert torch.equal(lora[f"{name}.lora_B.weight"], own[f"{name}.learner_P2.weight"])
-    stock = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path / "lora")
+    base = zoo.build("distilbert")
+    base.save_pretrained(tmp_path / "base")
+    rows = torch.utils.data.default_collate([Rows()[i] for i in range(4)])
+    torch.save((rows, logits(model)), tmp_path / "wanted.pt")
+    if scaling == 3.0:
+        subprocess.run([sys.executable, "-c", ELSEWHERE, str(tmp_path)], check=True, timeout=300)
+    stock = PeftModel.from_pretrained(base, tmp_path / "lora")
     assert stock.peft_config["default"].peft_type.value == "LORA"
     torch.testing.assert_close(logits(stock), logits(model), rtol=0, atol=1e-6)
 

@@ -12,6 +12,7 @@ import zoo
 from peft import PeftModel, get_peft_model
 from searches import adam, search, searched, train
 from torch import Tensor, nn
+from trained import trained_once
 from training import adapter_values, nas
 from zoo import logits_of
 
@@ -164,3 +165,19 @@ def test_pruned_memory():
     model, _, _ = search("bert", parameter_budget=10)
     own = searched(model)
     assert sum(p.untyped_storage().nbytes() for p in own.values()) == 4 * 10
+
+
+def test_config_without_its_file(tmp_path: Path):
+    """A trained adapter's config on a fresh one does not say which units are kept: told by the first forward pass that
+    uses them, and right once the values are loaded."""
+    run = trained_once("nas-unstructured", "bert")
+    run.model.save_pretrained(tmp_path)
+    config = NASLoRAConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    model = get_peft_model(copy.deepcopy(run.base), config)
+    with pytest.raises(ValueError, match="holds an architecture, but not which entries of bert.*from_architecture"):
+        logits_of(model, run.inputs)
+    with model.disable_adapter():
+        logits_of(model, run.inputs)
+    model.load_adapter(tmp_path, "default")
+    assert torch.equal(logits_of(model, run.inputs), run.logits)

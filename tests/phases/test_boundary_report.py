@@ -60,10 +60,13 @@ def test_one_line(tmp_path: Path, capsys: pytest.CaptureFixture, caplog: pytest.
 
 @pytest.mark.parametrize("make,phase", [(far, "reconfigured"), (nas, "retraining")])
 def test_other_methods(tmp_path: Path, capsys: pytest.CaptureFixture, make, phase):
-    """The same of other methods; a phase that begins anew has no optimizer state."""
+    """The same of other methods; a phase that begins anew has no optimizer state. Who keeps copies of parameters, by
+    name or in a list, is told that they are others now."""
     trainer(make(), arguments(tmp_path, logging_strategy="no")).train()
     (line,) = [line for line in capsys.readouterr().out.splitlines() if f"phase {phase!r} begins" in line]
-    assert line.endswith("-> 0 B") == (make is nas)
+    own, _, stale = line.rpartition("; ")
+    assert own.endswith("-> 0 B") == (make is nas)
+    assert stale == "copies of parameters kept elsewhere (an EMA) are stale"
 
 
 def test_energy_of_a_fold(tmp_path: Path, capsys: pytest.CaptureFixture):

@@ -63,3 +63,15 @@ def test_usual(regex):
 def test_endless(regex, words):
     """What could take for ever is told, and why."""
     assert words in fault_of(regex)
+
+
+@pytest.mark.parametrize("regex", ["x" * 100_000, "x?" * 50_000, "(ab?)" * 20_000, "a?" + "x" * 99_000])
+def test_long(regex):
+    """Looking at a long regex takes a time that grows as it does."""
+    begin = time.perf_counter()
+    fault_of(regex)
+    assert time.perf_counter() - begin < 5
+
+
+def test_too_long():
+    assert fault_of("x" * 100_001) == "has 100,001 characters, more than 100,000"
