@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,20 +104,33 @@ def refuse_shapes(
     raise ValueError(_misfit(adapter, what))
 
 
-def refuse_other_form(own: Shapes, given: Shapes, adapter: str, part_of: Callable[[str], str | None]) -> None:
+def missing_parts(own: Shapes, keys: Collection[str], part_of: Callable[[str], str | None]) -> list[str]:
+    """Keys of an adapter's parts of which a state has nothing, while it has all of the others: it is of another phase,
+    or of the trained parameters alone. One that has some of a part may be a shard: torch does not tell (`strict`).
+
+    Args:
+        own: shapes of the adapter's values in the model, by key.
+        keys: of the adapter's values in the state.
+        part_of: the part that a key is of.
+    """
+    there = {part_of(key) for key in keys}
+    if any(part_of(key) in there and key not in keys for key in own):
+        return []
+    return [key for key, shape in own.items() if math.prod(shape) and part_of(key) not in there]
+
+
+def refuse_other_form(own: Shapes, given: Shapes, adapter: str, missing: Sequence[str] = ()) -> None:
     """Compare a model's state with the adapter that it is about to be loaded into.
 
     Args:
         own, given: shapes of the adapter's values, by key, in the model and in the state.
-        part_of: the part that a key is of. A state without any value of a part is of another phase, or of the trained
-            parameters alone; torch does not tell whether it may lack values for another reason (`strict=False`).
+        missing: keys that the state should have.
 
     Raises:
         ValueError: the state is that of an adapter in another form: of another phase, or of another config.
     """
     parts = []
-    unknown, there = [key for key in given if key not in own], {part_of(key) for key in given}
-    missing = [key for key, shape in own.items() if math.prod(shape) and part_of(key) not in there]
+    unknown = [key for key in given if key not in own]
     shapes = [key for key in given if key in own and own[key] != given[key]]
     if unknown:
         parts.append(f"{len(unknown)} values have no place in the model (first: {unknown[0]})")

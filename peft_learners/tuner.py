@@ -18,6 +18,7 @@ from .checkpoint import (
     Indices,
     Shapes,
     before_next_load,
+    missing_parts,
     refuse_foreign,
     refuse_indices,
     refuse_missing,
@@ -62,20 +63,27 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
 
 def _check_state(root: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Called before a state dict is loaded into a model with adapters, by whatever tool."""
+    from_file = root.__dict__.pop(_FROM_FILE, None)
     if any(hasattr(parameter, "_fsdp_flattened") for parameter in root.parameters()):
         return  # FSDP1 has the shapes of shards
-    from_file = root.__dict__.pop(_FROM_FILE, None)
     for adapter, config in getattr(root, "peft_config", {}).items():
         if not isinstance(config, PhasedConfig):
             continue
         tuner = tuner_of(config)
-        keys = [key for key in state if key.startswith(prefix) and tuner._is_own(key, adapter) and state[key].numel()]
-        given = {key.removeprefix(prefix): tuple(state[key].shape) for key in keys}
+        keys = {key.removeprefix(prefix): key for key in state if key.startswith(prefix)}
+        keys = {key: full for key, full in keys.items() if tuner._is_own(key, adapter)}
+        given = {key: tuple(state[full].shape) for key, full in keys.items() if state[full].numel()}
         if given:
             own = tuner._shapes_by_key(root, adapter)
-            if adapter == from_file:  # it was whole, and what is missing by now was ignored on demand
-                own = {key: own[key] for key in own.keys() & given.keys()}
-            refuse_other_form(own, given, adapter, partial(tuner._part_of, adapter=adapter))
+            missing = missing_parts(own, keys, partial(tuner._part_of, adapter=adapter))
+            # Of a whole file they were ignored on demand; a trained adapter may have them, frozen, as they are.
+            known = adapter == from_file or (missing and _has_frozen(root, adapter, config, missing))
+            refuse_other_form(own, given, adapter, () if known else missing)
+
+
+def _has_frozen(root: nn.Module, adapter: str, config: Any, keys: list[str]) -> bool:
+    trained = {name for name, _ in root.named_parameters()}
+    return trained.isdisjoint(keys) and tuner_of(config).has_trained(root, adapter, config)
 
 
 def _no_change(module: nn.Module, args: Any) -> None:
@@ -594,13 +602,19 @@ class PhasedModel(TargetChoice):
 
         # Shapes are checked when loading begins, after `ignore_mismatched_sizes` has had its say, and before anything
         # is copied: torch itself copies what fits and raises afterwards.
+        marked = injected_model(model).__dict__
+
         def check_shapes(values: dict[str, torch.Tensor]) -> None:
             shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-            refuse_shapes(shapes, adapter_name, values, whole, labels)
+            try:
+                refuse_shapes(shapes, adapter_name, values, whole, labels)
+            except ValueError:
+                marked.pop(_FROM_FILE, None)
+                raise
             cls._take_aside(model, adapter_name, config, given)
 
         before_next_load(model, check_shapes)
-        injected_model(model).__dict__[_FROM_FILE] = adapter_name
+        marked[_FROM_FILE] = adapter_name
         return remapped
 
     @classmethod

@@ -113,9 +113,9 @@ def to_lora(
 ) -> LoraExport:
     """A Learner, FAR or NAS-LoRA adapter as a LoRA adapter.
 
-    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are, with their scaling as `lora_alpha`. Ranks of
-      which pruning has left nothing are dropped. Biases become `lora_bias`; norms and head are stored whole, as
-      `modules_to_save`. This is exact.
+    - Low-rank updates (Learners, NAS-LoRA) are taken over as they are. A `scaling` other than 1 goes into
+      `lora_alpha`, or, beside biases, into B. Ranks of which pruning has left nothing are dropped. Biases become
+      `lora_bias`; norms and head are stored whole, as `modules_to_save`. This is exact.
     - Dense updates (primed layers of a Learner with their low-rank part, FAR's linear layers) become the nearest
       update of a rank: a truncated SVD.
     - Other modules (FAR's embeddings and convolutions) are stored whole, as norms are.
@@ -158,11 +158,10 @@ def to_lora(
         pairs, biases = {name: padded(pair, widest) for name, pair in pairs.items()}, {}
     if not pairs:  # a LoRA adapter has at least one target
         pairs = nothing_on_one_layer(root)
-    # PEFT divides alpha by the rank, and multiplies `lora_bias` too.
-    if not scaling or any(scaling * pair.rank / pair.rank != scaling for pair in pairs.values()):
-        pairs = {name: replace(pair, b=pair.b * scaling) for name, pair in pairs.items()}
+    # PEFT divides alpha by the rank, and multiplies `lora_bias` by what comes out, in some places.
+    if biases or not scaling or any(scaling * pair.rank / pair.rank != scaling for pair in pairs.values()):
+        pairs = {name: pair if scaling == 1 else replace(pair, b=pair.b * scaling) for name, pair in pairs.items()}
         scaling = 1.0
-    biases = {name: bias / scaling for name, bias in biases.items()}
     return _assemble(root, config, pairs, biases, whole, scaling)
 
 

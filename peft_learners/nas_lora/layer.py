@@ -310,7 +310,7 @@ class NASLoRALayer(DeltaLayer):
         return not any(adapter in h and (h[adapter].is_meta or bool((h[adapter] == UNKNOWN).any())) for h in held)
 
     def forward_with(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        for adapter in adapters if self._waiting else ():
+        for adapter in adapters if self._waiting and not torch.compiler.is_compiling() else ():
             if adapter in self._waiting and not self.knows_positions(adapter):
                 raise ValueError(waits_for_file(adapter, self.nas_lora_space[adapter].name))
             self._waiting.discard(adapter)

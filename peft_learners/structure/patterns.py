@@ -16,7 +16,9 @@ sre: Any = importlib.import_module("re._constants" if _RENAMED else "sre_constan
 parser: Any = importlib.import_module("re._parser" if _RENAMED else "sre_parse")
 
 #: Ways to match one name that a regex may have at most, and characters of it.
-MOST_WAYS, MOST_CHARACTERS = 10**6, 10**5
+MOST_WAYS, MOST_CHARACTERS = 10**6, 50_000
+#: What is many anyway is not told apart.
+_MANY = 10**12
 # How often a repeat can end: at each character of a name, or where what comes next is found, a word or a character.
 _CHARACTERS, _ONE_CHARACTER, _ONE_WORD = 64, 8, 3
 _REPEATS = {getattr(sre, name, None) for name in ("MAX_REPEAT", "MIN_REPEAT", "POSSESSIVE_REPEAT")} - {None}
@@ -79,6 +81,7 @@ def _ways(items: Any, after: Beginnings) -> float:
             for inner in value if isinstance(value, (tuple, list)) else [value]:
                 if isinstance(inner, parser.SubPattern):
                     ways *= _ways(inner, following)
+        ways = ways if ways == math.inf else min(ways, _MANY)
     return ways
 
 

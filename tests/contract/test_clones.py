@@ -136,11 +136,48 @@ def test_parameters_alone(tuner, steps, how, tmp_path: Path):
         fresh = get_peft_model(zoo.build("distilbert"), config)
     try:
         fresh.load_state_dict(state, strict=False)
+        found = logits_of(fresh, inputs)
     except ValueError as error:
-        assert "The state does not fit the adapter 'default'" in str(error)
+        assert "The state does not fit the adapter 'default'" in str(error) or "are in the adapter's file" in str(
+            error
+        )
         assert tuner not in ("lora", "learner-unprimed") and not tuner.startswith("bottleneck") and steps > 1
     else:
-        assert torch.equal(logits_of(fresh, inputs), expected)
+        assert torch.equal(found, expected)
+    model.load_state_dict(state, strict=False)  # it has the rest
+    assert torch.equal(logits_of(model, inputs), expected)
+
+
+@pytest.mark.parametrize("tuner", CASES)
+def test_shards_of_state(tuner, tmp_path: Path):
+    """A whole state may be loaded in pieces, in any order, and with empty tensors for what an engine has elsewhere."""
+    model, inputs = made(tuner, "distilbert")
+    expected, state = logits_of(model, inputs), model.state_dict()
+    model.save_pretrained(tmp_path)
+    for first in ("layer.0.", "layer.1."):
+        again = PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path, is_trainable=True)
+        for kept in (True, False):
+            again.load_state_dict({k: v for k, v in state.items() if (first in k) is kept}, strict=False)
+        assert torch.equal(logits_of(again, inputs), expected)
+    trained = {name for name, _ in model.named_parameters()}
+    elsewhere = {name: value.new_empty(0) if name in trained else value for name, value in state.items()}
+    with pytest.raises(RuntimeError, match="size mismatch"):  # torch's own word, no engine's
+        again.load_state_dict(elsewhere, strict=False)
+
+
+def test_refused_file_leaves_no_mark(tmp_path: Path):
+    """A state of the trained parameters alone is refused right after a file that was refused."""
+    model, _ = made("learner", "distilbert")
+    state = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    base = type(zoo.build("distilbert"))(
+        type(zoo.build("distilbert").config)(**{**zoo.build("distilbert").config.to_dict(), "num_labels": 3})
+    )
+    get_peft_model(base, CASES["learner"](task_type="SEQ_CLS")).save_pretrained(tmp_path)
+    fresh, _ = made("learner", "distilbert", 0)
+    with pytest.raises(ValueError, match="num_labels=3"):
+        fresh.load_adapter(tmp_path, "default")
+    with pytest.raises(ValueError, match="saved in another phase"):
+        fresh.load_state_dict(state, strict=False)
 
 
 @pytest.mark.parametrize("tuner", CASES)

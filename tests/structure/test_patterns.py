@@ -65,13 +65,17 @@ def test_endless(regex, words):
     assert words in fault_of(regex)
 
 
-@pytest.mark.parametrize("regex", ["x" * 100_000, "x?" * 50_000, "(ab?)" * 20_000, "a?" + "x" * 99_000])
+@pytest.mark.parametrize("regex", ["x" * 50_000, "x?" * 25_000, "(ab?)" * 10_000, "a?" + "x" * 49_000])
 def test_long(regex):
-    """Looking at a long regex takes a time that grows as it does."""
+    """Looking at a long regex takes a time that grows as it does: some tenths of a second on a free machine."""
     begin = time.perf_counter()
     fault_of(regex)
-    assert time.perf_counter() - begin < 5
+    assert time.perf_counter() - begin < 20
 
 
 def test_too_long():
-    assert fault_of("x" * 100_001) == "has 100,001 characters, more than 100,000"
+    assert fault_of("x" * 50_001) == "has 50,001 characters, more than 50,000"
+
+
+def test_many_ways_before_endless():
+    assert "has several ways to match" in fault_of("x?" * 2000 + "(a+)+")
