@@ -159,9 +159,9 @@ def to_lora(
     if not pairs:  # a LoRA adapter has at least one target
         pairs = nothing_on_one_layer(root)
     # PEFT divides alpha by the rank, and multiplies `lora_bias` by what comes out, in some places.
-    if biases or not scaling or any(scaling * pair.rank / pair.rank != scaling for pair in pairs.values()):
-        pairs = {name: pair if scaling == 1 else replace(pair, b=pair.b * scaling) for name, pair in pairs.items()}
-        scaling = 1.0
+    inexact = any(scaling * pair.rank / pair.rank != scaling for pair in pairs.values())
+    if scaling != 1 and (biases or not scaling or inexact):
+        pairs, scaling = {name: replace(pair, b=pair.b * scaling) for name, pair in pairs.items()}, 1.0
     return _assemble(root, config, pairs, biases, whole, scaling)
 
 

@@ -129,22 +129,15 @@ def test_ignore_mismatched_sizes(trained, tmp_path: Path):
         model.load_adapter(path, "default", ignore_mismatched_sizes=True)
 
 
-def with_labels(arch: str, **labels) -> torch.nn.Module:
-    config = copy.deepcopy(zoo.build(arch).config)
-    for name, value in labels.items():
-        setattr(config, name, value)
-    return type(zoo.build(arch))(config)
-
-
 @pytest.mark.parametrize("tuner", TUNERS)
 @pytest.mark.parametrize("arch", ["distilbert", "roberta"])  # a head of one linear layer, and one of several
 def test_other_number_of_labels(tmp_path: Path, arch, tuner):
     """A file with three labels on a base model of two is refused with `num_labels`, which cures it."""
-    model = get_peft_model(with_labels(arch, num_labels=3), TUNERS[tuner].config(task_type="SEQ_CLS"))
+    model = get_peft_model(zoo.with_labels(arch, num_labels=3), TUNERS[tuner].config(task_type="SEQ_CLS"))
     model.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"the base model was loaded with 2: load the base model with num_labels=3"):
         PeftModel.from_pretrained(zoo.build(arch), tmp_path)
-    PeftModel.from_pretrained(with_labels(arch, num_labels=3), tmp_path)
+    PeftModel.from_pretrained(zoo.with_labels(arch, num_labels=3), tmp_path)
 
 
 def test_not_about_labels(trained):
@@ -164,9 +157,9 @@ def test_names_of_labels(tmp_path: Path):
     """An adapter's file has no names of labels, with LoRA either: they are the base model's."""
     names = {"id2label": {0: "no", 1: "yes"}, "label2id": {"no": 0, "yes": 1}}
     for config in (LoraConfig(target_modules=["q_lin"], task_type="SEQ_CLS"), TUNERS["learner"].config()):
-        get_peft_model(with_labels("distilbert", **names), config).save_pretrained(tmp_path)
+        get_peft_model(zoo.with_labels("distilbert", **names), config).save_pretrained(tmp_path)
         assert PeftModel.from_pretrained(zoo.build("distilbert"), tmp_path).config.id2label[0] == "LABEL_0"
-        again = PeftModel.from_pretrained(with_labels("distilbert", **names), tmp_path)
+        again = PeftModel.from_pretrained(zoo.with_labels("distilbert", **names), tmp_path)
         assert again.config.id2label == names["id2label"]
 
 

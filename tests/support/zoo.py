@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import transformers as tf
@@ -139,6 +141,15 @@ def build(name: str, seed: int = 0) -> torch.nn.Module:
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
     return model.eval()
+
+
+def with_labels(arch: str, **labels: Any) -> torch.nn.Module:
+    """A model of that architecture whose config says other things of labels."""
+    model: Any = build(arch)
+    config = copy.deepcopy(model.config)
+    for name, value in labels.items():
+        setattr(config, name, value)
+    return type(model)(config)
 
 
 def inputs_of(name: str, model: torch.nn.Module) -> dict[str, torch.Tensor]:
