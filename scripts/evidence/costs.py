@@ -55,7 +55,7 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
         model: Any = variants.build(copy.deepcopy(base), variant.method, chosen, epochs=1).train()
         optimizer = torch.optim.AdamW(measure.trained_parameters(model), lr=1e-5, fused=True)
         ready = measure.Variant(model, optimizer)
-        if variants.callbacks(variant.method):
+        if variants.callbacks(variant.method, {}):
             tuner = model.base_model
             tuner.set_schedule(total_steps=LONG, optimizer=optimizer)
             for step in range(1, FIRST_STEPS + 1):
@@ -67,12 +67,14 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
 
 
 def kinds(protocol: Protocol) -> dict[int, tuple[str, list[str]]]:
-    """By length of rows: a task of that length, and the variants that are trained on such tasks."""
+    """By length of rows: a task of that length, and the variants that are trained on such tasks. Not those whose step
+    depends on more than the phase."""
     found: dict[int, tuple[str, list[str]]] = {}
     for stage in protocol.stages:
         for task in stage.tasks:
             _, names = found.setdefault(protocol.tasks[task].tokens, (task, []))
-            names += [name for name in stage.variants if name not in names]
+            measured = [name for name in stage.variants if not protocol.variants[name].fields.get("by_block")]
+            names += [name for name in measured if name not in names]
     return found
 
 

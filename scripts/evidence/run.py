@@ -16,6 +16,9 @@ from scripts.evidence.scoring import resampled, score
 from scripts.glue import run_record
 from scripts.glue.train import kept_energy
 
+#: Rows that are tested at a time: with the seed it decides their order, draw by draw the same for all methods.
+TEST_BATCH = 64
+
 
 def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, folder: Path) -> dict[str, Any]:
     """Train the run, from its last checkpoint in `folder` if there is one, and return its record.
@@ -35,7 +38,8 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         "learning_rate": run.rate,
         "num_train_epochs": epochs,
         "seed": run.seed,
-        "per_device_eval_batch_size": 64,
+        # Of few rows transformers groups none by length, in batches of 64.
+        "per_device_eval_batch_size": 16,
         "eval_strategy": "steps",
         "eval_steps": interval,
         "logging_steps": interval,
@@ -47,7 +51,7 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         "use_cpu": not torch.cuda.is_available(),
         **recipe,
     }
-    callbacks = [*variants.callbacks(variant.method), timer]  # the timer after the one that names the phase
+    callbacks = [*variants.callbacks(variant.method, variant.fields), timer]  # the last: another names the phase
     if task.causal:
         from scripts.evidence import causal  # TRL, which no other task needs
 
@@ -71,6 +75,7 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         trainer.evaluate()
     found: dict[str, Any] = {"test": None, "resampled": [], "file_bytes": 0}
     if not diverged:
+        trainer.args.per_device_eval_batch_size = TEST_BATCH
         said, labels = (causal if task.causal else classifier).answers(run.task, trainer.predict(test_rows))
         trainer.save_model(str(folder / "saved"))
         size = run_record.saved_bytes(folder / "saved")

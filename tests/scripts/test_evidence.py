@@ -13,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import training
 import yaml
+from bases import float_base
+from transformers import TrainerCallback
 
 from scripts.docs import evidence as page
-from scripts.evidence import costs, data, sweep
+from scripts.evidence import costs, data, sweep, variants
 from scripts.evidence.figures import Evidence, Mean
 from scripts.evidence.plan import Protocol, Run, Stage, Task, Variant
 from scripts.evidence.run import train
@@ -132,6 +135,28 @@ def test_committed_protocol():
     assert all(task.rows["test"] >= 3000 or task.causal for task in plan.tasks.values()) and len(plan.seeds) >= 3
     named = {name for stage in plan.stages for name in stage.variants} | {n for own in plan.page.values() for n in own}
     assert named <= set(plan.variants) and {task for stage in plan.stages for task in stage.tasks} <= set(plan.tasks)
+
+
+class Turns(TrainerCallback):
+    """The blocks whose dense deltas have a gradient, step by step."""
+
+    def __init__(self) -> None:
+        self.found: list[set[str]] = []
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        dense = {n: p for n, p in model.named_parameters() if "dense_delta" in n and p.grad is not None}
+        self.found.append({name.split("layer.")[1][0] for name in dense})
+
+
+def test_priming_by_block(tmp_path):
+    """Each step of priming trains the attention of one block, the last block first; each is moved, and then folded."""
+    fields = {"r": 2, "priming_share": 0.4, "after_priming": "fold", "by_block": True}
+    args = training.arguments(tmp_path, num_train_epochs=5)
+    model = variants.build(float_base("bert"), "LearnerConfig", fields, epochs=args.num_train_epochs)
+    turns = Turns()
+    training.trainer(model, args, callbacks=[*variants.callbacks("LearnerConfig", fields), turns]).train()
+    assert turns.found == [{"1"}, {"1"}, {"0"}, {"0"}] + 6 * [set()]
+    assert len(model.peft_config["default"].kept_energy) == 2 * 4  # attention layers of two blocks
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------
