@@ -101,10 +101,11 @@ class LearnerConfig(PhasedConfig):
         Check(lambda v: v is None or is_whole(v), "None or a whole number of at least 0", "priming_steps=500"),
     )
     priming_lr_scale: float = option(
-        1.0,
-        "Learning rate of the primed dense deltas relative to the rest. The stored parameter theta gives "
-        "D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter groups. "
-        "Take 0.1 to 0.3 above a rate of 1e-4: the primed weights want one of full fine-tuning's size.",
+        0.1,
+        "Learning rate of the primed dense deltas relative to the rest. They want one of full fine-tuning's size: "
+        "about a tenth of LoRA's. 1.0 is the one rate of the paper, for 1e-4 and below. The stored parameter "
+        "theta gives D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter "
+        "groups.",
         Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
     )
     priming_modules: Union[list[int], list[str], str] = option(

@@ -79,9 +79,11 @@ def _refuse_not_finite(layers: Mapping[str, LearnerLinear], adapter: str) -> Non
     updates = ((name, layer.whole_update(adapter)) for name, layer in layers.items())
     broken = [name for name, update in updates if not (update.is_meta or bool(torch.isfinite(update).all()))]
     if broken:
+        scale = layers[broken[0]].learner_lr_scale[adapter]
         raise ScheduleError(
             f"The adapter {adapter!r} can't be folded: {len(broken)} of its updates (first: {broken[0]}) hold NaN or "
-            "infinity. Priming has diverged: take a lower learning rate, or LearnerConfig(priming_lr_scale=0.1)."
+            "infinity. Priming has diverged: take a lower learning rate, or "
+            f"LearnerConfig(priming_lr_scale={scale / 10:.1g})."
         )
 
 

@@ -188,7 +188,7 @@ def train(method: Method, data: Data, folder: Path, seed: int) -> tuple[torch.nn
     if method.priming_epochs is None:
         model.bert.requires_grad_(False)
     else:
-        config = LearnerConfig(r=RANK, priming_epochs=method.priming_epochs, task_type="SEQ_CLS")
+        config = LearnerConfig(r=RANK, priming_epochs=method.priming_epochs, priming_lr_scale=1.0, task_type="SEQ_CLS")
         model = get_peft_model(model, config)
         callbacks.insert(0, PhaseCallback())
     trained = [sum(p.numel() for p in model.parameters() if p.requires_grad)]

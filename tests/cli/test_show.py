@@ -119,9 +119,8 @@ def test_learner_rows(tmp_path: Path):
     assert found["kept_energy"] is None and "kept energy" not in said("show", tmp_path / "primed")
 
     with pytest.warns(UserWarning, match="Folding the adapter"):
-        model = saved(
-            tmp_path / "folded", learner(after_priming="fold", rank_pattern={"0.attention.self.value": 2}), 1
-        )
+        fields = {"priming_lr_scale": 1.0, "after_priming": "fold", "rank_pattern": {"0.attention.self.value": 2}}
+        model = saved(tmp_path / "folded", learner(**fields), 1)
     found, config = shown(tmp_path / "folded"), model.peft_config["default"]
     assert {
         row["module"]: row["kept_energy"] for row in found["modules"] if "kept_energy" in row

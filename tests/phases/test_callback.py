@@ -319,7 +319,7 @@ def test_checkpoint_boundaries(tmp_path: Path):
     run.train()
     expected = {
         "first_steps": {"default": {"priming": 0, "learning": 2}},
-        "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 1.0, "after_priming": "keep"}},
+        "fixed": {"default": {"scaling": 0.5, "priming_lr_scale": 0.1, "after_priming": "keep"}},
         "learned": {"default": {"kept_energy": None}},
         "saved": {"output_dir": str(tmp_path), "files": ["optimizer.pt", "scheduler.pt", "rng_state.pth"]},
     }

@@ -256,16 +256,16 @@ def test_optimizer_made_twice(make):
 @pytest.mark.parametrize(
     ("kind", "rate", "fields", "told"),
     [
-        (torch.optim.AdamW, 1e-3, {}, "at a learning rate of 0.001: 0.001 times priming_lr_scale=1.*scale=0.1"),
+        (torch.optim.AdamW, 1e-3, {"priming_lr_scale": 1.0}, "of 0.001: 0.001 times priming_lr_scale=1.*scale=0.1"),
         (
             torch.optim.AdamW,
             3e-3,
             {"priming_lr_scale": 0.5},
             "of 0.0015: 0.003 times .*=0.5.*scale=0.03",
         ),
-        (torch.optim.AdamW, 3e-3, {"priming_lr_scale": 0.1}, None),
+        (torch.optim.AdamW, 3e-3, {}, None),
         (torch.optim.AdamW, 1e-2, {"priming_steps": 0}, None),
-        (torch.optim.SGD, 1e-2, {}, None),
+        (torch.optim.SGD, 1e-2, {"priming_lr_scale": 1.0}, None),
     ],
 )
 def test_high_dense_rate_told(kind, rate, fields, told):
