@@ -24,12 +24,14 @@ SPENT = {"steps": "steps, mean (tasks)", "near": "to a point less", "time": "tim
 CLAIMS = (
     ("An unprimed Learner is LoRA", "unprimed", "lora", -1.0),
     ("Priming makes up for low rank", "keep", "unprimed", 0.0),
-    ("Priming needs fewer steps", "fold_60", "lora_60", 0.0),
+    ("Priming needs fewer steps", "fold_tenth_60", "lora_60", 0.0),
     ("A primed Learner is as good as full fine-tuning", "keep", "full", -1.0),
     ("BitFit is far below the others", "lora", "bitfit", 5.0),
     ("FAR is as good as full fine-tuning", "far", "full", -1.0),
     ("FREEZE FFNs is as good as full fine-tuning", "freeze_ffns", "full", -1.0),
     ("Nine tenths of the biases can be pruned", "u_bitfit10", "bitfit", -1.0),
+    ("A searched architecture beats a uniform one of equal size (NAS-LoRA, Table 1)", "u_mam", "mam", 0.0),
+    ("Unstructured pruning keeps more than structured (the same)", "u_mam", "s_mam", 0.0),
     ("A tenth of the biases beats LoRA of rank 1 at about equal bytes", "u_bitfit10", "lora1", 0.0),
 )
 

@@ -67,14 +67,18 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
 
 
 def kinds(protocol: Protocol) -> dict[int, tuple[str, list[str]]]:
-    """By length of rows: a task of that length, and the variants that are trained on such tasks. Not those whose step
-    depends on more than the phase."""
+    """By length of rows: a task of that length, and the variants that are trained on such tasks. Variants whose step
+    depends on more than the phase are left out, and those that differ from an earlier one by their length alone."""
     found: dict[int, tuple[str, list[str]]] = {}
     for stage in protocol.stages:
         for task in stage.tasks:
             _, names = found.setdefault(protocol.tasks[task].tokens, (task, []))
-            measured = [name for name in stage.variants if not protocol.variants[name].fields.get("by_block")]
-            names += [name for name in measured if name not in names]
+            for name in stage.variants:
+                own = protocol.variants[name]
+                known = [protocol.variants[other] for other in names]
+                alike = any((v.method, v.fields) == (own.method, own.fields) for v in known)
+                if not alike and not own.fields.get("by_block"):
+                    names.append(name)
     return found
 
 

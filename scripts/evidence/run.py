@@ -16,7 +16,7 @@ from scripts.evidence.scoring import resampled, score
 from scripts.glue import run_record
 from scripts.glue.train import kept_energy
 
-#: Rows that are tested at a time: with the seed it decides their order, draw by draw the same for all methods.
+#: Rows of a test batch. This and the seed decide the order of test rows, so all methods are resampled alike.
 TEST_BATCH = 64
 
 
@@ -38,7 +38,7 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         "learning_rate": run.rate,
         "num_train_epochs": epochs,
         "seed": run.seed,
-        # Of few rows transformers groups none by length, in batches of 64.
+        # With 64, transformers does not group so few rows by length.
         "per_device_eval_batch_size": 16,
         "eval_strategy": "steps",
         "eval_steps": interval,
@@ -51,7 +51,8 @@ def train(protocol: Protocol, run: Run, data_dir: Path | None, model_name: str, 
         "use_cpu": not torch.cuda.is_available(),
         **recipe,
     }
-    callbacks = [*variants.callbacks(variant.method, variant.fields), timer]  # the last: another names the phase
+    # The timer is last, after the callback that names the phase.
+    callbacks = [*variants.callbacks(variant.method, variant.fields), timer]
     if task.causal:
         from scripts.evidence import causal  # TRL, which no other task needs
 

@@ -35,8 +35,8 @@ def build(model: PreTrainedModel, method: str, fields: Mapping[str, Any], epochs
     Args:
         model: with its new head.
         method: one of `PEERS`, or the name of a config of this package or of PEFT, as `LearnerConfig`.
-        fields: the config's. A `priming_share` is that share of `epochs`, as `priming_epochs`; `by_block` is a
-            callback's.
+        fields: the config's. A `priming_share` is that share of `epochs`, as `priming_epochs`. `by_block` is for
+            `callbacks`, and left out here.
         epochs: of the whole training.
     """
     if method in PEERS:
@@ -71,7 +71,7 @@ class PrimeByBlock(TrainerCallback):
         turn = int(state.global_step / (self.share * state.max_steps) * len(order))
         if turn < len(order):
             for name, value in dense.items():
-                value.requires_grad_(blocks[name] == order[turn])
+                value.requires_grad_(blocks.get(name) == order[turn])
 
 
 def callbacks(method: str, fields: Mapping[str, Any]) -> list[TrainerCallback]:

@@ -21,7 +21,7 @@ class MethodArguments:
         default=2.0, metadata={"help": "Epochs of priming, fractions allowed; 0: none (learner)."}
     )
     priming_lr_scale: float = field(
-        default=0.1, metadata={"help": "Learning rate of the primed weights relative to the rest (learner)."}
+        default=1.0, metadata={"help": "Learning rate of the primed weights relative to the rest (learner)."}
     )
     after_priming: str = field(
         default="keep",

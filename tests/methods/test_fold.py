@@ -296,7 +296,7 @@ def test_half_precision():
 
 def test_rank_is_kept():
     """An update of a lower rank is filled up with rows that train on, so that the rank is the one asked for."""
-    model = learner(priming_steps=3, r=6, after_priming="fold")
+    model = learner(priming_steps=3, r=6, priming_lr_scale=1.0, after_priming="fold")
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     rows = torch.utils.data.default_collate([Rows()[0]])
     model.base_model.set_schedule(6, 2, optimizer=optimizer)

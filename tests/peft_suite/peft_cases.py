@@ -35,7 +35,7 @@ def cases() -> Iterator[tuple[str, str, type, dict[str, Any]]]:
         "no biases": {**BOTH, "train_biases": False},
         "rank_pattern": {**BOTH, "rank_pattern": {"lin0": 2}},
         "in priming": {**BOTH, **PRIMED, "r": 3},
-        "in priming, scaled": {**LIN0, **PRIMED, "r": 3, "priming_lr_scale": 0.1},
+        "in priming, scaled": {**LIN0, **PRIMED, "r": 3, "priming_lr_scale": 0.5},
         "primed": {**LIN0, **PRIMED, "r": 3, "completed_phases": ["priming"]},
         "folded": {**LIN0, **PRIMED, "r": 3, "after_priming": "fold", "completed_phases": ["priming"]},
         "primed, dropout": {**LIN0, **PRIMED, "learner_dropout": 0.1, "completed_phases": ["priming"]},

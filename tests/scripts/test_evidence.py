@@ -133,19 +133,25 @@ def test_committed_protocol():
         low, middle, high = variant.rates
         assert 2.9 < middle / low < 3.5 and 2.9 < high / middle < 3.5
     assert all(task.rows["test"] >= 3000 or task.causal for task in plan.tasks.values()) and len(plan.seeds) >= 3
+    assert "fold_blocks" not in {name for _, names in costs.kinds(plan).values() for name in names}
     named = {name for stage in plan.stages for name in stage.variants} | {n for own in plan.page.values() for n in own}
     assert named <= set(plan.variants) and {task for stage in plan.stages for task in stage.tasks} <= set(plan.tasks)
 
 
 class Turns(TrainerCallback):
-    """The blocks whose dense deltas have a gradient, step by step."""
+    """The blocks whose dense deltas have a gradient, step by step, and how many deltas have moved at most."""
 
     def __init__(self) -> None:
         self.found: list[set[str]] = []
+        self.moved = 0
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         dense = {n: p for n, p in model.named_parameters() if "dense_delta" in n and p.grad is not None}
         self.found.append({name.split("layer.")[1][0] for name in dense})
+
+    def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+        moved = [n for n, p in model.named_parameters() if "dense_delta" in n and p.any()]
+        self.moved = max(self.moved, len(moved))
 
 
 def test_priming_by_block(tmp_path):
@@ -156,7 +162,7 @@ def test_priming_by_block(tmp_path):
     turns = Turns()
     training.trainer(model, args, callbacks=[*variants.callbacks("LearnerConfig", fields), turns]).train()
     assert turns.found == [{"1"}, {"1"}, {"0"}, {"0"}] + 6 * [set()]
-    assert len(model.peft_config["default"].kept_energy) == 2 * 4  # attention layers of two blocks
+    assert len(model.peft_config["default"].kept_energy) == turns.moved == 2 * 4  # attention layers of two blocks
 
 
 # -- figures ---------------------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_open_marker(text):
 
 def test_committed_pages():
     """The committed pages are those of the committed files."""
-    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 14
+    assert (ROOT / "docs/results.md").read_text().count("<!-- report:end -->") == 16
     assert bench_rows.read_rows(ROOT / "results/bench")
     report.main(["--check"])
 

@@ -176,6 +176,7 @@ def test_help_lists_every_argument(capsys):
 def test_defaults(tmp_path):
     """Defaults are the recipe and flags win."""
     parser = train_glue.HfArgumentParser(train_glue.GlueTrainingArguments)
+    assert glue_methods.MethodArguments().priming_lr_scale == 1.0  # one rate, as in the paper
     (args,) = parser.parse_args_into_dataclasses(["--use_cpu"])
     assert (args.learning_rate, args.per_device_train_batch_size, args.num_train_epochs) == (2e-5, 16, 5)
     assert (args.lr_scheduler_type, args.weight_decay, args.report_to) == ("linear", 0, [])
