@@ -103,7 +103,7 @@ class LearnerConfig(PhasedConfig):
     priming_lr_scale: float = option(
         0.1,
         "Learning rate of the primed dense deltas relative to the rest. They want one of full fine-tuning's size: "
-        "about a tenth of LoRA's. 1.0 is the one rate of the paper, for 1e-4 and below. The stored parameter "
+        "about a tenth of LoRA's. 1.0 is the one rate of the paper, for about 1e-4. The stored parameter "
         "theta gives D = priming_lr_scale * theta, which has this effect with Adam-like optimizers, without parameter "
         "groups.",
         Check(lambda v: is_number(v) and v > 0, f"a number above 0 and at most {LARGEST:,}", "priming_lr_scale=0.1"),
