@@ -137,7 +137,7 @@ def learner(work: Workload, primed: Optional[bool] = None, **more: Any) -> Varia
         settings["priming_epochs"] = 0
         config = LearnerConfig(task_type=work.setting.task_type, **settings)
         return trains(work, adapted(work, config), settings, phase="learning", saves=True)
-    settings.setdefault("priming_lr_scale", 1.0)
+    settings.setdefault("priming_lr_scale", 1.0)  # as in the committed rows; another scale takes a pass more
     config = LearnerConfig(task_type=work.setting.task_type, priming_steps=1 if primed else LONG - 1, **settings)
     return _phased(work, trains(work, adapted(work, config), settings, phase="priming"), primed, "learning")
 

@@ -55,7 +55,7 @@ def phases(variant: Variant, base: torch.nn.Module, batch: dict[str, torch.Tenso
         model: Any = variants.build(copy.deepcopy(base), variant.method, chosen, epochs=1).train()
         optimizer = torch.optim.AdamW(measure.trained_parameters(model), lr=1e-5, fused=True)
         ready = measure.Variant(model, optimizer)
-        if variants.callbacks(variant.method, {}):
+        if variants.callbacks(variant.method, variant.fields):
             tuner = model.base_model
             tuner.set_schedule(total_steps=LONG, optimizer=optimizer)
             for step in range(1, FIRST_STEPS + 1):
@@ -74,10 +74,7 @@ def kinds(protocol: Protocol) -> dict[int, tuple[str, list[str]]]:
         for task in stage.tasks:
             _, names = found.setdefault(protocol.tasks[task].tokens, (task, []))
             for name in stage.variants:
-                own = protocol.variants[name]
-                known = [protocol.variants[other] for other in names]
-                alike = any((v.method, v.fields) == (own.method, own.fields) for v in known)
-                if not alike and not own.fields.get("by_block"):
+                if not protocol.variants[name].fields.get("by_block") and not set(protocol.alike(name)) & set(names):
                     names.append(name)
     return found
 

@@ -204,10 +204,9 @@ class Evidence:
 
     def costs(self, variant: str, tokens: int) -> list[Cost]:
         """Of a variant's phases, in their order; those of a variant with the same settings, whatever its length."""
-        kinds, own = self.protocol.variants, self.protocol.variants[variant]
-        same = [name for name, other in kinds.items() if (other.method, other.fields) == (own.method, own.fields)]
-        measured = [name for name in same if any(row["variant"] == name for row in self.cost_rows)]
-        rows = [row for row in self.cost_rows if (row["variant"], row["tokens"]) == ((*measured, "")[0], tokens)]
+        known = {row["variant"] for row in self.cost_rows}
+        measured = next((name for name in self.protocol.alike(variant) if name in known), None)
+        rows = [row for row in self.cost_rows if (row["variant"], row["tokens"]) == (measured, tokens)]
         return [
             Cost(row["ratio_to_lora"]["median"], sum(row["flops"].values()), row["bytes"]["total"])
             for row in sorted(rows, key=lambda row: row["phase"])

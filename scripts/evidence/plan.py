@@ -151,6 +151,11 @@ class Protocol:
         """The settings and the numbers of rows: what a checkpoint or a record of the run must have been made with."""
         return {**self.settings(run), "rows": dict(self.tasks[run.task].rows)}
 
+    def alike(self, variant: str) -> list[str]:
+        """The variants with the same method and fields, itself among them: a step of each costs the same."""
+        own = self.variants[variant]
+        return [name for name, v in self.variants.items() if (v.method, v.fields) == (own.method, own.fields)]
+
     def value(self, task: str, point: Mapping[str, Any]) -> float:
         """What an evaluation on the rows to choose by is judged by: the score, or the decoder's loss with a minus,
         for one row more or less would decide there. Minus infinity where it is no number."""

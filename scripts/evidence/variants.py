@@ -12,6 +12,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainerState
 
 import peft_learners
 from peft_learners import PhaseCallback
+from peft_learners.learner.config import DENSE_PART
 from peft_learners.structure.modules import block_indices
 from scripts.glue import peers
 from scripts.glue.method_arguments import MethodArguments
@@ -65,7 +66,7 @@ class PrimeByBlock(TrainerCallback):
     def on_step_begin(self, args: Any, state: TrainerState, control: Any, model: Any = None, **kwargs: Any) -> None:
         """Train the dense deltas of the block whose turn it is, as long as there are any, and no others."""
         base = model.get_base_model()
-        dense = {name: value for name, value in base.named_parameters() if "dense_delta" in name}
+        dense = {name: value for name, value in base.named_parameters() if DENSE_PART in name}
         blocks = block_indices(base, dense)
         order = sorted(set(blocks.values()), reverse=True)
         turn = int(state.global_step / (self.share * state.max_steps) * len(order))

@@ -256,7 +256,12 @@ def test_optimizer_made_twice(make):
 @pytest.mark.parametrize(
     ("kind", "rate", "fields", "told"),
     [
-        (torch.optim.AdamW, 1e-3, {"priming_lr_scale": 1.0}, "of 0.001: 0.001 times priming_lr_scale=1.*scale=0.1"),
+        (
+            torch.optim.AdamW,
+            1e-3,
+            {"priming_lr_scale": 1.0},
+            "at a learning rate of 0.001: 0.001 times priming_lr_scale=1.*scale=0.1",
+        ),
         (
             torch.optim.AdamW,
             3e-3,
